@@ -1,0 +1,41 @@
+# make quickstart   set up everything and train a small GPT with switchable sparse-dense learning on real text
+# make test         set up everything and run the tests
+# make lint         ruff and mypy;   make docs: generate docs/config.md
+
+PYTHON ?= $(shell command -v python3.11 || command -v python3)
+VENV ?= .venv
+BIN := $(abspath $(VENV))/bin
+CONFIG ?= examples/quickstart/ds.json
+CONSTRAINTS := constraints.txt
+
+.PHONY: quickstart test lint docs clean
+
+quickstart: $(VENV)/.installed
+	$(BIN)/python tools/embedded_corpus.py --out data/embedded
+	PATH="$(BIN):$$PATH" deepspeed pretrain_ssd.py --ds_config $(CONFIG)
+
+test: $(VENV)/.installed-dev
+	PATH="$(BIN):$$PATH" pytest
+
+lint: $(VENV)/.installed-dev
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+docs: $(VENV)/.installed
+	$(BIN)/python tools/config_reference.py
+
+clean:
+	rm -rf $(VENV)
+
+# torch first: DeepSpeed's build looks for it.
+$(VENV)/.installed: setup.py $(CONSTRAINTS)
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed: make PYTHON=/path/to/python3.11"; exit 1; }
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) torch setuptools wheel
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e .
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed
+	$(BIN)/pip install --quiet --disable-pip-version-check -c $(CONSTRAINTS) -e '.[dev]'
+	touch $@

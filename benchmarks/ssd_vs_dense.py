@@ -1,0 +1,223 @@
+"""Does SSD reach the dense loss with fewer FLOPs? Real runs on the embedded corpus, the same data and steps for each arm.
+
+    python -m benchmarks.ssd_vs_dense --out runs/ssd_vs_dense [--seeds 1 2 3] [--steps 1000] [--jobs 2] [--quick]
+
+Arms: `dense`; `ssd` (adaptive schedule); `sparse` (experts from the first step to the last); `convert` (experts from the
+step at which ssd first goes sparse, and never back). Runs that are finished are not run again, so a stopped benchmark
+goes on. Writes table.md, table.json and loss.png into --out.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from matplotlib.backends.backend_agg import FigureCanvasAgg
+from matplotlib.figure import Figure
+
+from ssd_megatron.training.metrics import read_metrics
+
+ROOT = Path(__file__).resolve().parents[1]
+ARMS = ("dense", "ssd", "sparse", "convert")
+# Goals for the ssd arm: dense validation loss above the dense arm's, and share of FLOPs saved.
+LOSS_GOAL, SAVED_GOAL, LOSS_FLOOR, SAVED_FLOOR = 0.005, 0.25, 0.02, 0.20
+
+
+@dataclass(frozen=True)
+class Result:
+    """One finished run."""
+
+    arm: str
+    seed: int
+    loss_dense: float
+    loss_sparse: float | None
+    flops: float
+    saved: float
+    seconds: float
+
+
+def base_config(steps: int, seed: int, run_dir: Path) -> dict[str, Any]:
+    """4 layers, hidden 256, d_ff 1024 in 16 experts of which 4 are computed; 4,096 tokens a step."""
+    return {
+        "train_batch_size": 32,
+        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}},
+        "scheduler": {"type": "WSD", "params": {"warmup_num_steps": max(1, steps // 20), "decay_num_steps": steps * 3 // 10}},
+        "gradient_clipping": 1.0,
+        "bf16": {"enabled": "auto"},
+        "ssd_megatron": {
+            "run_dir": str(run_dir),
+            "seed": seed,
+            "model": {
+                "num_layers": 4,
+                "hidden_size": 256,
+                "num_attention_heads": 4,
+                "ffn_hidden_size": 1024,
+                "seq_length": 128,
+                "vocab_size": 4096,
+            },
+            "data": {
+                "paths": ["data/embedded/corpus"],
+                "tokenizer": "data/embedded/tokenizer.model",
+                "split": "949,50,1",
+                "cache_dir": str(run_dir.parent / "data_cache"),
+            },
+            "ssd": {"num_experts": 16, "top_k": 4},
+            "training": {"train_steps": steps, "eval_interval": max(1, steps // 10), "eval_steps": 16},
+            "checkpoint": {"interval": max(1, steps // 4), "keep_last": 1},
+        },
+    }
+
+
+def arm_settings(arm: str, steps: int, first_switch: int | None) -> dict[str, Any]:
+    """The section ssd of one arm, beyond the experts."""
+    if arm == "ssd":
+        return {
+            "schedule": "adaptive",
+            "check_interval": max(1, steps // 50),
+            "stable_checks": 2,
+            "similarity_threshold": 0.3,
+            "sparse_fraction": 0.55,
+            "sparse_phase_fraction": 0.28,
+            "warmup_fraction": 0.15,
+            "final_dense_fraction": 0.15,
+            "min_dense_steps": max(1, steps // 20),
+        }
+    if arm == "convert":
+        assert first_switch is not None
+        return {"schedule": "fixed", "phases": [{"start_step": 1, "mode": "dense"}, {"start_step": first_switch, "mode": "sparse"}]}
+    return {"schedule": arm}
+
+
+def run_arm(out: Path, arm: str, seed: int, steps: int, threads: int) -> Result:
+    """Run, or resume, or take the finished run of one arm and seed."""
+    run_dir = out / f"{arm}-{seed}"
+    summary_path = run_dir / "summary.json"
+    if not (summary_path.exists() and json.loads(summary_path.read_text())["status"] == "finished"):
+        first_switch = _first_switch(out / f"ssd-{seed}") if arm == "convert" else None
+        config = base_config(steps, seed, run_dir)
+        config["ssd_megatron"]["ssd"] |= arm_settings(arm, steps, first_switch)
+        run_dir.mkdir(parents=True, exist_ok=True)
+        config_path = out / f"{arm}-{seed}.json"
+        config_path.write_text(json.dumps(config, indent=2))
+        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
+        with (run_dir / "console.log").open("a") as log:
+            command = [sys.executable, str(ROOT / "pretrain_ssd.py"), "--ds_config", str(config_path)]
+            subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, check=True)
+    summary = json.loads(summary_path.read_text())
+    print(f"{arm} seed {seed}: dense {summary['loss_dense']:.4f}, saved {summary['flops_saved_fraction']:.1%}", flush=True)
+    return Result(
+        arm,
+        seed,
+        summary["loss_dense"],
+        summary["loss_sparse"],
+        summary["flops"],
+        summary["flops_saved_fraction"],
+        summary["seconds"],
+    )
+
+
+def _first_switch(run_dir: Path) -> int:
+    return next(int(r["step"]) for r in read_metrics(run_dir) if r["kind"] == "switch")
+
+
+def table_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Means over seeds by arm; `gap` is the paired mean of loss / dense arm's loss - 1 for the same seed."""
+    reference = {result.seed: result.loss_dense for result in results if result.arm == "dense"}
+    rows = []
+    for arm in ARMS:
+        runs = [result for result in results if result.arm == arm]
+        gaps = [run.loss_dense / reference[run.seed] - 1 for run in runs]
+        sparse = [run.loss_sparse for run in runs if run.loss_sparse is not None]
+        rows.append(
+            {
+                "arm": arm,
+                "seeds": len(runs),
+                "loss_dense": statistics.fmean(run.loss_dense for run in runs),
+                "loss_sparse": statistics.fmean(sparse) if sparse else None,
+                "gap": statistics.fmean(gaps),
+                "gap_worst": max(gaps),
+                "saved": statistics.fmean(run.saved for run in runs),
+                "seconds": statistics.fmean(run.seconds for run in runs),
+            }
+        )
+    return rows
+
+
+def markdown(rows: Sequence[dict[str, Any]]) -> str:
+    lines = [
+        "| arm | seeds | val. loss dense | val. loss sparse | against dense | worst seed | FLOPs saved | seconds |",
+        "|---|---|---|---|---|---|---|---|",
+    ]
+    for row in rows:
+        sparse = "-" if row["loss_sparse"] is None else f"{row['loss_sparse']:.4f}"
+        lines.append(
+            f"| {row['arm']} | {row['seeds']} | {row['loss_dense']:.4f} | {sparse} | {row['gap']:+.2%} | "
+            f"{row['gap_worst']:+.2%} | {row['saved']:.1%} | {row['seconds']:.0f} |"
+        )
+    return "\n".join(lines)
+
+
+def verdict(rows: Sequence[dict[str, Any]]) -> str:
+    ssd = next(row for row in rows if row["arm"] == "ssd")
+    goal = ssd["gap"] <= LOSS_GOAL and ssd["saved"] >= SAVED_GOAL
+    floor = ssd["gap"] <= LOSS_FLOOR and ssd["saved"] >= SAVED_FLOOR
+    reached = "goal reached" if goal else "floor reached, goal missed" if floor else "floor missed"
+    return (
+        f"ssd: {ssd['gap']:+.2%} loss at {ssd['saved']:.1%} fewer FLOPs: {reached} (goal {LOSS_GOAL:+.1%} at "
+        f"{SAVED_GOAL:.0%}, floor {LOSS_FLOOR:+.0%} at {SAVED_FLOOR:.0%})"
+    )
+
+
+def draw(out: Path, results: Sequence[Result]) -> None:
+    """Dense validation loss of every run over steps and over FLOPs."""
+    figure = Figure(figsize=(11, 4.5), layout="constrained")
+    axes = figure.subplots(1, 2, sharey=True)
+    for result in results:
+        records = read_metrics(out / f"{result.arm}-{result.seed}")
+        flops = {r["step"]: r["flops"] for r in records if r["kind"] == "train"}
+        evals = [r for r in records if r["kind"] == "eval"]
+        color, label = f"C{ARMS.index(result.arm)}", result.arm if result.seed == results[0].seed else None
+        axes[0].plot([r["step"] for r in evals], [r["loss_dense"] for r in evals], color=color, label=label, alpha=0.8)
+        axes[1].plot([flops[r["step"]] for r in evals], [r["loss_dense"] for r in evals], color=color, alpha=0.8)
+    best = min(result.loss_dense for result in results)
+    axes[0].set(xlabel="step", ylabel="validation loss, run dense", ylim=(best - 0.05, best + 1.0))
+    axes[1].set(xlabel="training FLOPs")
+    axes[0].legend()
+    FigureCanvasAgg(figure).print_png(out / "loss.png")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description="dense, SSD, always-sparse and convert-once at equal tokens")
+    parser.add_argument("--out", type=Path, default=Path("runs/ssd_vs_dense"))
+    parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
+    parser.add_argument("--steps", type=int, default=1000)
+    parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, each with its share of the cores")
+    parser.add_argument("--quick", action="store_true", help="one seed, 50 steps: shows that it works, not how well")
+    arguments = parser.parse_args(argv)
+    seeds, steps = ([1], 50) if arguments.quick else (arguments.seeds, arguments.steps)
+    out = arguments.out.resolve()
+    subprocess.run([sys.executable, "tools/embedded_corpus.py", "--out", "data/embedded"], cwd=ROOT, check=True)
+    threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
+    results: list[Result] = []
+    with ThreadPoolExecutor(arguments.jobs) as pool:
+        for arms in (("dense", "ssd"), ("sparse", "convert")):  # convert starts where ssd first switched
+            runs = [pool.submit(run_arm, out, arm, seed, steps, threads) for seed in seeds for arm in arms]
+            results += [run.result() for run in runs]
+    rows = table_rows(results)
+    text = f"{markdown(rows)}\n\n{verdict(rows)}\n"
+    (out / "table.md").write_text(text)
+    (out / "table.json").write_text(json.dumps(rows, indent=2))
+    draw(out, results)
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

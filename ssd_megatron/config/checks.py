@@ -1,0 +1,229 @@
+"""What fields must be to each other. Each check names the fields it reads and yields the problems it sees.
+
+A check whose fields are not all usable is left out: their own problems are reported already.
+"""
+
+import math
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from ssd_megatron.config.report import problem
+from ssd_megatron.config.schema import PhaseConfig
+
+Check = Callable[..., Iterable[str]]
+CHECKS: list[tuple[tuple[str, ...], Check]] = []
+
+_ADAPTIVE_ONLY = (
+    "sparse_fraction",
+    "sparse_phase_fraction",
+    "stable_checks",
+    "similarity_threshold",
+    "min_dense_steps",
+    "warmup_fraction",
+    "final_dense_fraction",
+)
+# Settings that act only if another field has one of some values.
+ACTS_ONLY_IF: dict[str, tuple[str, tuple[Any, ...]]] = {
+    **{f"ssd.{name}": ("ssd.schedule", ("adaptive",)) for name in _ADAPTIVE_ONLY},
+    "ssd.phases": ("ssd.schedule", ("fixed",)),
+    "ssd.on_spike": ("ssd.schedule", ("adaptive",)),
+    "ssd.spike_factor": ("ssd.schedule", ("adaptive", "fixed")),
+    "model.rotary_base": ("model.position_embedding", ("rope",)),
+    "data.split": ("data.train_paths", (None,)),
+    "optimizer.params.adam_w_mode": ("optimizer.type", ("Adam",)),
+}
+
+
+def checks(*paths: str) -> Callable[[Check], Check]:
+    """Register a check with the fields it is called with."""
+
+    def register(check: Check) -> Check:
+        CHECKS.append((paths, check))
+        return check
+
+    return register
+
+
+def run_checks(values: Mapping[str, Any], given: Iterable[str]) -> list[str]:
+    """All problems between usable `values`; `given` are the fields that the file or `--set` names."""
+    problems = [
+        problem(path, values[path], f"has no effect: leave it out, or set {other} {_choices(wanted)}")
+        for path, (other, wanted) in without_effect(values).items()
+        if path in set(given) and values[path] is not None
+    ]
+    for paths, check in CHECKS:
+        if all(path in values for path in paths):
+            problems.extend(check(*(values[path] for path in paths)))
+    return problems
+
+
+def without_effect(values: Mapping[str, Any]) -> dict[str, tuple[str, tuple[Any, ...]]]:
+    """The settings that do nothing with the others chosen."""
+    return {
+        path: (other, wanted)
+        for path, (other, wanted) in ACTS_ONLY_IF.items()
+        if path in values and other in values and values[other] not in wanted
+    }
+
+
+def _choices(values: tuple[Any, ...]) -> str:
+    return " or ".join("null" if value is None else f'"{value}"' for value in values)
+
+
+def divisors_near(number: int, wanted: int) -> str:
+    """The divisors of `number` next below and above `wanted`, as a suggestion."""
+    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
+    divisors = sorted({*small, *(number // d for d in small)})
+    below, above = [d for d in divisors if d <= wanted], [d for d in divisors if d > wanted]
+    return " or ".join(str(d) for d in below[-1:] + above[:1])
+
+
+@checks("model.hidden_size", "model.num_attention_heads", "model.position_embedding")
+def _heads(hidden: int, heads: int, positions: str) -> Iterator[str]:
+    if hidden % heads:
+        hint = divisors_near(hidden, heads)
+        yield problem("model.num_attention_heads", heads, f"must divide model.hidden_size ({hidden}): try {hint}")
+    elif positions == "rope" and (hidden // heads) % 2:
+        yield problem(
+            "model.position_embedding",
+            positions,
+            f"needs an even head size, but model.hidden_size ({hidden}) / model.num_attention_heads ({heads}) = "
+            f"{hidden // heads}: change one of them, or use learned",
+        )
+
+
+@checks("model.num_attention_heads", "model.num_query_groups")
+def _query_groups(heads: int, groups: int) -> Iterator[str]:
+    if heads % groups:
+        hint = divisors_near(heads, groups)
+        yield problem("model.num_query_groups", groups, f"must divide model.num_attention_heads ({heads}): try {hint}")
+
+
+@checks("model.ffn_hidden_size", "ssd.num_experts")
+def _experts(neurons: int, experts: int) -> Iterator[str]:
+    if neurons % experts:
+        hint = divisors_near(neurons, experts)
+        yield problem("ssd.num_experts", experts, f"must divide model.ffn_hidden_size ({neurons}): try {hint}")
+
+
+@checks("ssd.num_experts", "ssd.top_k", "ssd.router_update")
+def _top_k(experts: int, top_k: int, router_update: str) -> Iterator[str]:
+    if top_k > experts:
+        hint = max(1, experts // 4)
+        yield problem("ssd.top_k", top_k, f"must be at most ssd.num_experts ({experts}): try {hint}")
+    if top_k == 1 and router_update == "straight_through":
+        yield problem(
+            "ssd.top_k",
+            top_k,
+            'gives the router no gradient with ssd.router_update "straight_through": try 2, or router_update "frozen" '
+            'or "avg_k"',
+        )
+
+
+@checks("ssd.schedule", "ssd.sparse_fraction", "ssd.warmup_fraction", "ssd.final_dense_fraction")
+def _fractions(schedule: str, sparse: float, warmup: float, final: float) -> Iterator[str]:
+    if schedule == "adaptive" and sparse + warmup + final > 1 + 1e-9:
+        room = max(0.0, 1 - warmup - final)
+        yield problem(
+            "ssd.sparse_fraction",
+            sparse,
+            f"+ ssd.warmup_fraction ({warmup}) + ssd.final_dense_fraction ({final}) = {sparse + warmup + final:g} must "
+            f"be at most 1: try sparse_fraction {room:g}",
+        )
+
+
+@checks("ssd.schedule", "ssd.phases", "training.train_steps")
+def _phases(schedule: str, phases: tuple[PhaseConfig, ...] | None, steps: int) -> Iterator[str]:
+    if schedule != "fixed":
+        return
+    if not phases:
+        yield 'ssd.phases is missing: ssd.schedule "fixed" needs it, such as [{"start_step": 1, "mode": "dense"}]'
+        return
+    starts = [phase.start_step for phase in phases]
+    if starts[0] != 1:
+        yield problem("ssd.phases[0].start_step", starts[0], "must be 1: the first phase starts with the run")
+    for i in range(1, len(phases)):
+        if starts[i] <= starts[i - 1]:
+            yield problem(f"ssd.phases[{i}].start_step", starts[i], f"must be above the one before ({starts[i - 1]})")
+        if phases[i].mode == phases[i - 1].mode:
+            yield problem(f"ssd.phases[{i}].mode", phases[i].mode, "must differ from the one before: join the two")
+    if starts[-1] > steps:
+        last = f"ssd.phases[{len(phases) - 1}].start_step"
+        yield problem(last, starts[-1], f"must be at most training.train_steps ({steps})")
+
+
+@checks("ssd.check_layers", "model.num_layers")
+def _check_layers(check_layers: int | None, layers: int) -> Iterator[str]:
+    if check_layers is not None and check_layers > layers:
+        yield problem("ssd.check_layers", check_layers, f"must be at most model.num_layers ({layers})")
+
+
+@checks("ssd.partition")
+def _recorded_partition(partition: str | Path) -> Iterator[str]:
+    if isinstance(partition, Path) and not partition.is_file():
+        yield problem("ssd.partition", partition, "is no file: record it first, or use kmeans")
+
+
+@checks("training.train_steps", "training.stop_after_step")
+def _stop(steps: int, stop: int | None) -> Iterator[str]:
+    if stop is not None and stop > steps:
+        yield problem(
+            "training.stop_after_step", stop, f"must be at most training.train_steps ({steps}): leave it out to run on"
+        )
+
+
+@checks("data.paths", "data.train_paths", "data.valid_paths", "data.test_paths")
+def _data_paths(paths: Any, train: Any, valid: Any, test: Any) -> Iterator[str]:
+    if paths is not None and train is not None:
+        yield problem("data.paths", paths, "cannot go with data.train_paths: keep one of them")
+    if paths is None and train is None:
+        yield "data.paths is missing: one path or a weighted blend, or train_paths and valid_paths"
+    if train is not None and valid is None:
+        yield "data.valid_paths is missing: data.train_paths needs it"
+    for name, value in (("valid_paths", valid), ("test_paths", test)):
+        if value is not None and train is None:
+            yield problem(f"data.{name}", value, "needs data.train_paths: or use data.paths and data.split")
+
+
+@checks("scheduler", "training.train_steps")
+def _scheduler_steps(scheduler: Any, steps: int) -> Iterator[str]:
+    if scheduler is None or scheduler.type == "WarmupLR":
+        return
+    params = scheduler.params
+    total = steps if params.total_num_steps == "auto" else params.total_num_steps
+    source = f"training.train_steps ({steps})" if params.total_num_steps == "auto" else f"total_num_steps ({total})"
+    if params.warmup_num_steps >= total:
+        hint = max(1, total // 10)
+        yield problem(
+            "scheduler.params.warmup_num_steps", params.warmup_num_steps, f"must be below {source}: try {hint}"
+        )
+    elif scheduler.type == "WSD" and params.warmup_num_steps + params.decay_num_steps > total:
+        yield problem(
+            "scheduler.params.decay_num_steps",
+            params.decay_num_steps,
+            f"+ warmup_num_steps ({params.warmup_num_steps}) must be at most {source}: try "
+            f"{total - params.warmup_num_steps} or less",
+        )
+
+
+@checks("scheduler", "optimizer.params.lr")
+def _peak_rate(scheduler: Any, lr: float) -> Iterator[str]:
+    if scheduler is not None and scheduler.type in ("WarmupLR", "WarmupDecayLR"):
+        peak, start = scheduler.params.warmup_max_lr, scheduler.params.warmup_min_lr
+        if peak not in ("auto", lr):
+            yield problem(
+                "scheduler.params.warmup_max_lr",
+                peak,
+                f"contradicts optimizer.params.lr ({lr}): leave it out, the peak rate is said there",
+            )
+        if start > lr:
+            yield problem("scheduler.params.warmup_min_lr", start, f"must be at most optimizer.params.lr ({lr})")
+
+
+@checks("optimizer.params.torch_adam", "optimizer.params.fused")
+def _fused(torch_adam: bool | str, fused: bool | str) -> Iterator[str]:
+    if torch_adam is False and fused is True:
+        yield problem(
+            "optimizer.params.fused", fused, 'is for torch\'s optimizer: leave it out, or set torch_adam "auto"'
+        )

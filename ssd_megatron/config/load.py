@@ -1,0 +1,242 @@
+"""Loads ds.json: reads, overrides, checks, resolves `"auto"`. Nothing here needs torch or a process group."""
+
+import hashlib
+import json
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ssd_megatron.config.batch import ACCUMULATION, MICRO, TOKENS_PER_MICRO_BATCH, Batch, resolve_batch
+from ssd_megatron.config.checks import run_checks, without_effect
+from ssd_megatron.config.deepspeed_keys import CsvKeys, DsJson, TensorBoardKeys, WSDParams
+from ssd_megatron.config.refused import reason_for
+from ssd_megatron.config.report import SECTION, known_fields, nearest_path, shown, validate, without_switched_off
+from ssd_megatron.config.schema import SPARSE_ACTIVATIONS, SsdMegatronConfig
+from ssd_megatron.config.source import assign, parse_assignment, read_json
+from ssd_megatron.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Hardware:
+    """What the config needs to know of the machine to resolve `"auto"`."""
+
+    device: Literal["cpu", "cuda"]
+    bf16: bool  # computes in bf16 at least as fast as in fp32
+    name: str
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A checked config in which every `"auto"` is resolved."""
+
+    ssd_megatron: SsdMegatronConfig
+    deepspeed: dict[str, Any]  # for deepspeed.initialize: without our section, and without a scheduler of our own
+    scheduler: WSDParams | None  # total_num_steps is a number; None: DeepSpeed's own scheduler, or none
+    train_batch_size: int  # samples per optimizer step over all ranks
+    micro_batch_size: int
+    gradient_accumulation_steps: int
+    data_parallel_size: int
+    dtype: Literal["float32", "bfloat16"]
+    zero_stage: Literal[1, 2]
+    notes: tuple[str, ...]  # to be said once, at the start
+
+    def resolved(self) -> dict[str, Any]:
+        """The whole config as JSON, defaults included; a ds.json that gives the same run."""
+        section = self.ssd_megatron.model_dump(mode="json")
+        for path in without_effect(_flat(section)):
+            name, _, field = path.partition(".")
+            section.get(name, {}).pop(field, None)
+        ours: dict[str, Any] = {}
+        if self.scheduler is not None:
+            ours["scheduler"] = {"type": "WSD", "params": self.scheduler.model_dump(mode="json")}
+        return {**self.deepspeed, **ours, SECTION: section}
+
+    def identity(self) -> dict[str, Any]:
+        """The fields, by dotted path, that must not change when a run is resumed."""
+        flat = _flat(self.resolved()[SECTION]) | _flat({key: self.resolved().get(key) for key in _DEEPSPEED_IDENTITY})
+        return {
+            path: value
+            for path, value in flat.items()
+            if path.partition(".")[0] in _IDENTITY and path not in _FREE_TO_CHANGE and not isinstance(value, dict)
+        }
+
+    def fingerprint(self) -> str:
+        """Hash of `identity`: equal for runs that may resume each other."""
+        return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
+
+
+BATCH_KEYS = ("train_batch_size", MICRO, ACCUMULATION)
+_DEEPSPEED_IDENTITY = ("train_batch_size", "optimizer", "scheduler", "gradient_clipping")
+_IDENTITY = frozenset({"model", "data", "ssd", "seed", "training", *_DEEPSPEED_IDENTITY})
+_FREE_TO_CHANGE = frozenset(
+    {
+        "data.cache_dir",
+        "data.num_workers",
+        "optimizer.params.fused",
+        "optimizer.params.torch_adam",
+        "ssd.backend",
+        "training.eval_interval",
+        "training.eval_steps",
+        "training.max_bad_steps",
+        "training.recompute",
+        "training.stop_after_step",
+    }
+)
+
+
+def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Values by dotted path, objects included under their own path."""
+    flat: dict[str, Any] = {}
+    for name, value in tree.items():
+        flat[prefix + name] = value
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{name}.")
+    return flat
+
+
+def load_config(path: Path, overrides: Sequence[str] = (), *, world_size: int, hardware: Hardware) -> RunConfig:
+    """Read, override and check a ds.json, and resolve every `"auto"` for this machine and number of processes.
+
+    Raises:
+        ConfigError: with all problems in one message, each with field, value and what would work.
+    """
+    raw = read_json(path)
+    problems = _override(raw, overrides)
+    raw = without_switched_off(raw)
+    values, found = validate(raw)
+    problems += found
+    problems += run_checks(values, {shown(field) for field in _flat(raw)})
+    batch, batch_problems = _batch(values, world_size, hardware)
+    problems += batch_problems
+    if problems or batch is None:
+        count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
+        raise ConfigError("\n".join([f"{count} in {path}:", *(f"  - {line}" for line in problems)]))
+    return _resolve(DsJson.model_validate(raw), batch, world_size, hardware)
+
+
+def _override(raw: dict[str, Any], assignments: Sequence[str]) -> list[str]:
+    """Apply `--set` assignments in place; returns the problems of those that cannot be applied."""
+    problems = []
+    for assignment in assignments:
+        try:
+            path, value = parse_assignment(assignment)
+            if path in known_fields() or reason_for(shown(path)):
+                assign(raw, path, value)
+            else:
+                problems.append(f"--set {path}: no such field: {nearest_path(path)}")
+        except ConfigError as error:
+            problems.append(str(error))
+    return problems
+
+
+def _batch(values: dict[str, Any], world_size: int, hardware: Hardware) -> tuple[Batch | None, list[str]]:
+    if not all(name in values for name in (*BATCH_KEYS, "model.seq_length")):
+        return None, []
+    train, micro, accumulation = (values[name] for name in BATCH_KEYS)
+    limit = TOKENS_PER_MICRO_BATCH[hardware.device] // values["model.seq_length"]
+    try:
+        return resolve_batch(train, micro, accumulation, data_parallel=world_size, micro_limit=limit), []
+    except ConfigError as error:
+        return None, [str(error)]
+
+
+def _resolve(keys: DsJson, batch: Batch, world_size: int, hardware: Hardware) -> RunConfig:
+    section = keys.ssd_megatron
+    bf16 = hardware.bf16 if keys.bf16.enabled == "auto" else keys.bf16.enabled
+    deepspeed = keys.model_dump(mode="json", exclude_unset=True, exclude={SECTION, "scheduler"})
+    deepspeed |= {
+        "train_batch_size": batch.train,
+        MICRO: batch.micro,
+        ACCUMULATION: batch.accumulation,
+        "bf16": {"enabled": bf16},
+        "optimizer": _optimizer(keys, hardware),
+        "zero_optimization": keys.zero_optimization.model_dump(mode="json"),
+        "gradient_clipping": keys.gradient_clipping,
+        "tensorboard": _monitor(keys.tensorboard, section.run_dir / "tensorboard"),
+        "csv_monitor": _monitor(keys.csv_monitor, section.run_dir / "csv"),
+    }
+    scheduler = _scheduler(keys)
+    if scheduler is not None and scheduler["type"] != "WSD":
+        deepspeed["scheduler"] = scheduler
+    own = WSDParams(**scheduler["params"]) if scheduler is not None and scheduler["type"] == "WSD" else None
+    return RunConfig(
+        ssd_megatron=section,
+        deepspeed=deepspeed,
+        scheduler=own,
+        train_batch_size=batch.train,
+        micro_batch_size=batch.micro,
+        gradient_accumulation_steps=batch.accumulation,
+        data_parallel_size=world_size,
+        dtype="bfloat16" if bf16 else "float32",
+        zero_stage=keys.zero_optimization.stage,
+        notes=tuple(_notes(keys, batch, bf16, hardware)),
+    )
+
+
+def _optimizer(keys: DsJson, hardware: Hardware) -> dict[str, Any]:
+    dumped = keys.optimizer.model_dump(mode="json")
+    params = dumped["params"]
+    if params["torch_adam"] == "auto":
+        params["torch_adam"] = True
+    if params["fused"] == "auto":
+        params["fused"] = hardware.device == "cuda" and params["torch_adam"]
+    if not params["torch_adam"]:
+        del params["fused"]
+    if keys.optimizer.type == "AdamW":
+        del params["adam_w_mode"]
+    return dumped
+
+
+def _scheduler(keys: DsJson) -> dict[str, Any] | None:
+    if keys.scheduler is None:
+        return None
+    dumped = keys.scheduler.model_dump(mode="json")
+    automatic = {
+        "total_num_steps": keys.ssd_megatron.training.train_steps,
+        "warmup_max_lr": keys.optimizer.params.lr,
+    }
+    dumped["params"] |= {name: automatic[name] for name, value in dumped["params"].items() if value == "auto"}
+    return dumped
+
+
+def _monitor(keys: TensorBoardKeys | CsvKeys, folder: Path) -> dict[str, Any]:
+    return keys.model_dump(mode="json") | ({"output_path": str(folder)} if keys.output_path == "auto" else {})
+
+
+def _notes(keys: DsJson, batch: Batch, bf16: bool, hardware: Hardware) -> list[str]:
+    section = keys.ssd_megatron
+    notes = []
+    if "auto" in (keys.train_micro_batch_size_per_gpu, keys.gradient_accumulation_steps):
+        limit = TOKENS_PER_MICRO_BATCH[hardware.device]
+        notes.append(
+            f"micro batch {batch.micro}, accumulation {batch.accumulation} (auto: at most {limit} tokens per micro "
+            f"batch on {hardware.device})"
+        )
+    if keys.bf16.enabled == "auto":
+        reason = "computes bf16 fast" if bf16 else "has no fast bf16"
+        notes.append(f"precision {'bf16 with fp32 masters' if bf16 else 'fp32'} (auto: {hardware.name} {reason})")
+    elif bf16 and not hardware.bf16:
+        notes.append(f"bf16.enabled is true, but {hardware.name} has no fast bf16: fp32 is faster here")
+    if keys.scheduler is None:
+        notes.append("no scheduler: the learning rate is constant")
+    if section.model.activation not in SPARSE_ACTIVATIONS:
+        notes.append(
+            f"model.activation {section.model.activation} leaves more neurons active than relu, squared_relu or reglu: "
+            "sparse phases lose more"
+        )
+    return notes + _adaptive_notes(section)
+
+
+def _adaptive_notes(section: SsdMegatronConfig) -> list[str]:
+    ssd, steps = section.ssd, section.training.train_steps
+    if ssd.schedule != "adaptive":
+        return []
+    first_switch = max(int(ssd.warmup_fraction * steps), ssd.check_interval * (ssd.stable_checks + 1))
+    last_sparse = int((1 - ssd.final_dense_fraction) * steps)
+    if first_switch >= last_sparse:
+        return [
+            f"ssd.schedule adaptive can make no switch: {ssd.stable_checks} similar checks every {ssd.check_interval} "
+            f"steps end at step {first_switch}, the final dense part starts at {last_sparse}: lower ssd.check_interval"
+        ]
+    return []

@@ -1,0 +1,243 @@
+"""The section "ssd_megatron" of ds.json as frozen, typed models. The description of a field is its documentation.
+
+What one field may be is said here; what concerns several fields is in checks.py.
+"""
+
+import math
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import Field, model_validator
+
+from ssd_megatron.config.fields import (
+    NOT_IN_THIS_VERSION,
+    Blend,
+    FilePath,
+    Fraction,
+    NonNegative,
+    Positive,
+    PositiveFloat,
+    RecordedPartition,
+    Section,
+    Split,
+    derived,
+    only,
+    optional,
+    refuse,
+    required,
+)
+
+Mode = Literal["dense", "sparse"]
+Activation = Literal["relu", "squared_relu", "reglu", "gelu", "silu", "geglu", "swiglu"]
+
+GATED_ACTIVATIONS: frozenset[str] = frozenset({"reglu", "geglu", "swiglu"})
+SPARSE_ACTIVATIONS: frozenset[str] = frozenset({"relu", "squared_relu", "reglu"})
+
+
+class ModelConfig(Section):
+    """Shape of the Transformer. All sizes are global."""
+
+    family: Annotated[Literal["gpt"], refuse({name: f"{NOT_IN_THIS_VERSION}: use gpt" for name in ("bert", "t5")})] = (
+        optional("gpt", "Model family; `bert` and `t5` are not in this version.")
+    )
+    num_layers: Positive = required("Transformer layers.")
+    hidden_size: Positive = required("Width of the residual stream.")
+    num_attention_heads: Positive = required("Attention heads; must divide `hidden_size`.")
+    num_query_groups: Positive = derived(
+        "num_attention_heads",
+        1,
+        "Key/value heads of grouped-query attention; must divide `num_attention_heads`.",
+    )
+    ffn_hidden_size: Positive = derived(
+        "hidden_size",
+        4,
+        "Neurons of each feed-forward network; `ssd.num_experts` must divide it.",
+    )
+    seq_length: Positive = required("Tokens per sample.")
+    vocab_size: Positive = required("Token ids the model knows: at least the tokenizer's.")
+    make_vocab_size_divisible_by: Positive = optional(128, "The vocabulary is padded up to a multiple of this.")
+    activation: Activation = optional("relu", "Feed-forward activation; gelu, silu, geglu, swiglu are less sparse.")
+    normalization: Literal["layernorm", "rmsnorm"] = optional("layernorm", "Kind of normalisation.")
+    norm_epsilon: PositiveFloat = optional(1e-5, "Added to the variance in the normalisation.")
+    position_embedding: Literal["learned", "rope"] = optional("learned", "Learned absolute positions, or rotary ones.")
+    rotary_base: PositiveFloat = optional(10000.0, "Base of the rotary frequencies (`rope` only).")
+    tie_embeddings: bool = optional(True, "The output head shares the weights of the token embedding.")
+    add_bias: bool = optional(True, "Biases in the linear layers of attention and feed-forward networks.")
+    dropout: Fraction = optional(0.0, "Dropout probability after embedding, attention and feed-forward network.")
+    init_std: PositiveFloat = optional(0.02, "Standard deviation of the initial weights.")
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_means_default(cls, fields: Any) -> Any:
+        if not isinstance(fields, dict):
+            return fields
+        derived_sizes = ("num_query_groups", "ffn_hidden_size")
+        return {name: value for name, value in fields.items() if value is not None or name not in derived_sizes}
+
+    @property
+    def padded_vocab_size(self) -> int:
+        """`vocab_size` rounded up to a multiple of `make_vocab_size_divisible_by`."""
+        return math.ceil(self.vocab_size / self.make_vocab_size_divisible_by) * self.make_vocab_size_divisible_by
+
+    @property
+    def head_dim(self) -> int:
+        """Width of one attention head."""
+        return self.hidden_size // self.num_attention_heads
+
+    @property
+    def gated(self) -> bool:
+        """Whether the feed-forward network has a `w_gate`."""
+        return self.activation in GATED_ACTIVATIONS
+
+
+class DataConfig(Section):
+    """Where the tokens come from: IndexedDatasets, named by their path without .bin and .idx."""
+
+    paths: Blend | None = optional(None, "One path, or weights and paths in turn, divided as `split` says.")
+    train_paths: Blend | None = optional(None, "Training data, instead of `paths`; same form.")
+    valid_paths: Blend | None = optional(None, "Validation data, with `train_paths`; same form.")
+    test_paths: Blend | None = optional(None, "Test data, with `train_paths`, may be left out; same form.")
+    split: Split = optional("969,30,1", "Shares of documents for train, validation and test (`paths` only).")
+    tokenizer: FilePath = required("SentencePiece .model or Hugging Face tokenizer.json that made the data.")
+    cache_dir: FilePath | None = optional(None, "Folder of the sample index cache; null: `<run_dir>/data_cache`.")
+    eod_mask_loss: bool = optional(False, "Leave the loss at end-of-document tokens out.")
+    reset_position_ids: bool = optional(False, "Count positions from 0 again after each end of document.")
+    reset_attention_mask: Annotated[
+        bool,
+        only(False, "is not supported yet: use false (attention crosses documents, as in GPT pre-training)"),
+    ] = optional(False, "Keep attention inside documents; only false in this version.")
+    num_workers: NonNegative = optional(0, "Loader processes per rank; 0 reads in the training process.")
+
+
+OneForNow = Annotated[
+    int, only(1, "is not supported yet; use 1, data parallelism follows from the number of processes")
+]
+
+
+class ParallelConfig(Section):
+    """Sizes of the model-parallel groups; data parallelism follows from the number of processes."""
+
+    tensor_parallel_size: OneForNow = optional(1, "Ranks that share each layer; only 1 in this version.")
+    pipeline_parallel_size: OneForNow = optional(1, "Pipeline stages; only 1 in this version.")
+    expert_parallel_size: OneForNow = optional(1, "Ranks that share the experts; only 1 in this version.")
+
+
+class PhaseConfig(Section):
+    """One entry of `ssd.phases`."""
+
+    start_step: Positive = required("First step of the phase; the first phase starts at step 1.")
+    mode: Mode = required("`dense` or `sparse`.")
+
+
+class SSDConfig(Section):
+    """Switchable sparse-dense learning: when to switch, how neurons form experts, how tokens choose them."""
+
+    schedule: Literal["adaptive", "fixed", "dense", "sparse"] = optional(
+        "adaptive", "Who sets the phases: the activations as watched, the list `phases`, or one mode throughout."
+    )
+    phases: Annotated[tuple[PhaseConfig, ...], Field(strict=False)] | None = optional(
+        None, 'Phases of `fixed`: `[{"start_step": 1, "mode": "dense"}, ...]`, modes in turn.'
+    )
+    num_experts: Positive = optional(16, "Experts per feed-forward network, all of equal size.")
+    top_k: Positive = optional(4, "Experts that each token computes in sparse mode.")
+    partition: Literal["kmeans", "coactivation", "random"] | RecordedPartition = optional(
+        "kmeans", "How neurons form experts: `kmeans`, `coactivation`, `random`, or the path of a recorded partition."
+    )
+    routing: Annotated[str, only("live", "cannot be replayed from a file yet: use live")] = optional(
+        "live", "Which experts a token gets: as the router says; a recorded routing is not supported yet."
+    )
+    router: Literal["centroid"] = optional("centroid", "Scores of experts: the token times their mean normalised row.")
+    router_update: Literal["straight_through", "frozen", "avg_k"] = optional(
+        "straight_through", "The router learns by gradient, stays, or is recomputed from the current weights."
+    )
+    routing_granularity: Annotated[int, only(1, "is not supported yet: use 1 (every token chooses for itself)")] = (
+        optional(1, "Tokens in a row that share their experts; only 1 in this version.")
+    )
+    sparse_fraction: Annotated[Fraction, Field(gt=0)] = optional(
+        0.5, "`adaptive`: target share of sparse steps in all steps."
+    )
+    sparse_phase_fraction: Annotated[Fraction, Field(gt=0)] = optional(
+        0.25, "`adaptive`: longest sparse phase, as a share of all steps."
+    )
+    check_interval: Positive = optional(100, "Steps between two checks of the activation statistics.")
+    stable_checks: Positive = optional(2, "`adaptive`: similar checks in a row that start a sparse phase.")
+    similarity_threshold: Annotated[float, Field(gt=0, le=1)] = optional(
+        0.65, "`adaptive`: a check is similar if structure similarity and expert overlap with the last one reach this."
+    )
+    min_dense_steps: Positive = optional(50, "`adaptive`: least dense steps between two sparse phases.")
+    warmup_fraction: Fraction = optional(0.1, "`adaptive`: first share of the steps, always dense.")
+    final_dense_fraction: Fraction = optional(0.15, "`adaptive`: last share of the steps, always dense.")
+    backend: Annotated[
+        Literal["auto", "reference", "torch"], refuse({"triton": f"{NOT_IN_THIS_VERSION}: use torch or auto"})
+    ] = optional("auto", "Kernels of sparse mode; `triton` is not in this version.")
+    probe_samples: Positive = optional(8, "Fixed held-out samples on which activation statistics are taken.")
+    check_layers: Positive | None = optional(None, "Layers that a check between switches looks at; null: all.")
+    kmeans_rounds: Positive = optional(4, "Most rounds of balanced k-means per clustering.")
+    switch_tolerance: Literal["auto"] | PositiveFloat = optional(
+        "auto", "Relative change of the dense probe loss tolerated at a switch; `auto`: by dtype."
+    )
+    on_spike: Literal["ignore", "dense"] = optional(
+        "ignore", "`adaptive`: after a loss spike that follows a switch, only log it, or also go back to dense."
+    )
+    spike_factor: Annotated[float, Field(gt=1)] = optional(
+        1.2, "A training loss above this many times the mean before the switch is a spike."
+    )
+
+
+class TrainingConfig(Section):
+    """Length of the run, evaluation, recomputation, and what happens to steps that fail."""
+
+    train_steps: Positive = required("Optimizer steps of the whole run; schedules run to here.")
+    stop_after_step: Positive | None = optional(None, "Save after this step and end with status 0; null: run on.")
+    eval_interval: Positive = optional(100, "Steps between two evaluations.")
+    eval_steps: Positive = optional(4, "Batches of the global batch size in one evaluation, always the same.")
+    recompute: Literal["none", "full"] = optional("none", "Activations recomputed in backward: none, or every layer's.")
+    max_bad_steps: Positive = optional(5, "Steps in a row with NaN or infinite loss or gradients that end the run.")
+
+
+class CheckpointConfig(Section):
+    """When checkpoints are written into `<run_dir>/checkpoints` and how many stay."""
+
+    interval: Positive = optional(500, "Steps between two checkpoints; one is always written at the end.")
+    keep_last: Positive | None = optional(2, "Complete checkpoints kept; null: all.")
+    async_save: bool = optional(False, "Write files in the background while training goes on.")
+
+
+class LoggingConfig(Section):
+    """What is shown and drawn; metrics.jsonl has every step."""
+
+    log_interval: Positive = optional(10, "Steps between two lines on the console.")
+    plots: bool = optional(True, "Draw the loss curves into `<run_dir>/plots` at the end.")
+    peak_tflops: PositiveFloat | None = optional(
+        None, "Peak TFLOP/s of one device, for the utilisation (MFU); null: known devices only."
+    )
+
+
+class SsdMegatronConfig(Section):
+    """The section "ssd_megatron" of ds.json."""
+
+    run_dir: FilePath = required("Folder of this run: config, metrics, checkpoints, logs and plots.")
+    seed: Annotated[int, Field(ge=0, lt=2**31)] = optional(1234, "Seed of initial weights, data order and dropout.")
+    model: ModelConfig = required("Shape of the Transformer.")
+    data: DataConfig = required("Data and tokenizer.")
+    parallel: ParallelConfig = optional(ParallelConfig(), "Model-parallel sizes.")
+    ssd: SSDConfig = optional(SSDConfig(), "Switchable sparse-dense learning.")
+    training: TrainingConfig = required("Length of the run and evaluation.")
+    checkpoint: CheckpointConfig = optional(CheckpointConfig(), "Checkpoints.")
+    logging: LoggingConfig = optional(LoggingConfig(), "Console, plots, utilisation.")
+    weight_sparsity: Annotated[
+        None, only(None, f"{NOT_IN_THIS_VERSION} (sparse weights): leave it out; `ssd` makes activations sparse")
+    ] = optional(None, "Sparse weights; not in this version.")
+    ffn_expansion: Annotated[
+        None, only(None, f"{NOT_IN_THIS_VERSION} (larger sparse networks): leave it out and set model.ffn_hidden_size")
+    ] = optional(None, "Feed-forward networks larger than the dense ones; not in this version.")
+
+    @property
+    def neurons_per_expert(self) -> int:
+        """Neurons of one expert, `model.ffn_hidden_size / ssd.num_experts`."""
+        return self.model.ffn_hidden_size // self.ssd.num_experts
+
+    @property
+    def data_cache_dir(self) -> Path:
+        """Folder of the sample index cache."""
+        return self.data.cache_dir or self.run_dir / "data_cache"

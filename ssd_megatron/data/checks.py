@@ -1,0 +1,139 @@
+"""Everything that can be wrong with the data, found before anything expensive is made."""
+
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from ssd_megatron.config.schema import DataConfig
+from ssd_megatron.data.blends import SplitSource, split_sources
+from ssd_megatron.data.corpus import Corpus, open_corpus, token_range
+from ssd_megatron.data.files import make_cache_dir, sha256_of
+from ssd_megatron.data.preprocess import read_corpus_info
+from ssd_megatron.data.tokenizers import Tokenizer
+from ssd_megatron.errors import DataError
+
+
+@dataclass(frozen=True)
+class Demand:
+    """What one split must give: `steps` batches of `batch_size` samples of `seq_length` tokens."""
+
+    name: str
+    steps: int
+    steps_field: str
+    batch_size: int
+    seq_length: int
+
+    @property
+    def samples(self) -> int:
+        return self.steps * self.batch_size
+
+    @property
+    def arithmetic(self) -> str:
+        return f"{self.steps_field} {self.steps:,} x train_batch_size {self.batch_size:,} = {self.samples:,}"
+
+
+def check_data(
+    data: DataConfig,
+    *,
+    tokenizer: Tokenizer,
+    model_vocab_size: int,
+    seq_length: int,
+    global_batch_size: int,
+    train_steps: int,
+    eval_steps: int,
+    test_steps: int = 0,
+    cache_dir: Path,
+    report: Callable[[str], None],
+) -> None:
+    """Refuse data that cannot carry the run. Needs no process group; several ranks may call it at the same time.
+
+    Looks at every token id of a corpus once and keeps the answer in `cache_dir`. Training may repeat documents, which
+    is reported with the number of epochs; validation and test may not.
+
+    Args:
+        model_vocab_size: model.vocab_size, before padding.
+        eval_steps: validation batches; the same ones in each evaluation.
+        report: receives lines that the user should see once.
+    Raises:
+        DataError: a missing, truncated, damaged or empty corpus; a tokenizer that is too large for the model or did
+            not make the corpus; token ids out of range; too few samples, with the arithmetic.
+    """
+    if tokenizer.vocab_size > model_vocab_size:
+        raise DataError(
+            f"data.tokenizer ({data.tokenizer}) has {tokenizer.vocab_size:,} tokens, more than model.vocab_size "
+            f"({model_vocab_size:,}): set model.vocab_size to {tokenizer.vocab_size} or more"
+        )
+    make_cache_dir(cache_dir)
+    sources = split_sources(data)
+    corpora = {
+        prefix: open_corpus(prefix)
+        for source in (sources.train, sources.valid, sources.test)
+        if source is not None
+        for prefix in source.prefixes
+    }
+    for corpus in corpora.values():
+        _check_tokenizer(corpus, data.tokenizer)
+        _check_ids(corpus, tokenizer, cache_dir, report)
+    demands = (
+        (sources.train, Demand("training", train_steps, "training.train_steps", global_batch_size, seq_length)),
+        (sources.valid, Demand("validation", eval_steps, "training.eval_steps", global_batch_size, seq_length)),
+        (sources.test, Demand("test", test_steps, "test steps", global_batch_size, seq_length)),
+    )
+    for source, demand in demands:
+        if demand.samples > 0:
+            _check_samples(source, demand, corpora, data, report)
+
+
+def _check_tokenizer(corpus: Corpus, tokenizer_path: Path) -> None:
+    info = read_corpus_info(Path(corpus.prefix))
+    if info is not None and info.tokenizer_sha256 != sha256_of(tokenizer_path):
+        raise DataError(
+            f"{corpus.prefix} was made with the tokenizer {info.tokenizer} ({info.vocab_size:,} tokens), not with "
+            f"data.tokenizer ({tokenizer_path}): preprocess it again, or set data.tokenizer to the one that made it"
+        )
+
+
+def _check_ids(corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path, report: Callable[[str], None]) -> None:
+    smallest, largest = token_range(corpus, cache_dir, report)
+    if smallest < 0 or largest >= tokenizer.vocab_size:
+        raise DataError(
+            f"{corpus.bin_path} has token ids from {smallest} to {largest}, but data.tokenizer has only the ids 0 to "
+            f"{tokenizer.vocab_size - 1}: it was made with another tokenizer"
+        )
+
+
+def _check_samples(
+    source: SplitSource | None,
+    demand: Demand,
+    corpora: dict[str, Corpus],
+    data: DataConfig,
+    report: Callable[[str], None],
+) -> None:
+    if source is None:
+        given = f'data.split ("{data.split}") leaves it none' if data.paths is not None else "no paths are given for it"
+        raise DataError(f"{demand.name} needs {demand.arithmetic} samples, but {given}")
+    chosen = [corpora[prefix] for prefix in source.prefixes]
+    if sum(source.tokens_in(corpus) for corpus in chosen) == 0:
+        raise DataError(f"{source.field} has no documents for {demand.name}: {_what_helps(source, demand)}")
+    for corpus, weight in zip(chosen, source.normalized_weights(chosen), strict=True):
+        tokens = source.tokens_in(corpus)
+        documents = len(corpus.lengths[source.document_range(corpus)])
+        available = max(0, tokens - 1) // demand.seq_length
+        needed = math.ceil(demand.samples * weight)
+        have = (
+            f"{source.field}: {corpus.prefix} has {available:,} {demand.name} samples of {demand.seq_length:,} tokens "
+            f"({tokens:,} tokens in {documents:,} documents)"
+        )
+        need = f"{demand.name} needs {demand.arithmetic}"
+        if len(chosen) > 1:
+            need += f", {needed:,} of them from here (weight {weight:.3g})"
+        if available == 0 or (demand.name != "training" and available < needed):
+            raise DataError(f"{have}; {need}: {_what_helps(source, demand)}")
+        if available < needed:
+            report(f"{have}; {need}: its documents are repeated, {needed / available:.1f} epochs")
+
+
+def _what_helps(source: SplitSource, demand: Demand) -> str:
+    larger_share = "give it a larger share in data.split, " if source.field == "data.paths" else ""
+    return f"lower {demand.steps_field} or train_batch_size, {larger_share}or add data"

@@ -1,0 +1,66 @@
+"""The sparse feed-forward network behind one function, by one of several backends.
+
+Shapes: T tokens, H hidden, F neurons, E experts, K experts per token.
+"""
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from ssd_megatron.errors import ConfigError
+from ssd_megatron.ffn.activations import Activation
+from ssd_megatron.ffn.bank import NeuronTensors
+from ssd_megatron.ffn.kernels import reference, torch_bmm
+
+Kernel = Callable[[Tensor, Tensor, Tensor | None, NeuronTensors, Activation, int], Tensor]
+
+BACKENDS: dict[str, Kernel] = {"reference": reference.sparse_ffn, "torch": torch_bmm.sparse_ffn}
+
+
+def sparse_ffn(
+    x_TH: Tensor,
+    expert_ids_TK: Tensor,
+    gates_TK: Tensor | None,
+    bank: NeuronTensors,
+    activation: Activation,
+    num_experts: int,
+    backend: str,
+) -> Tensor:
+    """The network restricted to the chosen experts of each token, without the last bias.
+
+    A gate's value is 1 by definition, so nothing is multiplied by it; its gradient is that of an expert's output
+    scaled by it: dgate = sum over the expert's neurons of (gradient of the neuron's output) * (that output).
+
+    Args:
+        x_TH: inputs, the bank's dtype.
+        expert_ids_TK: int64, no expert twice for one token.
+        gates_TK: any float dtype, or None when the router learns nothing.
+        bank: per-neuron tensors; expert e is rows [e * F/E, (e + 1) * F/E).
+        num_experts: E, divides F.
+        backend: a name in BACKENDS.
+    Returns:
+        y_TH in x's dtype. Gradients reach x, the gates and every tensor of the bank.
+    """
+    assert x_TH.dtype == bank.w_in.dtype, (x_TH.dtype, bank.w_in.dtype)
+    return BACKENDS[backend](x_TH, expert_ids_TK, gates_TK, bank, activation, num_experts)
+
+
+def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+    """Resolve `ssd.backend` to a name in BACKENDS.
+
+    Returns:
+        The name, and the reason in words for the log.
+    Raises:
+        ConfigError: the backend does not exist.
+    """
+    where = f"{device.type}, {str(dtype).removeprefix('torch.')}"
+    if requested == "auto":
+        return "torch", f"sparse kernels: torch (the fastest there is for {where})"
+    if requested == "triton":
+        raise ConfigError(
+            "ssd.backend (triton) is not built yet: use auto or torch, which runs everywhere, or reference"
+        )
+    if requested not in BACKENDS:
+        raise ConfigError(f"ssd.backend ({requested}) is unknown: use one of auto, {', '.join(BACKENDS)}")
+    return requested, f"sparse kernels: {requested} (as asked; {where})"

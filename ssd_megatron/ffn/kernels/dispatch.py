@@ -1,0 +1,106 @@
+"""Dispatch: sorts token copies into one bucket of rows per expert, so that a few batched matmuls do the work.
+
+Shapes: T tokens, E experts, K experts per token, S slots (rows of the buckets, padding included).
+
+Buckets of neighbouring experts that are about equally full form a *segment* with one common capacity: one batched
+matmul. An even load gives few large segments, a skewed one many small ones, and padding stays under a quarter.
+"""
+
+from typing import NamedTuple
+
+import torch
+from torch import Tensor
+
+# A segment may have this many slots per token copy before it is split.
+MAX_PADDING = 1.25
+# Rows gathered for one segment: few enough to stay near the cache, enough for the matmuls to run at full speed.
+SEGMENT_BYTES = 8 * 2**20
+
+
+class Segment(NamedTuple):
+    """Experts [first_expert, first_expert + num_experts) in slots from first_slot, `capacity` slots for each."""
+
+    first_expert: int
+    num_experts: int
+    first_slot: int
+    capacity: int
+
+    @property
+    def experts(self) -> slice:
+        return slice(self.first_expert, self.first_expert + self.num_experts)
+
+    @property
+    def slots(self) -> slice:
+        return slice(self.first_slot, self.first_slot + self.num_experts * self.capacity)
+
+    def bucket(self, t_SX: Tensor) -> Tensor:
+        """The segment's slots of a tensor, [num_experts, capacity, X]."""
+        return t_SX[self.slots].view(self.num_experts, self.capacity, t_SX.shape[1])
+
+
+class Dispatch(NamedTuple):
+    """Where every token copy lies.
+
+    Attributes:
+        token_S: int64, the token in each slot; 0 in padding slots, whose rows nobody reads back.
+        slot_TK: int64, the slot of each token copy.
+        segments: cover all experts and slots in order.
+        counts: tokens of each expert.
+    """
+
+    token_S: Tensor
+    slot_TK: Tensor
+    segments: list[Segment]
+    counts: list[int]
+
+
+def round_capacity(count: int) -> int:
+    """At most an eighth more than `count`, on a grid of eight sizes per power of two, in multiples of 16.
+
+    bf16 matmuls on CPU compile code for each new shape (about 1 ms): capacities that follow the exact counts make a
+    training step several times slower than dense, which a benchmark with constant routing does not show.
+    """
+    step = max(16, (1 << max(count - 1, 0).bit_length()) // 16)
+    return -(-count // step) * step
+
+
+def plan_segments(counts: list[int], max_slots: int) -> list[Segment]:
+    """Halve the range of experts until each part is evenly full and at most `max_slots` large (or is one expert)."""
+    segments: list[Segment] = []
+
+    def plan(first: int, num: int, slot: int) -> int:
+        capacity = round_capacity(max(counts[first : first + num]))
+        slots = num * capacity
+        # Rounding alone may exceed the limit where experts have few tokens, and splitting would not help.
+        even = slots <= MAX_PADDING * sum(counts[first : first + num]) + 16 * num
+        if num == 1 or (even and slots <= max_slots):
+            segments.append(Segment(first, num, slot, capacity))
+            return slot + slots
+        return plan(first + num // 2, num - num // 2, plan(first, num // 2, slot))
+
+    plan(0, len(counts), 0)
+    return segments
+
+
+def dispatch(expert_ids_TK: Tensor, num_experts: int, row_bytes: int) -> Dispatch:
+    """Give every token copy a slot in its expert's bucket, in the order of tokens. Waits for the device once.
+
+    Args:
+        expert_ids_TK: int64 in [0, num_experts).
+        row_bytes: size of one gathered row.
+    """
+    device, top_k = expert_ids_TK.device, expert_ids_TK.shape[1]
+    expert_C = expert_ids_TK.flatten()  # C token copies
+    count_E = torch.bincount(expert_C, minlength=num_experts)
+    counts: list[int] = count_E.tolist()
+    segments = plan_segments(counts, SEGMENT_BYTES // row_bytes)
+    # One byte per key sorts several times faster than eight.
+    order_C = torch.argsort(expert_C.to(torch.uint8) if num_experts <= 256 else expert_C, stable=True)
+    first_slot_E = torch.tensor([s.first_slot + i * s.capacity for s in segments for i in range(s.num_experts)])
+    shift_E = first_slot_E.to(device) - (count_E.cumsum(0) - count_E)
+    slot_C = torch.arange(len(order_C), device=device)
+    slot_C += shift_E.repeat_interleave(count_E, output_size=len(order_C))
+    token_S = torch.zeros(segments[-1].slots.stop, dtype=torch.int64, device=device)
+    token_S.index_copy_(0, slot_C, order_C.div(top_k, rounding_mode="floor"))
+    slot_TK = torch.empty_like(expert_C).index_copy_(0, order_C, slot_C).view_as(expert_ids_TK)
+    return Dispatch(token_S, slot_TK, segments, counts)

@@ -1,0 +1,30 @@
+"""Token and position embeddings. Shapes: b batch, s sequence, h hidden."""
+
+import torch
+import torch.nn.functional as F
+from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
+from megatron.core.transformer.transformer_config import TransformerConfig
+from torch import Tensor, nn
+
+from ssd_megatron.config.schema import ModelConfig
+
+
+class Embedding(nn.Module):
+    """Vocabulary-parallel token embedding, plus learned positions where the model has them."""
+
+    def __init__(self, config: TransformerConfig, model: ModelConfig) -> None:
+        super().__init__()
+        self.word = VocabParallelEmbedding(
+            model.padded_vocab_size, model.hidden_size, init_method=torch.nn.init.normal_, config=config
+        )
+        self.position = None
+        if model.position_embedding == "learned":
+            self.position = nn.Embedding(model.seq_length, model.hidden_size)
+        self.dropout = model.dropout
+
+    def forward(self, tokens_bs: Tensor, position_ids_bs: Tensor) -> Tensor:
+        """Hidden states [s, b, h], the layout of megatron-core's blocks."""
+        x_bsh = self.word(tokens_bs)
+        if self.position is not None:
+            x_bsh = x_bsh + self.position(position_ids_bs)
+        return F.dropout(x_bsh.transpose(0, 1).contiguous(), self.dropout, self.training)

@@ -1,0 +1,37 @@
+"""Initial values, all in one place. They depend on a tensor's name and the seed, never on the layout or on what was
+initialised before."""
+
+import hashlib
+import math
+
+import torch
+from torch import nn
+
+NORMS = ("input_layernorm", "pre_mlp_layernorm", "norm")
+RESIDUAL_OUTPUTS = ("linear_proj.weight", "bank.w_out")
+
+
+@torch.no_grad()
+def initialize_parameters(model: nn.Module, *, seed: int, std: float, num_layers: int) -> None:
+    """Set every parameter: norms 1, biases and routers 0, matrices normal(0, std); those that write into the residual
+    stream normal(0, std / sqrt(2 num_layers)) (GPT-2).
+
+    Routers get their values at the first switch.
+    """
+    for name, parameter in model.named_parameters():
+        owner, _, leaf = name.rpartition(".")
+        if leaf.startswith(("bias", "b_")) or owner.endswith("router"):
+            parameter.zero_()
+        elif owner.rpartition(".")[2] in NORMS:
+            parameter.fill_(1.0)
+        elif name.endswith(RESIDUAL_OUTPUTS):
+            parameter.copy_(named_normal(name, parameter.shape, seed) * (std / math.sqrt(2 * num_layers)))
+        else:
+            parameter.copy_(named_normal(name, parameter.shape, seed) * std)
+
+
+def named_normal(name: str, shape: torch.Size, seed: int) -> torch.Tensor:
+    """Standard normal fp32 values from a generator seeded by `name` and `seed`."""
+    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
+    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
+    return torch.randn(shape, generator=generator)

@@ -1,0 +1,79 @@
+"""The accelerator at hand, and what is missing on this machine and what that costs."""
+
+import ctypes
+import importlib.util
+import os
+import shutil
+from pathlib import Path
+
+import torch
+
+from ssd_megatron.config.load import Hardware
+
+IS_CUDA = torch.cuda.is_available()
+
+# Dense bf16 peak of one device without sparsity, TFLOP/s, by a part of its name (vendors' data sheets).
+PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "GH200": 989.0, "A100": 312.0, "L40S": 362.0, "B200": 2250.0}
+
+# Optional packages: what they would speed up.
+OPTIONAL_PACKAGES = {
+    "apex": "fused layer norm (CUDA) falls back to torch's",
+    "transformer_engine": "megatron-core's local blocks are used instead of Transformer Engine's",
+    "triton": "sparse kernels for GPUs fall back to the torch backend",
+}
+
+
+def local_device() -> torch.device:
+    """Device of this process: the GPU of its local rank, or the CPU."""
+    if IS_CUDA:
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def detect_hardware() -> Hardware:
+    """What `"auto"` values of the configuration are resolved with."""
+    if IS_CUDA:
+        return Hardware(device="cuda", bf16=torch.cuda.is_bf16_supported(), name=torch.cuda.get_device_name())
+    return Hardware(device="cpu", bf16=torch.cpu._is_amx_tile_supported(), name=_cpu_name())
+
+
+def peak_tflops(hardware: Hardware) -> float | None:
+    """Peak of one device for MFU in TFLOP/s, where it is known."""
+    return next((peak for part, peak in PEAK_TFLOPS.items() if part in hardware.name), None)
+
+
+def missing_packages() -> list[str]:
+    """One line for each optional package or program that is not here, with what it costs."""
+    lines = [
+        f"{package} is not installed: {cost}"
+        for package, cost in OPTIONAL_PACKAGES.items()
+        if importlib.util.find_spec(package) is None and (IS_CUDA or package != "triton")
+    ]
+    if shutil.which("numactl") is None:
+        lines.append("numactl is not installed: ranks are not bound to cores (deepspeed --bind_cores_to_rank needs it)")
+    return lines
+
+
+def keep_freed_memory() -> None:
+    """Let glibc keep large freed blocks: on a CPU, page faults of fresh activations cost more than the arithmetic.
+
+    Sets mallopt's M_MMAP_MAX to 0, M_TRIM_THRESHOLD and M_TOP_PAD high and one arena; the resident size then stays at
+    its peak. Does nothing on a C library without mallopt.
+    """
+    libc = ctypes.CDLL(None)
+    try:
+        mallopt = libc.mallopt
+    except AttributeError:
+        return
+    m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8
+    for option, value in ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 2**26), (m_arena_max, 1)):
+        mallopt(option, value)
+
+
+def _cpu_name() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        for line in cpuinfo.read_text().splitlines():
+            if line.startswith("model name"):
+                return line.split(":", 1)[1].strip()
+    return "CPU"

@@ -1,0 +1,89 @@
+"""The one adapter on DeepSpeed's ZeRO optimizer (stages 1 and 2): fp32 masters and Adam moments by parameter.
+
+ZeRO lays the parameters of an optimizer group end to end, cuts that line into equal parts, one a data-parallel rank,
+and keeps masters and moments of its part only. `fragment` returns what this rank owns of one parameter.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
+from torch import Tensor
+
+MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
+KINDS = (MASTER, EXP_AVG, EXP_AVG_SQ)
+
+
+@dataclass(frozen=True)
+class Fragment:
+    """Elements [start, start + values.numel()) of a flattened parameter, as a writable fp32 view of ZeRO's storage."""
+
+    start: int
+    values: Tensor
+
+
+class ZeroAdapter:
+    """Reads and writes masters, moments and step counts of a DeepSpeedZeroOptimizer that wraps torch's Adam or AdamW.
+
+    Raises:
+        RuntimeError: DeepSpeed's internals are not those that this adapter knows (checked at construction).
+    """
+
+    def __init__(self, optimizer: DeepSpeedZeroOptimizer) -> None:
+        if not isinstance(optimizer, DeepSpeedZeroOptimizer):
+            raise RuntimeError(f"expected DeepSpeed's ZeRO stage 1 or 2 optimizer, got {type(optimizer).__name__}")
+        if not isinstance(optimizer.optimizer, torch.optim.Adam):
+            raise RuntimeError(f"expected torch's Adam or AdamW in ZeRO, got {type(optimizer.optimizer).__name__}")
+        self._optimizer = optimizer
+        self._flat: list[Tensor] = optimizer.single_partition_of_fp32_groups
+        self._create_adam_state()
+        self._check_layout()
+
+    @property
+    def groups(self) -> list[dict[str, object]]:
+        """The optimizer's parameter groups (lr, weight_decay, name), in order."""
+        groups: list[dict[str, object]] = self._optimizer.optimizer.param_groups
+        return groups
+
+    def fragment(self, parameter: Tensor, kind: str) -> Fragment:
+        """What this rank owns of `parameter` (possibly nothing), `kind` one of KINDS."""
+        mapping = parameter._hp_mapping  # type: ignore[attr-defined]
+        if mapping is None:
+            return Fragment(0, torch.empty(0, device=parameter.device))
+        flat = self._flat[mapping.param_group_index]
+        source = flat.data if kind == MASTER else self._optimizer.optimizer.state[flat][kind]
+        address = mapping.hp_fragment_address
+        return Fragment(mapping.lp_fragment_address.start, source.narrow(0, address.start, address.numel))
+
+    def step(self, group: int) -> int:
+        """Adam's step count of one group."""
+        return int(self._optimizer.optimizer.state[self._flat[group]]["step"])
+
+    def set_step(self, group: int, step: int) -> None:
+        self._optimizer.optimizer.state[self._flat[group]]["step"].fill_(float(step))
+
+    def publish(self) -> None:
+        """Copy every master into the parameters that the model computes with, on all ranks (collective)."""
+        self._optimizer.update_lp_params()
+
+    def _create_adam_state(self) -> None:
+        # torch creates it at the first step; a checkpoint or a switch may come before that.
+        for group, flat in zip(self.groups, self._flat, strict=True):
+            state = self._optimizer.optimizer.state[flat]
+            if not state:
+                device = flat.device if group.get("fused") or group.get("capturable") else "cpu"
+                state["step"] = torch.zeros((), dtype=torch.float32, device=device)
+                state[EXP_AVG] = torch.zeros_like(flat.data)
+                state[EXP_AVG_SQ] = torch.zeros_like(flat.data)
+
+    def _check_layout(self) -> None:
+        for group, parameters in enumerate(self._optimizer.bit16_groups):
+            for parameter in parameters:
+                mapping = parameter._hp_mapping
+                if mapping is None:
+                    continue
+                if mapping.param_group_index != group or mapping.hp_fragment.numel() != mapping.lp_fragment.numel():
+                    raise RuntimeError("DeepSpeed's fragment map does not name the group and size of a parameter")
+                master = self.fragment(parameter, MASTER).values
+                if master.data_ptr() != mapping.hp_fragment.data_ptr():
+                    raise RuntimeError("DeepSpeed's fp32 fragments are not views of its flat partition any more")

@@ -1,0 +1,67 @@
+"""One integer per neuron over everything that belongs to it, so that a switch can be verified exactly.
+
+Sums over a tensor and the dense loss do not notice moments that were not moved or were moved by another order. A
+neuron's fingerprint is a sum modulo 2^64 of the bit patterns of all its values, each multiplied by a fixed odd random
+number for its tensor, kind and column: parts held by different ranks add up, and any value in a wrong place shows.
+"""
+
+import hashlib
+from collections.abc import Sequence
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ssd_megatron.parallel.logical_state import LogicalState
+from ssd_megatron.parallel.zero import KINDS, MASTER
+
+INTEGER_OF = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
+CHUNK_ELEMENTS = 1 << 22
+
+
+def bank_fingerprints(state: LogicalState, names: Sequence[str], group: dist.ProcessGroup) -> Tensor:
+    """Fingerprints [neurons] int64 of one bank, by position, over masters and moments (collective over `group`).
+
+    Args:
+        names: the bank's tensors with one row per neuron.
+    """
+    neurons = state.specs[names[0]].shape[0]
+    total = torch.zeros(neurons, dtype=torch.int64, device=state.parameter(names[0]).device)
+    for name in names:
+        row_size = state.specs[name].numel // neurons
+        for kind in KINDS:
+            fragment = state.fragment(name, kind)
+            _add_fingerprints(total, fragment.values, fragment.start, row_size, f"{_leaf(name)}/{kind}")
+    dist.all_reduce(total, group=group)
+    return total
+
+
+def stale_parameters(state: LogicalState, names: Sequence[str]) -> list[str]:
+    """Names whose model parameter is not its master, rounded to the parameter's dtype, in this rank's part."""
+    stale = []
+    for name in names:
+        fragment = state.fragment(name, MASTER)
+        parameter = state.parameter(name).detach()
+        part = parameter.reshape(-1).narrow(0, fragment.start, fragment.values.numel())
+        if not torch.equal(part, fragment.values.to(parameter.dtype)):
+            stale.append(name)
+    return stale
+
+
+def _add_fingerprints(total: Tensor, values: Tensor, start: int, row_size: int, key: str) -> None:
+    weights = _column_weights(key, row_size).to(total.device)
+    for offset in range(0, values.numel(), CHUNK_ELEMENTS):
+        bits = values[offset : offset + CHUNK_ELEMENTS].view(INTEGER_OF[values.dtype]).long()
+        elements = torch.arange(start + offset, start + offset + bits.numel(), device=total.device)
+        total.index_add_(0, elements // row_size, bits * weights[elements % row_size])
+
+
+def _column_weights(key: str, columns: int) -> Tensor:
+    """Odd random int64 numbers that depend on `key` alone."""
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") % 2**63
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randint(-(2**62), 2**62, (columns,), generator=generator) * 2 + 1
+
+
+def _leaf(name: str) -> str:
+    return name.rpartition(".")[2]

@@ -1,0 +1,145 @@
+"""What the neurons do on the probe batch: fixed held-out tokens, so that checks at different steps are comparable.
+
+Shapes: T probe tokens, N neurons of one feed-forward network, H hidden, E experts, K experts per token.
+"""
+
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from ssd_megatron.ffn.switchable import SwitchableFFN
+from ssd_megatron.parallel.topology import Topology
+
+Batch = Mapping[str, Tensor]
+PACK_WEIGHTS = (128, 64, 32, 16, 8, 4, 2, 1)
+
+
+@dataclass(frozen=True)
+class LayerStatistics:
+    """One feed-forward network on the whole probe batch.
+
+    Attributes:
+        active_fraction: share of (token, neuron) pairs that fire.
+        signatures: [N, bytes] uint8, a bit per probe token (most significant first): the neuron fired.
+        expert_ids: [T, K] int64, experts that the given centroids choose; empty if none were given.
+    """
+
+    active_fraction: float
+    signatures: Tensor
+    expert_ids: Tensor
+
+
+@dataclass(frozen=True)
+class ProbeBatch:
+    """This rank's part of the probe samples (possibly nothing) and the forward pass over a batch of them.
+
+    Attributes:
+        token_losses: losses [b, s] of a batch in the mode that the networks have.
+    """
+
+    batches: list[Batch]
+    token_losses: Callable[[Batch], Tensor]
+    topology: Topology
+
+    def loss(self) -> float:
+        """Mean loss over all probe tokens of all ranks (collective)."""
+        loss = count = 0.0
+        for batch in self.batches:
+            losses, mask = self.token_losses(batch), batch["loss_mask"]
+            loss += float((losses * mask).sum(dtype=torch.float64))
+            count += float(mask.sum(dtype=torch.float64))
+        loss, count = self.topology.sum([loss, count])
+        return loss / count
+
+
+@dataclass
+class _Recorder:
+    """Collects one network's bits batch by batch; `centroids_EH` may be None."""
+
+    neurons: int
+    centroids_EH: Tensor | None
+    top_k: int
+    fired: list[Tensor] = field(default_factory=list)
+    chosen: list[Tensor] = field(default_factory=list)
+    fired_count: int = 0
+    pairs: int = 0
+
+    def __call__(self, x_TH: Tensor, pre_TN: Tensor) -> None:
+        fired_TN = pre_TN > 0
+        self.fired_count += int(fired_TN.sum())
+        self.pairs += fired_TN.numel()
+        self.fired.append(pack_bits(fired_TN.t()))
+        if self.centroids_EH is not None:
+            scores_TE = x_TH @ self.centroids_EH.to(x_TH.dtype).t()
+            self.chosen.append(scores_TE.topk(self.top_k, dim=1).indices)
+
+
+def collect_statistics(
+    ffns: Mapping[str, SwitchableFFN],
+    probe: ProbeBatch,
+    centroids: Mapping[str, Tensor],
+    top_k: int,
+) -> dict[str, LayerStatistics]:
+    """Run the probe batch densely and gather every network's statistics over the ranks (collective).
+
+    Args:
+        centroids: [E, H] expert scores by network name, for those whose expert choice is wanted.
+    """
+    recorders = {name: _Recorder(ffn.bank.w_in.shape[0], centroids.get(name), top_k) for name, ffn in ffns.items()}
+    with _observed(ffns, recorders):
+        for batch in probe.batches:
+            probe.token_losses(batch)
+    return {name: _gather(recorder, probe.topology) for name, recorder in recorders.items()}
+
+
+def expert_overlap(ids_a_TK: Tensor, ids_b_TK: Tensor, num_experts: int) -> float:
+    """Mean share of a token's experts that both choices have."""
+    one_hot = [
+        torch.zeros(len(ids), num_experts, dtype=torch.bool).scatter_(1, ids.cpu(), True)
+        for ids in (ids_a_TK, ids_b_TK)
+    ]
+    return float((one_hot[0] & one_hot[1]).sum(1).double().mean()) / ids_a_TK.shape[1]
+
+
+def pack_bits(bits: Tensor) -> Tensor:
+    """Bits [N, T] bool to bytes [N, ceil(T / 8)] uint8, the first bit most significant; short rows end in zeros."""
+    padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -bits.shape[1] % 8))
+    weights = torch.tensor(PACK_WEIGHTS, dtype=torch.uint8, device=bits.device)
+    return (padded.view(bits.shape[0], -1, 8) * weights).sum(-1, dtype=torch.uint8)
+
+
+def unpack_bits(packed: Tensor) -> Tensor:
+    """Bytes [N, B] uint8 to bits [N, 8 B] uint8."""
+    shifts = torch.tensor(PACK_WEIGHTS, dtype=torch.uint8, device=packed.device)
+    return ((packed.unsqueeze(-1) & shifts) > 0).to(torch.uint8).flatten(1)
+
+
+@contextmanager
+def _observed(ffns: Mapping[str, SwitchableFFN], recorders: Mapping[str, _Recorder]) -> Iterator[None]:
+    modes = {name: ffn.mode for name, ffn in ffns.items()}
+    for name, ffn in ffns.items():
+        ffn.mode, ffn.observer = "dense", recorders[name]
+    try:
+        yield
+    finally:
+        for name, ffn in ffns.items():
+            ffn.mode, ffn.observer = modes[name], None
+
+
+def _gather(recorder: _Recorder, topology: Topology) -> LayerStatistics:
+    """Bits and choices of all ranks side by side; a rank without batches adds nothing."""
+    signatures = torch.cat([torch.zeros(recorder.neurons, 0, dtype=torch.uint8), *(f.cpu() for f in recorder.fired)], 1)
+    chosen = torch.cat([torch.zeros(0, recorder.top_k, dtype=torch.int64), *(c.cpu() for c in recorder.chosen)])
+    mine = (signatures, chosen, recorder.fired_count, recorder.pairs)
+    parts = [mine] * topology.data_parallel_size
+    if topology.data_parallel_size > 1:
+        dist.all_gather_object(parts, mine, group=topology.data_parallel_group)
+    return LayerStatistics(
+        active_fraction=sum(part[2] for part in parts) / sum(part[3] for part in parts),
+        signatures=torch.cat([part[0] for part in parts], 1),
+        expert_ids=torch.cat([part[1] for part in parts]),
+    )

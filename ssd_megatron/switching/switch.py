@@ -1,0 +1,119 @@
+"""The switch from dense to sparse, in place, in the running job: plan -> check -> apply -> verify -> commit.
+
+Neurons move so that every expert is a contiguous slice; weights, masters and moments move together, and nothing else
+of the model changes: the dense loss stays what it was. From sparse to dense nothing moves at all.
+"""
+
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ssd_megatron.ffn.routers import router_weights_from_bank
+from ssd_megatron.ffn.switchable import SwitchableFFN
+from ssd_megatron.parallel.logical_state import LogicalState
+from ssd_megatron.parallel.topology import Topology
+from ssd_megatron.parallel.zero import EXP_AVG, EXP_AVG_SQ, MASTER
+from ssd_megatron.switching.fingerprint import bank_fingerprints, stale_parameters
+from ssd_megatron.switching.partition import partition_order
+from ssd_megatron.switching.redistribute import move_neurons
+
+ROUTER_GROUP = "router"
+
+
+class SwitchError(RuntimeError):
+    """A switch could not be verified. Nothing of it was saved; the newest checkpoint is from before it."""
+
+
+@dataclass(frozen=True)
+class Applied:
+    """What moving the neurons took: bytes between ranks, and seconds of each part."""
+
+    bytes_moved: int
+    transfer_seconds: float
+    verify_seconds: float
+
+
+@torch.no_grad()
+def regroup_neurons(
+    ffns: Mapping[str, SwitchableFFN],
+    labels: Mapping[str, Tensor],
+    num_experts: int,
+    state: LogicalState,
+    topology: Topology,
+) -> Applied:
+    """Reorder every bank by its labels, set the routers, and verify neuron by neuron (collective).
+
+    Args:
+        labels: expert of the neuron at each position, [N] int64, by network name; the same on every rank.
+    Raises:
+        SwitchError: a neuron does not have exactly the values it had before.
+    """
+    transfer = verify = 0.0
+    moved = 0
+    expected: dict[str, Tensor] = {}
+    for name, ffn in ffns.items():
+        names = neuron_tensor_names(name, ffn)
+        started = time.perf_counter()
+        expected[name] = fingerprints_by_identity(ffn, bank_fingerprints(state, names, topology.data_parallel_group))
+        fingerprinted = time.perf_counter()
+        order = partition_order(labels[name], num_experts)
+        moved += move_neurons(state, names, order, topology.data_parallel_rank, topology.data_parallel_group)
+        ffn.bank.neuron_ids.copy_(ffn.bank.neuron_ids[order.to(ffn.bank.neuron_ids.device)])
+        verify += fingerprinted - started
+        transfer += time.perf_counter() - fingerprinted
+    started = time.perf_counter()
+    state.publish()
+    transfer += time.perf_counter() - started
+    started = time.perf_counter()
+    for name, ffn in ffns.items():
+        verify_bank(name, ffn, expected[name], state, topology)
+    verify += time.perf_counter() - started
+    set_routers(ffns, num_experts, state)
+    return Applied(moved, transfer, verify)
+
+
+def verify_bank(name: str, ffn: SwitchableFFN, expected: Tensor, state: LogicalState, topology: Topology) -> None:
+    """Check that each neuron has the fingerprint it had before and that the model computes with the masters' values.
+
+    Args:
+        expected: fingerprints [N] int64 by neuron identity, from before.
+    Raises:
+        SwitchError: on every rank alike.
+    """
+    names = neuron_tensor_names(name, ffn)
+    now = fingerprints_by_identity(ffn, bank_fingerprints(state, names, topology.data_parallel_group))
+    wrong = int((now != expected).sum())
+    stale = stale_parameters(state, names)
+    if topology.max([len(stale)])[0]:
+        raise SwitchError(f"{name}: the model's parameters are not their fp32 masters after a switch: {stale}")
+    if wrong:
+        raise SwitchError(
+            f"{name}: {wrong} of {now.numel()} neurons do not have the weights and moments they had before the switch"
+        )
+
+
+def set_routers(ffns: Mapping[str, SwitchableFFN], num_experts: int, state: LogicalState) -> None:
+    """Give every router its experts' centroids, without moments, as if its optimizer had just begun (collective)."""
+    for name, ffn in ffns.items():
+        router = f"{name}.router.weight"
+        weights = router_weights_from_bank(ffn.bank.rows().detach().float(), num_experts)
+        state.write(router, MASTER, weights)
+        for kind in (EXP_AVG, EXP_AVG_SQ):
+            state.write(router, kind, torch.zeros_like(weights))
+    state.set_adam_step(ROUTER_GROUP, 0)
+    state.publish()
+
+
+def fingerprints_by_identity(ffn: SwitchableFFN, by_position: Tensor) -> Tensor:
+    """Reorder fingerprints from position to neuron identity."""
+    by_identity = torch.zeros_like(by_position)
+    by_identity[ffn.bank.neuron_ids] = by_position
+    return by_identity
+
+
+def neuron_tensor_names(name: str, ffn: SwitchableFFN) -> list[str]:
+    """Global names of a network's tensors that have one row per neuron."""
+    return [f"{name}.bank.{leaf}" for leaf in ffn.bank.neuron_parameters()]

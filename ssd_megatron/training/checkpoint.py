@@ -1,0 +1,277 @@
+"""What a training state is, saved and restored: masters and moments, Adam's steps, learning rates, RNG, neuron
+identities, the coordinator's memory, and the trainer's counters. How it lies on disk is checkpoint_files.py."""
+
+import shutil
+import threading
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from safetensors import SafetensorError
+from torch import Tensor
+
+from ssd_megatron.errors import ConfigError
+from ssd_megatron.model.gpt import GPT
+from ssd_megatron.parallel.logical_state import LogicalState
+from ssd_megatron.parallel.topology import Topology
+from ssd_megatron.switching.coordinator import Coordinator
+from ssd_megatron.training import checkpoint_files as files
+from ssd_megatron.training.checkpoint_files import CheckpointError, FileRecord, Index, Piece, key_of
+from ssd_megatron.training.engine import DataParallelEngine
+
+RNG = "rng/"
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class Trained:
+    """The state of a run between two steps; `counters` are the trainer's plain numbers."""
+
+    engine: DataParallelEngine
+    model: GPT
+    coordinator: Coordinator
+    identity: dict[str, Any]
+
+
+class Checkpointer:
+    """Saves and restores a run's state under `<run_dir>/checkpoints` (every method is collective).
+
+    A save that fails on any rank ends in CheckpointError on all, with the checkpoints before it untouched.
+    """
+
+    def __init__(
+        self, root: Path, trained: Trained, topology: Topology, *, keep_last: int | None, async_save: bool
+    ) -> None:
+        self._root = root
+        self._trained = trained
+        self._topology = topology
+        self._keep_last = keep_last
+        self._async = async_save
+        self._writing: _Writing | None = None
+        if topology.is_first:
+            root.mkdir(parents=True, exist_ok=True)
+
+    def save(self, step: int, counters: Mapping[str, float]) -> Path | None:
+        """Save the state after `step`. Returns the folder, or None if it is still being written in the background."""
+        self.finish()
+        topology, folder = self._topology, files.temporary_folder(self._root, step)
+        if topology.is_first:
+            shutil.rmtree(folder, ignore_errors=True)
+        _agree(topology, lambda: folder.mkdir(parents=True) if topology.is_first else None, self._root)
+        owned = {
+            key_of(name, kind): (fragment.start, fragment.values.detach())
+            for name, kind, fragment in self._trained.engine.state.local()
+        }
+        contents = {files.rank_file(topology.rank): {key: values for key, (_, values) in owned.items()} | _rng()}
+        if topology.is_first:
+            contents[files.SHARED] = self._shared_tensors()
+        pieces = {key: (start, values.numel()) for key, (start, values) in owned.items()}
+        self._writing = _Writing(step, folder, contents, pieces, self._values(counters), in_background=self._async)
+        return None if self._async else self.finish()
+
+    def poll(self) -> Path | None:
+        """Finish a background save once every rank has written its part; to be called between steps."""
+        if self._writing is None or self._topology.max([int(not self._writing.is_done)])[0]:
+            return None
+        return self.finish()
+
+    def finish(self) -> Path | None:
+        """Wait for a save that is being written and make it the newest checkpoint; None if there is none."""
+        writing, self._writing = self._writing, None
+        if writing is None:
+            return None
+        records = _agree(self._topology, writing.result, self._root)
+        pieces = _gather(writing.pieces, self._topology)
+        final = self._root / files.folder_name(writing.step)
+
+        def commit() -> None:
+            if self._topology.is_first:
+                index = self._index(writing, [record for part in records for record in part], pieces)
+                files.commit(self._root, index)
+                files.remove_old(self._root, self._keep_last)
+
+        _agree(self._topology, commit, self._root)
+        return final
+
+    def restore_newest(self, tell: Callable[[str], None]) -> tuple[int, dict[str, float]] | None:
+        """Restore the newest checkpoint that is whole; damaged ones are told and passed over.
+
+        Returns:
+            its step and the counters saved with it, or None if there is no checkpoint at all.
+        Raises:
+            CheckpointError: there are checkpoints, and none is whole.
+            ConfigError: it was made by a run with other settings.
+        """
+        folders = _gather([folder.name for folder in files.checkpoints(self._root)], self._topology)[0]
+        for name in folders:
+            folder = self._root / name
+            damage = self._damages(folder)
+            if not damage:
+                return self._restore(folder)
+            tell(f"checkpoint {folder} is damaged ({'; '.join(damage)}): it is passed over")
+        if folders:
+            raise CheckpointError(f"no checkpoint in {self._root} is whole: move the folder away to start anew")
+        return None
+
+    def _damages(self, folder: Path) -> list[str]:
+        try:
+            index = files.read_index(folder)
+            found = files.damages(folder, index, self._topology.rank, self._topology.world_size)
+        except CheckpointError as error:
+            found = [str(error)]
+        return sorted({line for part in _gather(found, self._topology) for line in part})
+
+    def _restore(self, folder: Path) -> tuple[int, dict[str, float]]:
+        index = files.read_index(folder)
+        values = index.values
+        _check_identity(folder, values["identity"], self._trained.identity)
+        state = self._trained.engine.state
+        _check_tensors(folder, index, state)
+        for name, kind, fragment in state.local():
+            key = key_of(name, kind)
+            fragment.values.copy_(files.read_interval(folder, index, key, fragment.start, fragment.values.numel()))
+        state.publish()
+        for group, step in values["adam_steps"].items():
+            state.set_adam_step(group, step)
+        for group, rate in values["learning_rates"].items():
+            state.set_learning_rate(group, rate)
+        self._trained.engine.lr_scheduler.load_state_dict(values["lr_scheduler"])
+        self._trained.engine.deepspeed.global_steps = index.step
+        shared = files.read_tensors(folder, files.SHARED)
+        for name, ffn in self._trained.model.ffns.items():
+            ffn.bank.neuron_ids.copy_(shared[f"{name}.bank.neuron_ids"])
+        self._trained.coordinator.load_state_dict(values["coordinator"], shared)
+        if values["ranks"] == self._topology.world_size:
+            _set_rng(files.read_tensors(folder, files.rank_file(self._topology.rank)))
+        return index.step, values["counters"]
+
+    def _shared_tensors(self) -> dict[str, Tensor]:
+        identities = {f"{name}.bank.neuron_ids": ffn.bank.neuron_ids for name, ffn in self._trained.model.ffns.items()}
+        return identities | self._trained.coordinator.state_dict()[1]
+
+    def _values(self, counters: Mapping[str, float]) -> dict[str, Any]:
+        engine = self._trained.engine
+        return {
+            "ranks": self._topology.world_size,
+            "identity": self._trained.identity,
+            "adam_steps": engine.state.adam_steps(),
+            "learning_rates": engine.state.learning_rates(),
+            "lr_scheduler": engine.lr_scheduler.state_dict(),
+            "coordinator": self._trained.coordinator.state_dict()[0],
+            "counters": dict(counters),
+        }
+
+    def _index(self, writing: "_Writing", records: list[FileRecord], parts: list[dict[str, tuple[int, int]]]) -> Index:
+        pieces: dict[str, list[Piece]] = {}
+        for rank, part in enumerate(parts):
+            for key, (start, numel) in part.items():
+                pieces.setdefault(key, []).append(Piece(files.rank_file(rank), start, numel))
+        shapes = {name: spec.shape for name, spec in self._trained.engine.state.specs.items()}
+        return Index(writing.step, shapes, pieces, writing.values, records)
+
+
+class _Writing:
+    """One rank's files of a save, written at once or in the background from copies."""
+
+    def __init__(
+        self,
+        step: int,
+        folder: Path,
+        contents: dict[str, dict[str, Tensor]],
+        pieces: dict[str, tuple[int, int]],
+        values: dict[str, Any],
+        *,
+        in_background: bool,
+    ) -> None:
+        self.step, self.pieces, self.values = step, pieces, values
+        self._folder = folder
+        self._records: list[FileRecord] = []
+        self._error: Exception | None = None
+        self._contents = {
+            name: {key: tensor.cpu().clone() if in_background else tensor.cpu() for key, tensor in tensors.items()}
+            for name, tensors in contents.items()
+        }
+        self._thread = threading.Thread(target=self._write)
+        self._thread.start()
+        if not in_background:
+            self._thread.join()
+
+    @property
+    def is_done(self) -> bool:
+        return not self._thread.is_alive()
+
+    def result(self) -> list[FileRecord]:
+        """The files, once written. Raises what went wrong while writing."""
+        self._thread.join()
+        if self._error is not None:
+            raise self._error
+        return self._records
+
+    def _write(self) -> None:
+        try:
+            for name, tensors in self._contents.items():
+                self._records.append(files.write_tensors(self._folder, name, tensors))
+        except (OSError, SafetensorError) as error:
+            self._error = error
+
+
+def _agree(topology: Topology, action: Callable[[], T], root: Path) -> list[T]:
+    """Run `action` on every rank; all raise CheckpointError if it failed on one. Returns every rank's result."""
+    result: T | None = None
+    error = None
+    try:
+        result = action()
+    except (OSError, SafetensorError) as failure:
+        error = f"rank {topology.rank}: {failure}"
+    gathered = _gather((result, error), topology)
+    errors = [failure for _, failure in gathered if failure is not None]
+    if errors:
+        raise CheckpointError(f"a checkpoint could not be written to {root}: {'; '.join(errors)}")
+    return [value for value, _ in gathered if value is not None]
+
+
+def _gather(mine: T, topology: Topology) -> list[T]:
+    """Every rank's object, on every rank, by rank."""
+    gathered = [mine] * topology.world_size
+    dist.all_gather_object(gathered, mine)
+    return gathered
+
+
+def _check_identity(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
+    changed = [
+        f"{field} was {saved.get(field)!r} and is {now.get(field)!r}"
+        for field in sorted(saved.keys() | now.keys())
+        if saved.get(field) != now.get(field)
+    ]
+    if changed:
+        raise ConfigError(
+            f"{folder} was made with other settings: {'; '.join(changed)}. "
+            "Use the settings it was made with, or another run_dir"
+        )
+
+
+def _check_tensors(folder: Path, index: Index, state: LogicalState) -> None:
+    """Missing and unused tensors are both errors, and so is another shape."""
+    wanted = {name: spec.shape for name, spec in state.specs.items()}
+    if index.shapes != wanted:
+        names = sorted(
+            name for name in index.shapes.keys() | wanted.keys() if index.shapes.get(name) != wanted.get(name)
+        )
+        raise CheckpointError(f"{folder} does not hold the tensors of this model: {', '.join(names[:5])} differ")
+
+
+def _rng() -> dict[str, Tensor]:
+    states = {f"{RNG}cpu": torch.get_rng_state()}
+    if torch.cuda.is_available():
+        states[f"{RNG}cuda"] = torch.cuda.get_rng_state()
+    return states
+
+
+def _set_rng(tensors: Mapping[str, Tensor]) -> None:
+    torch.set_rng_state(tensors[f"{RNG}cpu"])
+    if torch.cuda.is_available() and f"{RNG}cuda" in tensors:
+        torch.cuda.set_rng_state(tensors[f"{RNG}cuda"])

@@ -1,0 +1,193 @@
+"""Checkpoints on disk: safetensors files and one index.json, complete or not there at all. No pickle.
+
+    checkpoints/step_00000100/
+        index.json              what it holds, where, and every file's size and SHA-256; written last
+        shared.safetensors      tensors that all ranks have alike
+        rank_00000.safetensors  what data-parallel rank 0 owns: intervals of flattened logical tensors
+
+A checkpoint is written under a temporary name and renamed once every file is on the disk. It does not depend on who
+wrote it: an interval of a logical tensor is read from whichever files hold its parts.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+FORMAT_VERSION = 1
+INDEX = "index.json"
+SHARED = "shared.safetensors"
+FOLDER, TEMPORARY = "step_", ".tmp-step_"
+READ_CHUNK = 1 << 22
+
+
+class CheckpointError(RuntimeError):
+    """A checkpoint could not be written, or none can be read."""
+
+
+@dataclass(frozen=True)
+class FileRecord:
+    """A file of a checkpoint as it was written."""
+
+    name: str
+    size: int
+    sha256: str
+
+
+@dataclass(frozen=True)
+class Piece:
+    """Elements [start, start + numel) of a flattened logical tensor lie in `file` under the tensor's key."""
+
+    file: str
+    start: int
+    numel: int
+
+
+@dataclass(frozen=True)
+class Index:
+    """What a checkpoint holds: `pieces` by key (see `key_of`), `values` ready for JSON, `files` with checksums."""
+
+    step: int
+    shapes: dict[str, tuple[int, ...]]
+    pieces: dict[str, list[Piece]]
+    values: dict[str, Any]
+    files: list[FileRecord]
+
+
+def key_of(name: str, kind: str) -> str:
+    """Key of one kind (master, exp_avg, exp_avg_sq) of a logical tensor."""
+    return f"{name}|{kind}"
+
+
+def rank_file(rank: int) -> str:
+    return f"rank_{rank:05d}.safetensors"
+
+
+def folder_name(step: int) -> str:
+    return f"{FOLDER}{step:08d}"
+
+
+def temporary_folder(root: Path, step: int) -> Path:
+    return root / f"{TEMPORARY}{step:08d}"
+
+
+def write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> FileRecord:
+    """Write one file and return once it is on the disk."""
+    path = folder / name
+    save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
+    _sync(path)
+    return FileRecord(name, path.stat().st_size, _sha256(path))
+
+
+def commit(root: Path, index: Index) -> Path:
+    """Write the index into the temporary folder of its step and give the folder its name."""
+    temporary = temporary_folder(root, index.step)
+    text = json.dumps({"format_version": FORMAT_VERSION, **asdict(index)}, indent=1)
+    (temporary / INDEX).write_text(text)
+    _sync(temporary / INDEX)
+    _sync(temporary)
+    final = root / folder_name(index.step)
+    if final.exists():
+        shutil.rmtree(final)
+    temporary.rename(final)
+    _sync(root)
+    return final
+
+
+def checkpoints(root: Path) -> list[Path]:
+    """Folders of checkpoints under `root`, newest first, whether they can be read or not."""
+    return sorted(root.glob(f"{FOLDER}*"), reverse=True) if root.exists() else []
+
+
+def remove_old(root: Path, keep_last: int | None) -> None:
+    """Delete checkpoints beyond the newest `keep_last`, and what an interrupted save left."""
+    for left_over in root.glob(f"{TEMPORARY}*"):
+        shutil.rmtree(left_over)
+    if keep_last is not None:
+        for folder in checkpoints(root)[keep_last:]:
+            shutil.rmtree(folder)
+
+
+def read_index(folder: Path) -> Index:
+    """Raises CheckpointError if the index is missing, damaged or of another format."""
+    path = folder / INDEX
+    try:
+        raw = json.loads(path.read_text())
+        version = raw["format_version"]
+        if version != FORMAT_VERSION:
+            raise CheckpointError(f"{path} has format {version}; this version reads format {FORMAT_VERSION}")
+        return Index(
+            step=raw["step"],
+            shapes={name: tuple(shape) for name, shape in raw["shapes"].items()},
+            pieces={key: [Piece(**piece) for piece in pieces] for key, pieces in raw["pieces"].items()},
+            values=raw["values"],
+            files=[FileRecord(**record) for record in raw["files"]],
+        )
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise CheckpointError(f"{path} cannot be read: {error}") from error
+
+
+def damages(folder: Path, index: Index, rank: int, ranks: int) -> list[str]:
+    """What is wrong with the files that `rank` checks (every `ranks`-th), one line each."""
+    found = []
+    for record in index.files[rank::ranks]:
+        path = folder / record.name
+        if not path.exists():
+            found.append(f"{record.name} is missing")
+        elif path.stat().st_size != record.size:
+            found.append(f"{record.name} has {path.stat().st_size} bytes instead of {record.size}")
+        elif _sha256(path) != record.sha256:
+            found.append(f"{record.name} does not have its checksum")
+    return found
+
+
+def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """All tensors of one file."""
+    with safe_open(folder / name, framework="pt") as file:
+        keys: list[str] = list(file.keys())
+        return {key: file.get_tensor(key) for key in keys}
+
+
+def read_interval(folder: Path, index: Index, key: str, start: int, numel: int) -> Tensor:
+    """Elements [start, start + numel) of a flattened logical tensor, from all files that hold parts of it.
+
+    Raises:
+        CheckpointError: the checkpoint does not hold all of them.
+    """
+    values = torch.empty(numel)
+    read = 0
+    for piece in index.pieces.get(key, []):
+        first, last = max(start, piece.start), min(start + numel, piece.start + piece.numel)
+        if first < last:
+            with safe_open(folder / piece.file, framework="pt") as file:
+                part = file.get_slice(key)[first - piece.start : last - piece.start]
+            values[first - start : last - start] = part
+            read += last - first
+    if read != numel:
+        raise CheckpointError(f"{folder} holds {read} of {numel} elements of {key} from {start} on")
+    return values
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while chunk := file.read(READ_CHUNK):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

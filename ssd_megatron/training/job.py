@@ -1,0 +1,198 @@
+"""Puts a run together from its configuration and sees it through: data, model, engine, coordinator, trainer."""
+
+from collections.abc import Callable, Iterator
+from typing import Any
+
+import torch
+
+from ssd_megatron.config.load import RunConfig
+from ssd_megatron.data.checks import check_data
+from ssd_megatron.data.datasets import Datasets, SampleDataset, build_datasets
+from ssd_megatron.data.tokenizers import Tokenizer, load_tokenizer
+from ssd_megatron.ffn.kernels import choose_backend
+from ssd_megatron.model.gpt import GPT
+from ssd_megatron.parallel.device import detect_hardware, keep_freed_memory, missing_packages, peak_tflops
+from ssd_megatron.parallel.topology import Topology
+from ssd_megatron.switching.coordinator import Coordinator
+from ssd_megatron.switching.schedule import Schedule
+from ssd_megatron.switching.statistics import ProbeBatch
+from ssd_megatron.training.checkpoint import Checkpointer, Trained
+from ssd_megatron.training.console import Console
+from ssd_megatron.training.data_loader import StepSampler, collate, microbatches, to_device
+from ssd_megatron.training.engine import Batch, DataParallelEngine
+from ssd_megatron.training.metrics import MetricsLog
+from ssd_megatron.training.monitor import Monitor, silence_engine_events
+from ssd_megatron.training.plots import draw_run
+from ssd_megatron.training.run_folder import RunFolder, versions
+from ssd_megatron.training.run_log import RunLog
+from ssd_megatron.training.signals import StopRequests
+from ssd_megatron.training.summary import build_summary, print_summary, write_summary
+from ssd_megatron.training.trainer import Counters, Trainer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def check_run_data(config: RunConfig, tell: Callable[[str], None]) -> Tokenizer:
+    """Open the tokenizer and refuse data that cannot carry the run; before any process group.
+
+    Raises:
+        DataError: see data.checks.
+    """
+    section = config.ssd_megatron
+    tokenizer = load_tokenizer(section.data.tokenizer)
+    check_data(
+        section.data,
+        tokenizer=tokenizer,
+        model_vocab_size=section.model.vocab_size,
+        seq_length=section.model.seq_length,
+        global_batch_size=config.train_batch_size,
+        train_steps=section.training.train_steps,
+        eval_steps=section.training.eval_steps,
+        cache_dir=section.data_cache_dir,
+        report=tell,
+    )
+    return tokenizer
+
+
+def run_job(config: RunConfig, folder: RunFolder, tokenizer: Tokenizer, topology: Topology) -> None:
+    """Train as configured, from the newest checkpoint if there is one (collective).
+
+    Raises:
+        ConfigError: the newest checkpoint was made with other settings.
+        TrainingError, SwitchError, CheckpointError: the run cannot go on.
+    """
+    section = config.ssd_megatron
+    keep_freed_memory()
+    torch.manual_seed(section.seed + topology.data_parallel_rank)
+    stop = StopRequests(folder.path)
+    stop.install()
+    console = _console(config) if topology.is_first else None
+    backend, reason = choose_backend(section.ssd.backend, device=topology.device, dtype=DTYPES[config.dtype])
+    if console is not None:
+        for line in (*config.notes, *missing_packages(), reason):
+            console.note(line)
+
+    datasets = _datasets(config, tokenizer)
+    model = GPT(section, backend)
+    engine = DataParallelEngine(model, config, topology)
+    silence_engine_events(engine.deepspeed.monitor)
+    probe = ProbeBatch(_probe_batches(config, datasets, topology), engine.token_losses, topology)
+    schedule = Schedule(section.ssd, section.training.train_steps)
+    coordinator = Coordinator(section.ssd, model.ffns, engine.state, probe, schedule, topology, section.seed)
+    checkpointer = Checkpointer(
+        folder.checkpoints,
+        Trained(engine, model, coordinator, config.identity()),
+        topology,
+        keep_last=section.checkpoint.keep_last,
+        async_save=section.checkpoint.async_save,
+    )
+    restored = checkpointer.restore_newest(tell=console.event if console is not None else _silent)
+    done, counters = restored or (0, vars(Counters()))
+    log = RunLog(
+        metrics=MetricsLog(folder.path, last_step=done) if topology.is_first else None,
+        monitor=Monitor(engine.deepspeed.monitor) if topology.is_first else None,
+        console=console,
+    )
+    if restored is not None:
+        if log.monitor is not None:
+            log.monitor.resume(done)
+        log.record("resume", done, checkpoint=str(folder.checkpoints))
+        log.event(f"resuming after step {done} of {section.training.train_steps}")
+    trainer = Trainer(
+        config,
+        topology,
+        engine=engine,
+        model=model,
+        coordinator=coordinator,
+        checkpointer=checkpointer,
+        batches=_train_batches(config, datasets, topology, first_step=done + 1),
+        eval_batches=_eval_batches(config, datasets, topology),
+        log=log,
+        stop=stop,
+        counters=Counters(**counters),
+        done_steps=done,
+        peak_flops=_peak_flops(config),
+    )
+    try:
+        status = trainer.run()
+        stop.clear_stop_file()
+    finally:
+        log.close()
+        engine.close()
+    if topology.is_first:
+        finish(config, folder, {"status": status, "steps": trainer.done_steps})
+
+
+def finish(config: RunConfig, folder: RunFolder, state: dict[str, Any]) -> None:
+    """Write summary.json and the plots, and print the summary."""
+    tokens = state["steps"] * config.train_batch_size * config.ssd_megatron.model.seq_length
+    summary = build_summary(
+        folder.path, config=config.resolved(), versions=versions(), state=state | {"tokens": tokens}
+    )
+    write_summary(folder.path, summary)
+    if config.ssd_megatron.logging.plots:
+        draw_run(folder.path)
+    print_summary(summary, folder.path)
+
+
+def _silent(_text: str) -> None:
+    pass
+
+
+def _console(config: RunConfig) -> Console:
+    return Console(config.ssd_megatron.training.train_steps, log_interval=config.ssd_megatron.logging.log_interval)
+
+
+def _peak_flops(config: RunConfig) -> float | None:
+    peak = config.ssd_megatron.logging.peak_tflops or peak_tflops(detect_hardware())
+    return None if peak is None else peak * 1e12
+
+
+def _datasets(config: RunConfig, tokenizer: Tokenizer) -> Datasets:
+    section = config.ssd_megatron
+    evaluation = section.training.eval_steps * config.train_batch_size
+    return build_datasets(
+        section.data,
+        tokenizer=tokenizer,
+        seq_length=section.model.seq_length,
+        seed=section.seed,
+        train_samples=section.training.train_steps * config.train_batch_size,
+        valid_samples=max(evaluation, section.ssd.probe_samples),
+        test_samples=0,
+        cache_dir=section.data_cache_dir,
+    )
+
+
+def _train_batches(config: RunConfig, datasets: Datasets, topology: Topology, first_step: int) -> Iterator[Batch]:
+    assert datasets.train is not None
+    sampler = _sampler(config, topology, first_step, config.ssd_megatron.training.train_steps)
+    return microbatches(datasets.train, sampler, topology.device, config.ssd_megatron.data.num_workers)
+
+
+def _eval_batches(config: RunConfig, datasets: Datasets, topology: Topology) -> list[Batch]:
+    """The same validation samples at every evaluation."""
+    assert datasets.valid is not None
+    sampler = _sampler(config, topology, 1, config.ssd_megatron.training.eval_steps)
+    return list(microbatches(datasets.valid, sampler, topology.device, 0))
+
+
+def _probe_batches(config: RunConfig, datasets: Datasets, topology: Topology) -> list[Batch]:
+    """This rank's part of the first validation samples."""
+    assert isinstance(datasets.valid, SampleDataset)
+    mine = range(topology.data_parallel_rank, config.ssd_megatron.ssd.probe_samples, topology.data_parallel_size)
+    micro = config.micro_batch_size
+    return [
+        to_device(collate([datasets.valid[i] for i in mine[start : start + micro]]), topology.device)
+        for start in range(0, len(mine), micro)
+    ]
+
+
+def _sampler(config: RunConfig, topology: Topology, first_step: int, last_step: int) -> StepSampler:
+    return StepSampler(
+        first_step=first_step,
+        last_step=last_step,
+        micro_batch_size=config.micro_batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        rank=topology.data_parallel_rank,
+        ranks=topology.data_parallel_size,
+    )

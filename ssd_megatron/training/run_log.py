@@ -1,0 +1,98 @@
+"""Everything a run says: metrics.jsonl, DeepSpeed's monitors and the console. Rank 0 speaks; the others are silent."""
+
+from dataclasses import dataclass
+from typing import Any
+
+from ssd_megatron.switching.coordinator import CheckReport, SwitchReport
+from ssd_megatron.training.console import Console, StepLine, short_number
+from ssd_megatron.training.metrics import MetricsLog
+from ssd_megatron.training.monitor import Monitor, layer_tag
+
+
+@dataclass(frozen=True)
+class RunLog:
+    """The three voices of rank 0, or None on every other rank."""
+
+    metrics: MetricsLog | None
+    monitor: Monitor | None
+    console: Console | None
+
+    def record(self, kind: str, step: int, **values: Any) -> None:
+        """One record for metrics.jsonl and the monitors (see metrics.py for kinds and keys)."""
+        if self.metrics is not None and self.monitor is not None:
+            self.metrics.write(kind, step, **values)
+            self.monitor.record(kind, step, **values)
+
+    def note(self, text: str) -> None:
+        if self.console is not None:
+            self.console.note(text)
+
+    def event(self, text: str) -> None:
+        if self.console is not None:
+            self.console.event(text)
+
+    def step(self, line: StepLine) -> None:
+        if self.console is not None:
+            self.console.step(line)
+
+    def switch(self, step: int, report: SwitchReport) -> None:
+        self.record(
+            "switch",
+            step,
+            **{"from": report.from_mode, "to": report.to_mode},
+            seconds=report.seconds,
+            seconds_cluster=report.seconds_cluster,
+            seconds_transfer=report.seconds_transfer,
+            seconds_verify=report.seconds_verify,
+            bytes_moved=report.bytes_moved,
+            loss_before=report.loss_before,
+            loss_after=report.loss_after,
+            loss_sparse=report.loss_sparse,
+            reason=report.reason,
+            similarity=report.similarity,
+        )
+        self.event(
+            f"step {step}: switch {report.from_mode} -> {report.to_mode} in {report.seconds:.2f} s ({report.reason}); "
+            f"probe loss dense {report.loss_before:.4f} -> {report.loss_after:.4f}, sparse {report.loss_sparse:.4f}, "
+            f"{short_number(report.bytes_moved)}B between ranks"
+        )
+
+    def check(self, step: int, report: CheckReport, stable: int) -> None:
+        """A look at the activation pattern; `stable` similar ones in a row so far."""
+        self.record(
+            "check",
+            step,
+            similarity=report.similarity,
+            similarity_layers=report.similarity_layers,
+            overlap=report.overlap,
+            active_fraction=report.active_fraction,
+            stable=stable,
+            seconds=report.seconds,
+        )
+        similarity = "first look"
+        if report.similarity is not None:
+            similarity = f"structure similarity {report.similarity:.3f}"
+        if report.overlap is not None:
+            similarity += f", expert overlap {report.overlap:.3f}"
+        active = sum(report.active_fraction) / len(report.active_fraction)
+        self.event(
+            f"step {step}: {similarity}, {active:.1%} of neurons active, {stable} similar checks in a row"
+        )
+
+    def loads(self, step: int, loads: list[list[int]]) -> None:
+        """Tokens per expert by layer, of the last sparse step."""
+        ratios = [max(layer) * len(layer) / max(1, sum(layer)) for layer in loads]
+        self.record("load", step, expert_load=ratios)
+        if self.monitor is not None:
+            for index, layer in enumerate(loads):
+                self.monitor.histogram(step, layer_tag("expert_load", index), [float(tokens) for tokens in layer])
+
+    def flush(self) -> None:
+        if self.metrics is not None and self.monitor is not None:
+            self.metrics.flush()
+            self.monitor.close()
+
+    def close(self) -> None:
+        self.flush()
+        if self.console is not None:
+            self.console.close()

@@ -1,0 +1,71 @@
+"""Requests to stop: SIGTERM, SIGUSR1 (SLURM's warning) or a file STOP in the run folder; and launchers that die.
+
+A request only sets a flag. The trainer asks for it at each step boundary, all ranks agree, save and end together.
+A rank whose launcher is gone asks itself to stop, and is ended by force if its peers do not answer in time.
+"""
+
+import ctypes
+import os
+import signal
+import sys
+import threading
+from pathlib import Path
+from types import FrameType
+
+import psutil
+
+STOP_FILE = "STOP"
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+# Seconds that a rank without launcher has for its step, its save and its end.
+ORPHAN_GRACE_SECONDS = 300.0
+_PR_SET_PDEATHSIG = 1
+
+
+class StopRequests:
+    """Collects requests to stop this process; `install` once, in the main thread."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._stop_file = run_dir / STOP_FILE
+        self._received: str | None = None
+
+    def install(self) -> None:
+        """Take over SIGTERM and SIGUSR1, and watch the launcher."""
+        for number in SIGNALS:
+            signal.signal(number, self._receive)
+        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        launchers = _launchers()
+        if launchers:
+            threading.Thread(target=_watch, args=(launchers,), daemon=True).start()
+
+    def reason(self) -> str | None:
+        """Why this process was asked to stop; None if it was not."""
+        if self._received is None and self._stop_file.exists():
+            return f"the file {STOP_FILE} in the run folder"
+        return self._received
+
+    def clear_stop_file(self) -> None:
+        """Remove the file STOP once it was obeyed, so that the next start runs."""
+        self._stop_file.unlink(missing_ok=True)
+
+    def _receive(self, number: int, _frame: FrameType | None) -> None:
+        self._received = f"signal {signal.Signals(number).name}"
+
+
+def _launchers() -> list[psutil.Process]:
+    """The parent and, under DeepSpeed's launcher, the `deepspeed` command above it, whose death its child survives."""
+    parent = psutil.Process().parent()
+    if parent is None:
+        return []
+    if any("deepspeed.launcher.launch" in word for word in parent.cmdline()):
+        command = parent.parent()
+        return [parent] if command is None else [parent, command]
+    return []
+
+
+def _watch(launchers: list[psutil.Process]) -> None:
+    while all(launcher.is_running() and launcher.status() != psutil.STATUS_ZOMBIE for launcher in launchers):
+        threading.Event().wait(1.0)
+    os.kill(os.getpid(), signal.SIGTERM)
+    threading.Event().wait(ORPHAN_GRACE_SECONDS)
+    print("the launcher is gone and the other ranks do not answer: this rank ends without saving", file=sys.stderr)
+    os._exit(1)

@@ -1,0 +1,241 @@
+"""The training loop: one step after the other, and between steps whatever is due."""
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from ssd_megatron.config.load import RunConfig
+from ssd_megatron.model.cost import flops_per_token
+from ssd_megatron.model.gpt import GPT
+from ssd_megatron.parallel.topology import Topology
+from ssd_megatron.switching.coordinator import Coordinator
+from ssd_megatron.training.checkpoint import Checkpointer
+from ssd_megatron.training.console import StepLine
+from ssd_megatron.training.engine import Batch, DataParallelEngine, StepResult
+from ssd_megatron.training.run_log import RunLog
+from ssd_megatron.training.signals import StopRequests
+
+Status = Literal["finished", "stopped"]
+
+
+class TrainingError(RuntimeError):
+    """Training cannot go on; the message says where it broke."""
+
+
+@dataclass
+class Counters:
+    """What a run has spent so far: FLOPs, FLOPs had all steps been dense, and bad steps in a row."""
+
+    flops: float = 0.0
+    flops_dense: float = 0.0
+    bad_steps: int = 0
+
+
+class Trainer:
+    """Trains from the step after `done_steps` to the last, or until it is asked to stop.
+
+    Args:
+        batches: this rank's microbatches from that step on.
+        eval_batches: this rank's part of the fixed evaluation batches.
+        peak_flops: peak FLOP/s of one device, or None where it is not known.
+    """
+
+    def __init__(
+        self,
+        config: RunConfig,
+        topology: Topology,
+        *,
+        engine: DataParallelEngine,
+        model: GPT,
+        coordinator: Coordinator,
+        checkpointer: Checkpointer,
+        batches: Iterator[Batch],
+        eval_batches: list[Batch],
+        log: RunLog,
+        stop: StopRequests,
+        counters: Counters,
+        done_steps: int,
+        peak_flops: float | None,
+    ) -> None:
+        self._config = config
+        self._section = config.ssd_megatron
+        self._topology = topology
+        self._engine = engine
+        self._model = model
+        self._coordinator = coordinator
+        self._checkpointer = checkpointer
+        self._batches = batches
+        self._eval_batches = eval_batches
+        self._log = log
+        self._stop = stop
+        self._counters = counters
+        self._done = done_steps
+        self._peak_flops = peak_flops
+        self._flops = flops_per_token(self._section.model, self._section.ssd)
+        self._tokens_per_step = config.train_batch_size * self._section.model.seq_length
+
+    @property
+    def done_steps(self) -> int:
+        return self._done
+
+    def run(self) -> Status:
+        """Train. Every state that is left behind is saved.
+
+        Raises:
+            TrainingError: too many steps in a row with NaN or infinite loss or gradients.
+            SwitchError: a switch could not be verified.
+            CheckpointError: a checkpoint could not be written.
+        """
+        training, interval = self._section.training, self._section.checkpoint.interval
+        while self._done < training.train_steps:
+            self._train_step(self._done + 1)
+            step = self._done
+            last = step == training.train_steps
+            if last or step % training.eval_interval == 0:
+                self._evaluate(step)
+            reason = self._stop_reason(step)
+            if last or reason is not None or step % interval == 0:
+                self._save(step)
+            elif self._checkpointer.poll() is not None:
+                self._log.event(f"step {step}: the checkpoint in the background is complete")
+            if reason is not None and not last:
+                self._checkpointer.finish()
+                self._log.event(f"step {step}: saved and stopped by {reason}")
+                return "stopped"
+        self._checkpointer.finish()
+        return "finished"
+
+    def _train_step(self, step: int) -> None:
+        switch = self._coordinator.before_step(step)
+        if switch is not None:
+            self._log.switch(step, switch)
+        mode = self._coordinator.mode
+        started = time.perf_counter()
+        batch = [next(self._batches) for _ in range(self._config.gradient_accumulation_steps)]
+        result = self._engine.train_step(batch)
+        seconds = time.perf_counter() - started
+        self._done = step
+        self._counters.flops += self._flops.of(mode) * self._tokens_per_step
+        self._counters.flops_dense += self._flops.dense * self._tokens_per_step
+        self._record_step(step, mode, result, seconds)
+        bad = result.skipped or not math.isfinite(result.loss)
+        if bad:
+            self._bad_step(step, result, batch)
+        else:
+            self._counters.bad_steps = 0
+        check = self._coordinator.after_step(step, None if bad else result.loss)
+        if check is not None:
+            self._log.check(step, check, self._coordinator.schedule.stable_checks)
+        if self._coordinator.spiking:
+            self._log.record("fault", step, what="the loss rose after the last switch")
+            self._log.event(f"step {step}: the loss rose after the last switch")
+        if mode == "sparse" and step % self._section.logging.log_interval == 0:
+            self._log.loads(step, self._expert_loads())
+
+    def _record_step(self, step: int, mode: str, result: StepResult, seconds: float) -> None:
+        speed = self._tokens_per_step / seconds
+        flops_per_second = speed * self._flops.of(mode)
+        self._log.record(
+            "train",
+            step,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            lr=result.lr,
+            mode=mode,
+            tokens_per_second=speed,
+            seconds=seconds,
+            flops=self._counters.flops,
+            flops_dense=self._counters.flops_dense,
+            skipped=result.skipped,
+        )
+        mfu = None
+        if self._peak_flops is not None:
+            mfu = flops_per_second / (self._peak_flops * self._topology.world_size)
+        self._log.step(StepLine(step, result.loss, mode, speed, flops_per_second / 1e12, seconds, mfu))
+
+    def _bad_step(self, step: int, result: StepResult, batch: list[Batch]) -> None:
+        """Count a step whose loss or gradients are not finite; the update was skipped."""
+        self._counters.bad_steps += 1
+        in_a_row, limit = self._counters.bad_steps, self._section.training.max_bad_steps
+        what = f"loss {result.loss}, gradient norm {result.grad_norm}: the update is skipped ({in_a_row} in a row)"
+        self._log.record("fault", step, what=what)
+        self._log.event(f"step {step}: {what}")
+        if in_a_row >= limit:
+            where = first_non_finite(self._model, lambda: self._engine.token_losses(batch[0]))
+            raise TrainingError(
+                f"{in_a_row} steps in a row up to step {step} had a loss or gradients that are not finite "
+                f"(training.max_bad_steps is {limit}); first not finite: {where}. "
+                "Resume from the last checkpoint with a lower learning rate, or look at the data"
+            )
+
+    def _evaluate(self, step: int) -> None:
+        """Mean loss over the fixed validation batches, of the same weights in both modes."""
+        mode = self._coordinator.mode
+        losses: dict[str, float | None] = {"dense": None, "sparse": None}
+        self._coordinator.set_mode("dense")
+        losses["dense"] = self._mean_loss(self._eval_batches)
+        if self._coordinator.has_partition:
+            self._coordinator.set_mode("sparse")
+            losses["sparse"] = self._mean_loss(self._eval_batches)
+        self._coordinator.set_mode(mode)
+        self._log.record("eval", step, loss_dense=losses["dense"], loss_sparse=losses["sparse"])
+        shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None)
+        self._log.event(f"step {step}: validation loss {shown}")
+
+    def _mean_loss(self, batches: list[Batch]) -> float:
+        total = count = 0.0
+        for batch in batches:
+            total += float((self._engine.token_losses(batch) * batch["loss_mask"]).sum(dtype=torch.float64))
+            count += float(batch["loss_mask"].sum(dtype=torch.float64))
+        total, count = self._topology.sum([total, count])
+        return total / count
+
+    def _stop_reason(self, step: int) -> str | None:
+        """Why all ranks stop after this step; None if they go on. One rank that was asked is enough."""
+        if step == self._section.training.stop_after_step:
+            return f"training.stop_after_step ({step})"
+        mine = self._stop.reason()
+        if self._topology.max([int(mine is not None)])[0] == 0:
+            return None
+        return mine or "a request to another rank"
+
+    def _save(self, step: int) -> None:
+        self._log.flush()
+        started = time.perf_counter()
+        folder = self._checkpointer.save(step, vars(self._counters))
+        if folder is not None:
+            self._log.event(f"step {step}: checkpoint {folder} in {time.perf_counter() - started:.2f} s")
+
+    def _expert_loads(self) -> list[list[int]]:
+        """Tokens per expert by layer in the last microbatch, over all data-parallel ranks."""
+        loads = torch.stack([ffn.expert_load for ffn in self._model.ffns.values()])
+        dist.all_reduce(loads, group=self._topology.data_parallel_group)
+        counts: list[list[int]] = loads.tolist()
+        return counts
+
+
+def first_non_finite(model: nn.Module, forward: Callable[[], object]) -> str:
+    """Name the first module whose output is not finite in a forward pass, "the gradients" if none is."""
+    found: list[str] = []
+
+    def hook(name: str) -> Callable[[nn.Module, object, object], None]:
+        def look(_module: nn.Module, _inputs: object, output: object) -> None:
+            tensor = output[0] if isinstance(output, tuple) else output
+            if not found and isinstance(tensor, Tensor) and not bool(torch.isfinite(tensor).all()):
+                found.append(name)
+
+        return look
+
+    handles = [module.register_forward_hook(hook(name)) for name, module in model.named_modules() if name]
+    try:
+        forward()
+    finally:
+        for handle in handles:
+            handle.remove()
+    return f"the output of {found[0]}" if found else "the gradients"

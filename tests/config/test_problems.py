@@ -1,0 +1,259 @@
+"""Bad configs: each is answered with the field, its value, and what would work."""
+
+from typing import Any
+
+import pytest
+
+from ssd_megatron.config.checks import run_checks
+from ssd_megatron.config.report import known_fields, validate
+from ssd_megatron.errors import ConfigError
+from tests.config.conftest import DROP, Load, changed
+
+MODEL, DATA, SSD, TRAINING = (f"ssd_megatron.{name}" for name in ("model", "data", "ssd", "training"))
+WSD = {"type": "WSD", "params": {"warmup_num_steps": 100, "decay_num_steps": 200}}
+NOT_PARALLEL = "is not supported yet; use 1, data parallelism follows from the number of processes"
+
+
+def fixed(*phases: tuple[int, str]) -> dict[str, Any]:
+    return {
+        f"{SSD}.schedule": "fixed",
+        f"{SSD}.phases": [{"start_step": start, "mode": mode} for start, mode in phases],
+    }
+
+
+FIELDS: list[tuple[dict[str, Any], str]] = [
+    # Types and ranges of single fields.
+    ({f"{MODEL}.num_layers": "4"}, 'model.num_layers ("4") must be a whole number'),
+    ({f"{MODEL}.num_layers": 2.5}, "model.num_layers (2.5) must be a whole number"),
+    ({f"{MODEL}.num_layers": True}, "model.num_layers (true) must be a whole number"),
+    ({f"{MODEL}.hidden_size": 0}, "model.hidden_size (0) must be at least 1"),
+    ({f"{MODEL}.dropout": 1.0}, "model.dropout (1.0) must be below 1"),
+    ({f"{MODEL}.init_std": 0}, "model.init_std (0) must be above 0"),
+    ({f"{MODEL}.tie_embeddings": "yes"}, 'model.tie_embeddings ("yes") must be true or false'),
+    ({f"{MODEL}.seq_length": DROP}, "model.seq_length is missing: Tokens per sample."),
+    ({MODEL: DROP}, "ssd_megatron.model is missing: Shape of the Transformer."),
+    ({MODEL: 3}, "ssd_megatron.model (3) must be an object in braces"),
+    ({"ssd_megatron": DROP}, "ssd_megatron is missing: This project's section."),
+    ({f"{MODEL}.activation": "rleu"}, '"geglu" or "swiglu": did you mean "relu"?'),
+    ({f"{MODEL}.normalization": "batchnorm"}, 'model.normalization ("batchnorm") must be "layernorm" or "rmsnorm"'),
+    ({f"{SSD}.similarity_threshold": 1.5}, "ssd.similarity_threshold (1.5) must be at most 1"),
+    ({f"{SSD}.switch_tolerance": "tight"}, 'ssd.switch_tolerance ("tight") must be "auto", or a number'),
+    ({f"{SSD}.sparse_fraction": 0}, "ssd.sparse_fraction (0) must be above 0"),
+    ({"ssd_megatron.seed": -1}, "ssd_megatron.seed (-1) must be at least 0"),
+    ({"optimizer.params.lr": 0}, "optimizer.params.lr (0) must be above 0"),
+    ({"optimizer.params.betas": [0.9, 1.0]}, "optimizer.params.betas[1] (1.0) must be below 1"),
+    ({"optimizer.params.betas": [0.9]}, "optimizer.params.betas[1] is missing"),
+    ({"optimizer.type": "Lion"}, 'optimizer.type ("Lion") must be "AdamW" or "Adam"'),
+    ({"optimizer": DROP}, "optimizer is missing: Optimizer and peak learning rate."),
+    ({"scheduler": {"type": "Cosine", "params": {}}}, 'must have one of the types "WarmupLR", "WarmupDecayLR"'),
+    ({"gradient_clipping": -1}, "gradient_clipping (-1) must be at least 0"),
+    # Unknown keys, near and far.
+    ({"gradient_cliping": 1.0}, "gradient_cliping (1.0) is not a known key: did you mean gradient_clipping?"),
+    ({f"{SSD}.topk": 4}, "ssd.topk (4) is not a known key: did you mean top_k?"),
+    (
+        {f"{MODEL}.train_steps": 4},
+        "model.train_steps (4) is not a known key: it belongs to ssd_megatron.training.train",
+    ),
+    ({"model": {}}, "model ({}) is not a known key: it belongs to ssd_megatron.model"),
+    ({"optimizer.params.learning": 1}, "optimizer.params.learning (1) is not a known key: the keys here are lr, betas"),
+    ({"zero_optimization.overlap": 1}, "zero_optimization.overlap (1) is not a known key: did you mean overlap_comm?"),
+    # Not in this version, refused by name.
+    ({f"{MODEL}.family": "bert"}, 'model.family ("bert") is not in this version: use gpt'),
+    ({f"{MODEL}.family": "t5"}, 'model.family ("t5") is not in this version: use gpt'),
+    ({"ssd_megatron.parallel.tensor_parallel_size": 2}, f"parallel.tensor_parallel_size (2) {NOT_PARALLEL}"),
+    ({"ssd_megatron.parallel.pipeline_parallel_size": 2}, f"parallel.pipeline_parallel_size (2) {NOT_PARALLEL}"),
+    ({"ssd_megatron.parallel.expert_parallel_size": 8}, f"parallel.expert_parallel_size (8) {NOT_PARALLEL}"),
+    ({"ssd_megatron.parallel.context_parallel_size": 2}, "sequence and context parallelism are not supported yet"),
+    ({"ssd_megatron.weight_sparsity": {"sparsity": 0.9}}, "is not in this version (sparse weights): leave it out"),
+    ({"ssd_megatron.ffn_expansion": 4}, "ssd_megatron.ffn_expansion (4) is not in this version"),
+    ({f"{DATA}.reset_attention_mask": True}, "data.reset_attention_mask (true) is not supported yet: use false"),
+    ({f"{SSD}.routing": "routes.safetensors"}, "cannot be replayed from a file yet: use live"),
+    ({f"{SSD}.routing_granularity": 8}, "ssd.routing_granularity (8) is not supported yet: use 1"),
+    ({f"{SSD}.backend": "triton"}, 'ssd.backend ("triton") is not in this version: use torch or auto'),
+    ({f"{SSD}.router": "mlp"}, 'ssd.router ("mlp") must be "centroid"'),
+    ({"fp16": {"enabled": True}}, 'fp16 ({"enabled": true}) is not accepted: not supported yet: use bf16'),
+    ({"zero_optimization.stage": 0}, "zero_optimization.stage (0) is not supported: use 1, which costs the same"),
+    ({"zero_optimization.stage": 3}, "zero_optimization.stage (3) is not supported yet: use 1 or 2"),
+    ({"zero_optimization": True}, "zero_optimization (true) must be an object in braces"),
+    ({"zero_optimization.offload_optimizer": {"device": "cpu"}}, "offload is not supported yet: use ZeRO stage 1 or 2"),
+    ({"zero_optimization.stage3_max_live_parameters": 1}, "belongs to ZeRO-3, which is not supported yet"),
+    ({"activation_checkpointing": {}}, 'use ssd_megatron.training.recompute "full"'),
+    ({"checkpoint": {"load_universal": True}}, "checkpoints are this project's own: use ssd_megatron.checkpoint"),
+    ({"elasticity": {"enabled": True}}, "start it again on any number of processes"),
+    ({"data_efficiency": {"enabled": True}}, "set train_batch_size; a schedule of batch sizes"),
+    ({"sequence_parallel_size": 2}, "sequence and context parallelism are not supported yet: leave it out"),
+    ({"data_types": {"grad_accum_dtype": "fp32"}}, "types follow from the precision: use bf16"),
+    ({"communication_data_type": "fp16"}, "overflows without loss scaling: use bf16 or fp32"),
+    (
+        {"optimizer.params.max_grad_norm": 1.0},
+        "optimizer.params.max_grad_norm (1.0) is not accepted: use gradient_clip",
+    ),
+]
+
+TOGETHER: list[tuple[dict[str, Any], str]] = [
+    # Sizes.
+    (
+        {f"{MODEL}.hidden_size": 2048 // 4, f"{SSD}.num_experts": 48},
+        "ssd.num_experts (48) must divide model.ffn_hidden_size (2048): try 32 or 64",
+    ),
+    (
+        {f"{MODEL}.num_attention_heads": 5, f"{MODEL}.num_query_groups": 5},
+        "model.num_attention_heads (5) must divide model.hidden_size (64): try 4 or 8",
+    ),
+    (
+        {f"{MODEL}.num_query_groups": 3},
+        "model.num_query_groups (3) must divide model.num_attention_heads (4): try 2 or 4",
+    ),
+    (
+        {f"{MODEL}.num_attention_heads": 64, f"{MODEL}.position_embedding": "rope"},
+        'model.position_embedding ("rope") needs an even head size, but model.hidden_size (64) / '
+        "model.num_attention_heads (64) = 1",
+    ),
+    ({f"{SSD}.top_k": 17}, "ssd.top_k (17) must be at most ssd.num_experts (16): try 4"),
+    ({f"{SSD}.top_k": 1}, 'gives the router no gradient with ssd.router_update "straight_through": try 2'),
+    ({f"{SSD}.check_layers": 3}, "ssd.check_layers (3) must be at most model.num_layers (2)"),
+    # Schedules.
+    (
+        {f"{SSD}.sparse_fraction": 0.8},
+        "ssd.sparse_fraction (0.8) + ssd.warmup_fraction (0.1) + ssd.final_dense_fraction (0.15) = 1.05 must be at "
+        "most 1: try sparse_fraction 0.75",
+    ),
+    ({f"{SSD}.schedule": "fixed"}, 'ssd.phases is missing: ssd.schedule "fixed" needs it'),
+    (fixed((5, "dense")), "ssd.phases[0].start_step (5) must be 1"),
+    (fixed((1, "dense"), (1, "sparse")), "ssd.phases[1].start_step (1) must be above the one before (1)"),
+    (fixed((1, "dense"), (9, "dense")), 'ssd.phases[1].mode ("dense") must differ from the one before'),
+    (
+        fixed((1, "dense"), (1001, "sparse")),
+        "ssd.phases[1].start_step (1001) must be at most training.train_steps (1000)",
+    ),
+    (fixed((1, "thick")), 'ssd.phases[0].mode ("thick") must be "dense" or "sparse"'),
+    (
+        {f"{SSD}.phases": [{"start_step": 1, "mode": "dense"}]},
+        'has no effect: leave it out, or set ssd.schedule "fixed"',
+    ),
+    (
+        {f"{SSD}.schedule": "dense", f"{SSD}.similarity_threshold": 0.7},
+        'ssd.similarity_threshold (0.7) has no effect: leave it out, or set ssd.schedule "adaptive"',
+    ),
+    (
+        {f"{MODEL}.rotary_base": 500.0},
+        "model.rotary_base (500.0) has no effect: leave it out, or set model.position_emb",
+    ),
+    ({"optimizer.params.adam_w_mode": False}, "adam_w_mode (false) has no effect: leave it out, or set optimizer.type"),
+    (
+        {f"{TRAINING}.stop_after_step": 2000},
+        "training.stop_after_step (2000) must be at most training.train_steps (1000)",
+    ),
+    (
+        {"scheduler": {"type": "WarmupCosineLR", "params": {"warmup_num_steps": 1000}}},
+        "scheduler.params.warmup_num_steps (1000) must be below training.train_steps (1000): try 100",
+    ),
+    ({"scheduler": {"type": "WarmupLR", "params": {}}}, "scheduler.params.warmup_num_steps is missing"),
+    (
+        {"scheduler": WSD, f"{TRAINING}.train_steps": 250},
+        "scheduler.params.decay_num_steps (200) + warmup_num_steps (100) must be at most training.train_steps (250): "
+        "try 150 or less",
+    ),
+    (
+        {"scheduler": {"type": "WarmupDecayLR", "params": {"warmup_num_steps": 9, "warmup_max_lr": 0.1}}},
+        "scheduler.params.warmup_max_lr (0.1) contradicts optimizer.params.lr (0.001)",
+    ),
+    (
+        {"optimizer.params.torch_adam": False, "optimizer.params.fused": True},
+        "optimizer.params.fused (true) is for torch's optimizer",
+    ),
+    # Data.
+    ({f"{DATA}.paths": DROP}, "data.paths is missing: one path or a weighted blend, or train_paths and valid_paths"),
+    ({f"{DATA}.paths": [0.5, "a", "b"]}, 'must be paths, or positive weights and paths in turn: try ["a"]'),
+    ({f"{DATA}.paths": [0, "a"]}, 'data.paths ([0, "a"]) must be paths, or positive weights'),
+    (
+        {f"{DATA}.train_paths": ["a"], f"{DATA}.valid_paths": ["b"]},
+        'data.paths (["corpus"]) cannot go with data.train_paths',
+    ),
+    ({f"{DATA}.paths": DROP, f"{DATA}.train_paths": ["a"]}, "data.valid_paths is missing: data.train_paths needs it"),
+    ({f"{DATA}.test_paths": ["a"]}, 'data.test_paths (["a"]) needs data.train_paths'),
+    ({f"{DATA}.split": "90,10"}, 'data.split ("90,10") must be three weights for train, validation and test'),
+    ({f"{SSD}.partition": "kmean"}, 'ssd.partition ("kmean") must be kmeans, coactivation, random, or the path'),
+    ({f"{SSD}.partition": "none.safetensors"}, 'ssd.partition ("none.safetensors") is no file: record it first'),
+    # Batches.
+    ({"train_batch_size": DROP}, "train_batch_size is missing: samples per optimizer step over all ranks"),
+    (
+        {"train_micro_batch_size_per_gpu": 5},
+        "train_batch_size (32) must be train_micro_batch_size_per_gpu (5) * gradient_accumulation_steps (6) * data "
+        "parallel size (1) = 30: try train_batch_size 30, or train_micro_batch_size_per_gpu 4",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "message"), FIELDS + TOGETHER)
+def test_problem_names_field_value_and_remedy(load: Load, changes: dict[str, Any], message: str) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load(changes)
+    heading, *lines = str(caught.value).splitlines()
+    assert heading.startswith("1 problem in ") and heading.endswith("ds.json:")
+    assert len(lines) == 1
+    assert message in lines[0]
+
+
+def test_batch_must_divide_over_the_processes(load: Load) -> None:
+    with pytest.raises(
+        ConfigError, match=r"train_batch_size \(32\) must be a multiple of the data parallel size \(5, "
+    ):
+        load(world_size=5)
+
+
+def test_all_problems_are_reported_together(load: Load) -> None:
+    changes = {
+        "gradient_cliping": 1.0,
+        "train_batch_size": 33,
+        "optimizer.params.lr": "high",
+        f"{MODEL}.num_layers": 0,
+        f"{MODEL}.num_attention_heads": 5,
+        f"{SSD}.num_experts": 48,
+        f"{TRAINING}.train_steps": DROP,
+        f"{DATA}.paths": DROP,
+    }
+    with pytest.raises(ConfigError) as caught:
+        load(changes, "ssd_megatron.ssd.topk=3", world_size=2)
+    heading, *lines = str(caught.value).splitlines()
+    assert heading.startswith("9 problems in ")
+    for beginning in (
+        "--set ssd_megatron.ssd.topk: no such field: did you mean ssd_megatron.ssd.top_k?",
+        "training.train_steps is missing",
+        "model.num_layers (0) must be at least 1",
+        'optimizer.params.lr ("high") must be a number',
+        "gradient_cliping (1.0) is not a known key",
+        "model.num_attention_heads (5) must divide model.hidden_size (64)",
+        "ssd.num_experts (48) must divide model.ffn_hidden_size (256): try 32 or 64",
+        "data.paths is missing",
+        "train_batch_size (33) must be a multiple of the data parallel size (2",
+    ):
+        assert sum(line.startswith(f"  - {beginning}") for line in lines) == 1, beginning
+
+
+def test_a_broken_size_is_not_blamed_on_what_depends_on_it(load: Load) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load({f"{MODEL}.hidden_size": "wide", f"{SSD}.num_experts": 48})
+    assert str(caught.value).splitlines()[1:] == ['  - model.hidden_size ("wide") must be a whole number']
+
+
+def test_a_given_size_is_checked_though_another_is_broken(load: Load) -> None:
+    with pytest.raises(ConfigError, match=r"ssd.num_experts \(48\) must divide model.ffn_hidden_size \(256\)"):
+        load({f"{MODEL}.hidden_size": "wide", f"{MODEL}.ffn_hidden_size": 256, f"{SSD}.num_experts": 48})
+
+
+@pytest.mark.parametrize("value", [None, True, -1, 0, 2.5, 10**9, "", "x", [], [1], ["x", 2], {}, {"a": 1}], ids=str)
+def test_any_value_anywhere_gives_a_config_or_a_report(value: Any) -> None:
+    accepted = 0
+    for path in known_fields():
+        values, problems = validate(changed({"scheduler": WSD} | {path: value}))
+        problems += run_checks(values, {path})
+        assert all(" is missing" in line or " (" in line for line in problems), (path, problems)
+        accepted += not problems
+    assert accepted < len(known_fields())
+
+
+def test_refused_blocks_that_are_switched_off_ask_for_nothing(load: Load) -> None:
+    plain = load()
+    off = load({"fp16": {"enabled": False, "loss_scale": 0}, "prescale_gradients": False, "autotuning.enabled": False})
+    assert off.deepspeed == plain.deepspeed

@@ -1,0 +1,138 @@
+"""The model against its settings: sizes, initial values, equivalences."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.model.cost import flops_per_token, parameter_counts
+from ssd_megatron.model.gpt import GPT
+from ssd_megatron.model.heads import token_losses
+from ssd_megatron.model.init import named_normal
+from ssd_megatron.parallel.topology import Topology
+from tests.ranks import run_ranks
+from tests.small_engine import random_batch, run_config
+
+SETTINGS: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "rmsnorm, rope, no bias, untied": {
+        "normalization": "rmsnorm",
+        "position_embedding": "rope",
+        "add_bias": False,
+        "tie_embeddings": False,
+    },
+    "grouped queries, squared relu": {"num_attention_heads": 4, "num_query_groups": 2, "activation": "squared_relu"},
+    "gated": {"activation": "reglu"},
+    "gated without bias": {"activation": "swiglu", "add_bias": False},
+    "gelu": {"activation": "gelu"},
+}
+
+
+def losses(model: GPT, batch: dict[str, Tensor]) -> Tensor:
+    return model(batch["tokens"], batch["position_ids"], batch["labels"])
+
+
+def built_sizes(topology: Topology, settings: dict[str, Any]) -> dict[str, int]:
+    config = run_config(**settings)
+    model = GPT(config.ssd_megatron, "torch")
+    batch = random_batch(config, 0)
+    losses(model, batch).mean().backward()
+    without = [n for n, p in model.named_parameters() if p.grad is None and "router" not in n]
+    assert not without, f"no gradient: {without}"
+    sizes = dict.fromkeys(parameter_counts(config.ssd_megatron.model, config.ssd_megatron.ssd), 0)
+    for name, parameter in model.named_parameters():
+        sizes[part_of(name)] += parameter.numel()
+    return sizes
+
+
+def part_of(name: str) -> str:
+    for part, mark in (("norm", "norm"), ("router", "router"), ("ffn", "bank"), ("attention", "attention")):
+        if mark in name:
+            return part
+    return "embedding" if name.startswith("embedding") else "head"
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_parameter_counts_are_those_of_the_built_model(name: str) -> None:
+    config = run_config(**SETTINGS[name])
+    assert run_ranks(1, built_sizes, SETTINGS[name]) == [
+        parameter_counts(config.ssd_megatron.model, config.ssd_megatron.ssd)
+    ]
+
+
+def test_flops_of_gpt2_small_are_the_published_estimate() -> None:
+    """6 N per token for the matrices, 12 layers * 12 h s for attention (Kaplan et al., arXiv 2001.08361)."""
+    model = ModelConfig(num_layers=12, hidden_size=768, num_attention_heads=12, seq_length=1024, vocab_size=50257)
+    config = run_config()
+    ssd = config.ssd_megatron.ssd
+    matrices = 12 * (4 * 768**2 + 8 * 768**2) + 768 * 50304
+    assert flops_per_token(model, ssd).dense == pytest.approx(6 * matrices + 12 * 12 * 768 * 1024)
+    ffn = 6 * 12 * 8 * 768**2
+    saved = ffn * (1 - ssd.top_k / ssd.num_experts) - 6 * 12 * 768 * ssd.num_experts
+    assert flops_per_token(model, ssd).dense - flops_per_token(model, ssd).sparse == pytest.approx(saved)
+
+
+def first_values(topology: Topology, layers: int) -> dict[str, float]:
+    torch.manual_seed(layers)  # must not matter
+    model = GPT(run_config(num_layers=layers).ssd_megatron, "torch")
+    return {name: float(p.double().pow(2).sum()) for name, p in model.named_parameters() if "linear_proj" not in name}
+
+
+def test_initial_values_depend_on_name_and_seed_alone() -> None:
+    two, three = run_ranks(1, first_values, 2)[0], run_ranks(1, first_values, 3)[0]
+    common = [name for name in two if not name.endswith("w_out")]  # scaled by the number of layers
+    assert len(common) > 20 and all(two[name] == three[name] for name in common)
+    assert not torch.equal(named_normal("a", torch.Size([4]), 1), named_normal("b", torch.Size([4]), 1))
+    assert not torch.equal(named_normal("a", torch.Size([4]), 1), named_normal("a", torch.Size([4]), 2))
+
+
+def recomputed_gradients(topology: Topology, mode: str) -> float:
+    """Largest difference of any gradient with and without recomputation, in one mode."""
+    gradients = []
+    for recompute in ("none", "full"):
+        config = run_config()
+        section = config.ssd_megatron
+        training = section.training.model_copy(update={"recompute": recompute})
+        model = GPT(section.model_copy(update={"training": training}), "torch")
+        for index, ffn in enumerate(model.ffns.values()):
+            ffn.mode = "sparse" if mode == "sparse" else "dense"
+            ffn.router.weight.data = named_normal(str(index), ffn.router.weight.shape, 5)
+        losses(model, random_batch(config, 1)).mean().backward()
+        gradients.append([p.grad.clone() for p in model.parameters() if p.grad is not None])
+    assert len(gradients[0]) == len(gradients[1])
+    return max(float((a - b).abs().max()) for a, b in zip(*gradients, strict=True))
+
+
+@pytest.mark.parametrize("mode", ["dense", "sparse"])
+def test_recomputation_changes_no_gradient(mode: str) -> None:
+    assert run_ranks(1, recomputed_gradients, mode) == [0.0]
+
+
+def future_leaks(topology: Topology) -> list[float]:
+    """Change of the losses of earlier tokens when the last token changes, for learned positions and RoPE."""
+    changes = []
+    for position in ("learned", "rope"):
+        config = run_config(position_embedding=position)
+        model = GPT(config.ssd_megatron, "torch").eval()
+        batch = random_batch(config, 2)
+        before = losses(model, batch)
+        batch["tokens"][:, -1] = (batch["tokens"][:, -1] + 1) % 512
+        after = losses(model, batch)
+        changes += [float((after - before)[:, :-1].abs().max()), float((after - before)[:, -1].abs().min())]
+    return changes
+
+
+def test_no_token_sees_the_future() -> None:
+    learned_past, learned_last, rope_past, rope_last = run_ranks(1, future_leaks)[0]
+    assert learned_past == rope_past == 0.0
+    assert learned_last > 0 and rope_last > 0
+
+
+def test_token_losses_are_cross_entropy_in_fp32() -> None:
+    logits = torch.randn(3, 2, 7, generator=torch.Generator().manual_seed(0))
+    labels = torch.tensor([[1, 2, 3], [4, 5, 6]])
+    expected = -logits.log_softmax(-1).permute(1, 0, 2).gather(2, labels[..., None]).squeeze(2)
+    torch.testing.assert_close(token_losses(logits, labels), expected)
+    assert token_losses(logits.bfloat16(), labels).dtype == torch.float32

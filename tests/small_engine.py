@@ -1,0 +1,58 @@
+"""A tiny GPT under the real engine, on ranks that a test has joined, fed with random tokens."""
+
+import json
+import tempfile
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ssd_megatron.config.load import Hardware, RunConfig, load_config
+from ssd_megatron.model.gpt import GPT
+from ssd_megatron.parallel.topology import Topology
+from ssd_megatron.training.engine import DataParallelEngine
+from tests.small_run import Corpus, small_config
+
+NOWHERE = Corpus(Path("corpus"), Path("tokenizer.model"))
+
+
+def run_config(world_size: int = 1, **model: Any) -> RunConfig:
+    """The configuration of small_run with other model settings, without dropout; data is never opened."""
+    settings = {key: model.pop(key) for key in ("bf16", "stage") if key in model}
+    raw = small_config(NOWHERE, Path("run"))
+    raw["ssd_megatron"]["model"] |= {"dropout": 0.0} | model
+    raw["bf16"] = {"enabled": settings.get("bf16", False)}
+    raw["zero_optimization"] = {"stage": settings.get("stage", 1)}
+    raw["train_batch_size"] = 12  # for 1, 2 and 3 ranks
+    raw["tensorboard"] = {"enabled": False}
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ds.json"
+        path.write_text(json.dumps(raw))
+        return load_config(path, world_size=world_size, hardware=Hardware("cpu", False, "test"))
+
+
+def build(topology: Topology, config: RunConfig, backend: str = "torch") -> tuple[GPT, DataParallelEngine]:
+    model = GPT(config.ssd_megatron, backend)
+    return model, DataParallelEngine(model, config, topology)
+
+
+def random_batch(config: RunConfig, seed: int) -> dict[str, Tensor]:
+    """A microbatch of random tokens, all of them valid."""
+    shape = (config.micro_batch_size, config.ssd_megatron.model.seq_length + 1)
+    tokens = torch.randint(0, 512, shape, generator=torch.Generator().manual_seed(seed))
+    return {
+        "tokens": tokens[:, :-1].contiguous(),
+        "labels": tokens[:, 1:].contiguous(),
+        "loss_mask": torch.ones(shape[0], shape[1] - 1),
+        "position_ids": torch.arange(shape[1] - 1).expand(shape[0], -1).contiguous(),
+    }
+
+
+def train_steps(engine: DataParallelEngine, config: RunConfig, steps: range) -> None:
+    """Some optimizer steps on random batches, other ones on each rank."""
+    ranks = config.data_parallel_size
+    for step in steps:
+        first = (step * config.gradient_accumulation_steps) * ranks + torch.distributed.get_rank()
+        batches = [random_batch(config, first + m * ranks) for m in range(config.gradient_accumulation_steps)]
+        engine.train_step(batches)

@@ -1,0 +1,134 @@
+"""A switch moves everything that belongs to a neuron, and verification sees every fault that sums and losses cannot."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor
+
+from ssd_megatron.parallel.logical_state import LogicalState
+from ssd_megatron.parallel.topology import Topology
+from ssd_megatron.parallel.zero import EXP_AVG, EXP_AVG_SQ, KINDS, MASTER
+from ssd_megatron.switching import switch
+from ssd_megatron.switching.partition import random_partition
+from tests.ranks import run_ranks
+from tests.small_engine import build, random_batch, run_config, train_steps
+
+NEURONS, EXPERTS = 64, 8
+LAYOUTS = [(1, 1, False), (1, 1, True), (2, 1, False), (2, 2, True), (3, 1, False)]
+
+
+def labels_for(names: list[str], seed: int) -> dict[str, Tensor]:
+    return {name: random_partition(NEURONS, EXPERTS, seed + index).labels for index, name in enumerate(names)}
+
+
+def switch_and_compare(topology: Topology, stage: int, bf16: bool, activation: str) -> int:
+    """Two switches with training between; every neuron keeps its rows, the model its dense loss."""
+    config = run_config(topology.world_size, stage=stage, bf16=bf16, activation=activation)
+    model, engine = build(topology, config)
+    state, batch = engine.state, random_batch(config, 99)
+    moved = 0
+    for seed in (0, 10):
+        train_steps(engine, config, range(seed, seed + 2))
+        before = {
+            (name, leaf, kind): state.read(f"{name}.bank.{leaf}", kind)
+            for name, ffn in model.ffns.items()
+            for leaf in ffn.bank.neuron_parameters()
+            for kind in KINDS
+        }
+        ids = {name: ffn.bank.neuron_ids.clone() for name, ffn in model.ffns.items()}
+        loss = engine.token_losses(batch).mean()
+        applied = switch.regroup_neurons(model.ffns, labels_for(list(model.ffns), seed), EXPERTS, state, topology)
+        moved += applied.bytes_moved
+        for (name, leaf, kind), old in before.items():
+            new_ids = model.ffns[name].bank.neuron_ids
+            position_before = torch.argsort(ids[name])[new_ids]
+            assert torch.equal(state.read(f"{name}.bank.{leaf}", kind), old[position_before]), (name, leaf, kind)
+        assert float(engine.token_losses(batch).mean()) == pytest.approx(float(loss), rel=2e-3 if bf16 else 1e-6)
+        for name in model.ffns:
+            assert state.read(f"{name}.router.weight", MASTER).norm() > 0
+            assert not state.read(f"{name}.router.weight", EXP_AVG).any()
+        assert state.adam_steps()["router"] == 0 and state.adam_steps()["decay"] > 0
+    return moved
+
+
+@pytest.mark.parametrize("activation", ["relu", "reglu"])
+@pytest.mark.parametrize(("world_size", "stage", "bf16"), LAYOUTS)
+def test_neurons_keep_weights_and_moments(world_size: int, stage: int, bf16: bool, activation: str) -> None:
+    moved = run_ranks(world_size, switch_and_compare, stage, bf16, activation)
+    assert (moved[0] > 0) == (world_size == 3)  # with three ranks a cut falls into a bank, with two it does not
+
+
+Fault = Callable[[LogicalState, str], None]
+
+
+def forget_a_moment(state: LogicalState, name: str) -> None:
+    """As if exp_avg had not been moved: undo its move by any other order."""
+    fragment = state.fragment(f"{name}.bank.w_in", EXP_AVG)
+    fragment.values.copy_(fragment.values.view(NEURONS, -1).flip(0).flatten())
+
+
+def move_a_moment_by_another_order(state: LogicalState, name: str) -> None:
+    fragment = state.fragment(f"{name}.bank.w_out", EXP_AVG_SQ)
+    rows = fragment.values.view(NEURONS, -1)
+    rows[[3, 4]] = rows[[4, 3]]
+
+
+def leave_the_master(state: LogicalState, name: str) -> None:
+    """The model's parameter moved, its master did not."""
+    parameter = state.parameter(f"{name}.bank.w_in").data
+    parameter.copy_(parameter.flip(0))
+
+
+def swap_two_columns(state: LogicalState, name: str) -> None:
+    fragment = state.fragment(f"{name}.bank.w_in", EXP_AVG)
+    rows = fragment.values.view(NEURONS, -1)
+    rows[5, [0, 1]] = rows[5, [1, 0]]
+
+
+def exchange_the_moments(state: LogicalState, name: str) -> None:
+    first, second = (state.fragment(f"{name}.bank.b_in", kind).values for kind in (EXP_AVG, EXP_AVG_SQ))
+    first[0], second[0] = second[0].clone(), first[0].clone()
+
+
+FAULTS: dict[str, tuple[Fault, str]] = {
+    "moment not moved": (forget_a_moment, "neurons do not have the weights and moments"),
+    "moment moved by another order": (move_a_moment_by_another_order, "2 of 64 neurons do not have"),
+    "master not moved": (leave_the_master, "the model's parameters are not their fp32 masters"),
+    "columns of a moment exchanged": (swap_two_columns, "1 of 64 neurons do not have"),
+    "moments exchanged": (exchange_the_moments, "1 of 64 neurons do not have"),
+}
+
+
+def plant(topology: Topology, fault: str) -> tuple[str, float, float]:
+    """The message of the failed verification; dense loss and sum of all moments with the fault, relative to before."""
+    config = run_config()
+    model, engine = build(topology, config)
+    train_steps(engine, config, range(2))
+    name, ffn = next(iter(model.ffns.items()))
+    names = switch.neuron_tensor_names(name, ffn)
+    fingerprints = switch.bank_fingerprints(engine.state, names, topology.data_parallel_group)
+    expected = switch.fingerprints_by_identity(ffn, fingerprints)
+    batch = random_batch(config, 99)
+
+    def evidence() -> tuple[float, float]:
+        moments = sum(
+            float(engine.state.read(n, kind).sum(dtype=torch.float64)) for n in names for kind in (EXP_AVG, EXP_AVG_SQ)
+        )
+        return float(engine.token_losses(batch).mean()), moments
+
+    switch.verify_bank(name, ffn, expected, engine.state, topology)
+    loss, moments = evidence()
+    FAULTS[fault][0](engine.state, name)
+    faulty_loss, faulty_moments = evidence()
+    with pytest.raises(switch.SwitchError) as error:
+        switch.verify_bank(name, ffn, expected, engine.state, topology)
+    return str(error.value), faulty_loss / loss, faulty_moments / moments
+
+
+@pytest.mark.parametrize("fault", FAULTS)
+def test_verification_catches(fault: str) -> None:
+    message, loss, moments = run_ranks(1, plant, fault)[0]
+    assert FAULTS[fault][1] in message
+    if fault != "master not moved":
+        assert loss == 1.0 and moments == pytest.approx(1.0, rel=1e-6)  # which neither loss nor sums would have seen

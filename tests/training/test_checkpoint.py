@@ -1,0 +1,133 @@
+"""Checkpoints that were damaged, belong to another run, or cannot be written: really caused, on real files."""
+
+import json
+import resource
+import shutil
+import signal
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ssd_megatron.training import checkpoint_files
+from tests.ranks import free_port, start_process
+from tests.small_run import Corpus, Ranks, curve, small_config, train, write_config
+
+
+@pytest.fixture(scope="module")
+def trained(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with run.json and a run of 16 steps, checkpoints after 6 and 12 steps and at the end."""
+    folder = tmp_path_factory.mktemp("trained")
+    config = small_config(corpus, folder / "run")
+    config["ssd_megatron"]["checkpoint"] = {"interval": 6, "keep_last": None}
+    train(write_config(config, folder / "run.json"))
+    return folder
+
+
+@pytest.fixture
+def run(trained: Path, tmp_path: Path) -> Path:
+    """A copy of that run that the test may damage: the config's path; the run lies beside it as `run`."""
+    shutil.copytree(trained / "run", tmp_path / "run")
+    config = json.loads((trained / "run.json").read_text())
+    config["ssd_megatron"]["run_dir"] = str(tmp_path / "run")
+    return write_config(config, tmp_path / "run.json")
+
+
+def checkpoints(run: Path) -> list[Path]:
+    return checkpoint_files.checkpoints(run.parent / "run" / "checkpoints")
+
+
+def flip_bit(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+def truncate(path: Path) -> None:
+    path.write_bytes(path.read_bytes()[:-100])
+
+
+def remove(path: Path) -> None:
+    path.unlink()
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "said"),
+    [
+        ("rank_00000.safetensors", flip_bit, "rank_00000.safetensors does not have its checksum"),
+        ("rank_00000.safetensors", truncate, "rank_00000.safetensors has"),
+        ("shared.safetensors", remove, "shared.safetensors is missing"),
+        ("index.json", truncate, "index.json cannot be read"),
+        ("index.json", remove, "index.json cannot be read"),
+    ],
+)
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
+    run: Path, trained: Path, file: str, damage: Any, said: str
+) -> None:
+    damage(checkpoints(run)[0] / file)
+    output = train(run)
+    assert "step_00000016 is damaged" in output and said in output
+    assert "resuming after step 12 of 16" in output
+    assert curve(run.parent / "run") == curve(trained / "run")
+
+
+def test_no_whole_checkpoint_ends_the_run(run: Path) -> None:
+    for folder in checkpoints(run):
+        flip_bit(folder / "rank_00000.safetensors")
+    ranks = Ranks(run)
+    assert ranks.wait() == [1]
+    assert "is whole: move the folder away to start anew" in ranks.output()
+
+
+def test_another_format_is_refused_by_its_number(run: Path) -> None:
+    for folder in checkpoints(run):
+        index = json.loads((folder / "index.json").read_text())
+        (folder / "index.json").write_text(json.dumps(index | {"format_version": 99}))
+    ranks = Ranks(run)
+    assert ranks.wait() == [1]
+    assert "has format 99; this version reads format 1" in ranks.output()
+
+
+def test_other_settings_are_refused_with_field_and_both_values(run: Path) -> None:
+    ranks = Ranks(run, "ssd_megatron.model.ffn_hidden_size=128", "optimizer.params.lr=0.02")
+    assert ranks.wait() == [2]
+    assert "model.ffn_hidden_size was 64 and is 128; optimizer.params.lr was 0.01 and is 0.02" in ranks.output()
+
+
+def test_what_may_change_on_resume_does(run: Path) -> None:
+    output = train(run, "ssd_megatron.logging.log_interval=1", "ssd_megatron.checkpoint.keep_last=1")
+    assert "resuming after step 16 of 16" in output
+
+
+def test_keep_last_keeps_the_newest(corpus: Corpus, tmp_path: Path) -> None:
+    config = small_config(corpus, tmp_path / "run")
+    config["ssd_megatron"]["checkpoint"] = {"interval": 2, "keep_last": 3}
+    path = write_config(config, tmp_path / "run.json")
+    train(path)
+    assert [folder.name for folder in checkpoints(path)] == ["step_00000016", "step_00000014", "step_00000012"]
+
+
+def test_what_an_interrupted_save_left_is_not_taken_and_goes_away(run: Path) -> None:
+    shutil.copytree(checkpoints(run)[0], run.parent / "run" / "checkpoints" / ".tmp-step_00000099")
+    shutil.rmtree(checkpoints(run)[0])
+    assert "resuming after step 12 of 16" in train(run)
+    assert not list((run.parent / "run" / "checkpoints").glob(".tmp*"))
+
+
+def run_with_small_files(ds_config: Path, output: Path) -> None:
+    """Run where no file can grow beyond 100 kB: writing a checkpoint fails as on a full disk."""
+    from tests.small_run import _main
+
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (100_000, 100_000))
+    _main(0, 1, free_port(), ["--ds_config", str(ds_config)], output)
+
+
+def test_a_save_that_fails_leaves_the_checkpoints_before_it(run: Path) -> None:
+    shutil.rmtree(checkpoints(run)[0])
+    output = run.with_suffix(".log")
+    process = start_process(run_with_small_files, run, output)
+    process.join(120)
+    assert process.exitcode == 1
+    assert "error: a checkpoint could not be written to" in output.read_text()
+    assert "resuming after step 12 of 16" in train(run)

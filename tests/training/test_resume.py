@@ -1,0 +1,76 @@
+"""A run that is stopped and goes on gives, bit by bit, the losses and gradient norms of the run that was not."""
+
+from pathlib import Path
+
+import pytest
+
+from tests.small_run import Corpus, curve, records, small_config, train, write_config
+
+
+def start(corpus: Corpus, tmp_path: Path, name: str, **settings: object) -> tuple[Path, Path]:
+    config = small_config(corpus, tmp_path / name) | settings
+    return write_config(config, tmp_path / f"{name}.json"), tmp_path / name
+
+
+# The last dense step before a switch, the first after it, the middle of a phase; the same for sparse phases.
+STOPS = (2, 4, 5, 7, 8, 9, 11, 13)
+
+
+@pytest.mark.parametrize("bf16", [False, True], ids=["fp32", "bf16"])
+def test_one_process_resumes_bit_by_bit(corpus: Corpus, tmp_path: Path, bf16: bool) -> None:
+    whole, whole_dir = start(corpus, tmp_path, "whole", bf16={"enabled": bf16})
+    train(whole)
+    parts, parts_dir = start(corpus, tmp_path, "parts", bf16={"enabled": bf16})
+    for stop in STOPS:
+        train(parts, f"ssd_megatron.training.stop_after_step={stop}")
+    train(parts)
+    assert curve(parts_dir) == curve(whole_dir)
+    assert [r["loss_sparse"] for r in records(parts_dir, "eval")] == [
+        r["loss_sparse"] for r in records(whole_dir, "eval")
+    ]
+    assert len(records(parts_dir, "resume")) == len(STOPS)
+    assert len(records(parts_dir, "switch")) == 4
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_two_processes_resume_bit_by_bit(corpus: Corpus, tmp_path: Path, stage: int) -> None:
+    whole, whole_dir = start(corpus, tmp_path, "whole", zero_optimization={"stage": stage})
+    train(whole, world_size=2)
+    parts, parts_dir = start(corpus, tmp_path, "parts", zero_optimization={"stage": stage})
+    train(parts, "ssd_megatron.training.stop_after_step=6", "ssd_megatron.checkpoint.async_save=true", world_size=2)
+    train(parts, "ssd_megatron.training.stop_after_step=11", world_size=2)
+    train(parts, world_size=2)
+    assert curve(parts_dir) == curve(whole_dir)
+
+
+def test_the_adaptive_schedule_resumes_as_it_would_have_gone_on(corpus: Corpus, tmp_path: Path) -> None:
+    adaptive = {
+        "num_experts": 8,
+        "top_k": 2,
+        "check_interval": 2,
+        "stable_checks": 1,
+        "similarity_threshold": 0.05,
+        "sparse_phase_fraction": 0.25,
+        "min_dense_steps": 2,
+    }
+    for name in ("whole", "parts"):
+        config = small_config(corpus, tmp_path / name)
+        config["ssd_megatron"]["ssd"] = adaptive
+        write_config(config, tmp_path / f"{name}.json")
+    train(tmp_path / "whole.json")
+    for stop in (3, 5, 10):
+        train(tmp_path / "parts.json", f"ssd_megatron.training.stop_after_step={stop}")
+    train(tmp_path / "parts.json")
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
+    switches = [(r["step"], r["to"]) for r in records(tmp_path / "whole", "switch")]
+    assert switches[:2] == [(5, "sparse"), (9, "dense")]
+    assert switches == [(r["step"], r["to"]) for r in records(tmp_path / "parts", "switch")]
+
+
+def test_a_finished_run_is_not_trained_again(corpus: Corpus, tmp_path: Path) -> None:
+    config, run_dir = start(corpus, tmp_path, "run")
+    train(config)
+    before = curve(run_dir)
+    output = train(config)
+    assert "resuming after step 16 of 16" in output
+    assert curve(run_dir) == before

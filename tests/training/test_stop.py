@@ -1,0 +1,118 @@
+"""Stopping and killing real runs: signals, the file STOP, a rank that dies, a launcher that dies, a second start."""
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from tests.small_run import Corpus, Ranks, curve, records, small_config, train, write_config
+
+
+@pytest.fixture
+def long_run(corpus: Corpus, tmp_path: Path) -> Path:
+    """A run of 3,000 steps, which no test waits for."""
+    config = small_config(corpus, tmp_path / "run")
+    config["ssd_megatron"]["training"] |= {"train_steps": 3000, "eval_interval": 1000}
+    config["ssd_megatron"]["logging"]["log_interval"] = 1
+    return write_config(config, tmp_path / "run.json")
+
+
+def last_step(run: Path) -> int:
+    return curve(run.parent / "run")[-1][0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+def test_a_signal_to_one_rank_saves_and_ends_all(long_run: Path, number: signal.Signals) -> None:
+    ranks = Ranks(long_run, world_size=2)
+    ranks.wait_for("step 6/3000")
+    ranks.signal(number, rank=1)
+    assert ranks.wait() == [0, 0]
+    stopped = last_step(long_run)
+    assert f"step {stopped}: saved and stopped by a request to another rank" in ranks.output()
+    output = train(long_run, f"ssd_megatron.training.stop_after_step={stopped + 2}", world_size=2)
+    assert f"resuming after step {stopped} of 3000" in output
+    assert [step for step, _, _ in curve(long_run.parent / "run")] == list(range(1, stopped + 3))
+
+
+def test_the_file_stop_saves_and_ends_and_is_removed(long_run: Path) -> None:
+    ranks = Ranks(long_run)
+    ranks.wait_for("step 4/3000")
+    stop_file = long_run.parent / "run" / "STOP"
+    stop_file.touch()
+    assert ranks.wait() == [0]
+    assert "stopped by the file STOP in the run folder" in ranks.output()
+    assert not stop_file.exists()
+    assert f"resuming after step {last_step(long_run)}" in train(
+        long_run, f"ssd_megatron.training.stop_after_step={last_step(long_run) + 1}"
+    )
+
+
+def test_killed_runs_go_on_from_the_newest_checkpoint_and_end_alike(corpus: Corpus, tmp_path: Path) -> None:
+    for name in ("whole", "killed"):
+        config = small_config(corpus, tmp_path / name)
+        config["ssd_megatron"]["checkpoint"] = {"interval": 2, "keep_last": 2}
+        config["ssd_megatron"]["logging"]["log_interval"] = 1
+        write_config(config, tmp_path / f"{name}.json")
+    train(tmp_path / "whole.json")
+    for moment in ("step 5: switch", "step 8: checkpoint", "step 11/16"):
+        ranks = Ranks(tmp_path / "killed.json")
+        ranks.wait_for(moment)
+        ranks.signal(signal.SIGKILL)
+        assert ranks.wait() == [-signal.SIGKILL]
+    train(tmp_path / "killed.json")
+    assert curve(tmp_path / "killed") == curve(tmp_path / "whole")
+
+
+def test_a_second_start_on_the_same_folder_is_refused(long_run: Path) -> None:
+    first = Ranks(long_run)
+    first.wait_for("step 2/3000")
+    second_config = write_config_copy(long_run)
+    second = Ranks(second_config)
+    assert second.wait() == [2]
+    assert "is in use by another running process" in second.output()
+    first.signal(signal.SIGTERM)
+    assert first.wait() == [0]
+
+
+def write_config_copy(path: Path) -> Path:
+    copy = path.with_name("second.json")
+    copy.write_bytes(path.read_bytes())
+    return copy
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_ranks_save_and_end_when_the_deepspeed_command_is_gone(long_run: Path, number: signal.Signals) -> None:
+    root = Path(__file__).parents[2]
+    command = [str(Path(sys.executable).with_name("deepspeed")), "--master_port", "29731"]
+    output = long_run.with_suffix(".log")
+    with output.open("w") as file:
+        launcher = subprocess.Popen(
+            [*command, str(root / "pretrain_ssd.py"), "--ds_config", str(long_run)],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+        )
+    wait_until(lambda: "step 3/3000" in output.read_text(), f"training did not start: {output.read_text()}")
+    family = psutil.Process(launcher.pid).children(recursive=True)
+    launcher.send_signal(number)
+    launcher.wait(10)
+    wait_until(lambda: not any(alive(process) for process in family), "a rank outlives its launcher")
+    assert "saved and stopped by signal SIGTERM" in output.read_text()
+    assert records(long_run.parent / "run", "train")
+
+
+def alive(process: psutil.Process) -> bool:
+    return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+
+
+def wait_until(condition: Callable[[], bool], message: str, seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, message
+        time.sleep(0.1)

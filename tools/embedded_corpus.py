@@ -1,0 +1,108 @@
+"""Make the embedded corpus: real text that every machine has, the sources of the running Python's standard library.
+
+Writes documents.jsonl, tokenizer.model (SentencePiece, trained on it) and corpus.bin/.idx into one folder. The same
+Python gives the same corpus.
+"""
+
+import argparse
+import json
+import os
+import random
+import sys
+import sysconfig
+from collections.abc import Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from ssd_megatron.data.documents import DocumentReader, find_inputs
+from ssd_megatron.data.files import sha256_of, write_atomically
+from ssd_megatron.data.preprocess import corpus_files, preprocess, read_corpus_info
+from ssd_megatron.data.tokenizers import train_sentencepiece
+from ssd_megatron.errors import DataError
+
+VOCAB_SIZE = 4096
+SEED = 1  # of the order of the documents, so that the validation split is not one corner of the alphabet
+MAX_LINES = 100_000  # that the tokenizer is trained on
+NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
+EXAMPLE = "example:\n  python tools/embedded_corpus.py --out data/embedded\n"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; returns the exit status: 0 done (now or before), 2 there is no library to read."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("data/embedded"), help="folder (default: data/embedded)")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that tokenise")
+    arguments = parser.parse_args(argv)
+    try:
+        if is_finished(arguments.out):
+            print(f"{arguments.out} is finished: nothing to do")
+        else:
+            make_corpus(arguments.out, Path(sysconfig.get_path("stdlib")), workers=arguments.workers)
+    except DataError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+def is_finished(out: Path) -> bool:
+    """True if the folder holds a complete corpus made with the tokenizer beside it."""
+    tokenizer, prefix = out / "tokenizer.model", out / "corpus"
+    if not tokenizer.exists() or not all(path.exists() for path in corpus_files(prefix)):
+        return False
+    info = read_corpus_info(prefix)
+    return info is not None and info.tokenizer_sha256 == sha256_of(tokenizer)
+
+
+def make_corpus(out: Path, library: Path, *, workers: int) -> None:
+    """Write documents.jsonl, tokenizer.model and corpus.bin/.idx into a folder, over whatever was left there.
+
+    Args:
+        out: the folder, made if missing.
+        library: the folder of Python sources; tests and installed packages in it are left out.
+        workers: processes that tokenise.
+    Raises:
+        DataError: the library holds no source files.
+    """
+    sources = find_sources(library)
+    random.Random(SEED).shuffle(sources)
+    records = []
+    for path in sources:
+        try:
+            text = path.read_text(encoding="utf-8")
+        except UnicodeDecodeError:
+            print(f"{path} is not UTF-8; left out", file=sys.stderr)
+            continue
+        records.append(json.dumps({"text": text, "source": str(path.relative_to(library))}) + "\n")
+    if not records:
+        raise DataError(f"{library} has no Python sources: use data of your own with tools/preprocess_data.py")
+    documents = out / "documents.jsonl"
+    write_atomically(documents, "".join(records).encode())
+    print(f"{documents}: {len(records):,} source files of Python {sys.version.split()[0]}")
+
+    reader = DocumentReader(find_inputs([documents]), on_error="fail")
+    tokenizer = out / "tokenizer.model"
+    train_sentencepiece((document.text for document in reader), tokenizer, VOCAB_SIZE, seed=SEED, max_lines=MAX_LINES)
+    print(f"{tokenizer}: {VOCAB_SIZE:,} tokens")
+    preprocess(
+        reader,
+        tokenizer_path=tokenizer,
+        prefix=out / "corpus",
+        total_bytes=reader.total_bytes,
+        workers=workers,
+        overwrite=True,
+        console=Console(),
+    )
+
+
+def find_sources(library: Path) -> list[Path]:
+    """Python files of a library, sorted, without tests and installed packages."""
+    return sorted(
+        path for path in library.rglob("*.py") if NOT_LIBRARY.isdisjoint(path.relative_to(library).parent.parts)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
