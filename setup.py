@@ -19,9 +19,8 @@ REQUIREMENTS = [
     "safetensors>=0.6",
     "tensorboard>=2.19",
     "matplotlib>=3.10",
-    "scikit-learn>=1.6",
 ]
-DEVELOPMENT = ["pytest>=8.4", "ruff==0.17.6", "mypy==2.4.1", "pre-commit>=4", "scipy>=1.15"]
+DEVELOPMENT = ["pytest>=8.4", "ruff==0.17.6", "mypy==2.4.1", "pre-commit>=4", "scipy>=1.15", "scikit-learn>=1.6"]
 
 setup(
     name="ssd_megatron",

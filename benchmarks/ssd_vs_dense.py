@@ -1,10 +1,10 @@
-"""Does SSD reach the dense loss with fewer FLOPs? Real runs on the embedded corpus, the same data and steps for each arm.
+"""Does SSD reach the dense loss with fewer FLOPs? Real runs on the embedded corpus, same data and steps for each arm.
 
     python -m benchmarks.ssd_vs_dense --out runs/ssd_vs_dense [--seeds 1 2 3] [--steps 1000] [--jobs 2] [--quick]
 
-Arms: `dense`; `ssd` (adaptive schedule); `sparse` (experts from the first step to the last); `convert` (experts from the
-step at which ssd first goes sparse, and never back). Runs that are finished are not run again, so a stopped benchmark
-goes on. Writes table.md, table.json and loss.png into --out.
+Arms: `dense`; `ssd` (adaptive schedule); `sparse` (experts from the first step to the last); `convert` (experts from
+the step at which ssd first goes sparse, and never back). Runs that are finished are not run again, so a stopped
+benchmark goes on. Writes table.md, table.json and loss.png into --out.
 """
 
 import argparse
@@ -48,7 +48,10 @@ def base_config(steps: int, seed: int, run_dir: Path) -> dict[str, Any]:
     return {
         "train_batch_size": 32,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}},
-        "scheduler": {"type": "WSD", "params": {"warmup_num_steps": max(1, steps // 20), "decay_num_steps": steps * 3 // 10}},
+        "scheduler": {
+            "type": "WSD",
+            "params": {"warmup_num_steps": max(1, steps // 20), "decay_num_steps": steps * 3 // 10},
+        },
         "gradient_clipping": 1.0,
         "bf16": {"enabled": "auto"},
         "ssd_megatron": {
@@ -91,7 +94,8 @@ def arm_settings(arm: str, steps: int, first_switch: int | None) -> dict[str, An
         }
     if arm == "convert":
         assert first_switch is not None
-        return {"schedule": "fixed", "phases": [{"start_step": 1, "mode": "dense"}, {"start_step": first_switch, "mode": "sparse"}]}
+        phases = [{"start_step": 1, "mode": "dense"}, {"start_step": first_switch, "mode": "sparse"}]
+        return {"schedule": "fixed", "phases": phases}
     return {"schedule": arm}
 
 
@@ -111,7 +115,8 @@ def run_arm(out: Path, arm: str, seed: int, steps: int, threads: int) -> Result:
             command = [sys.executable, str(ROOT / "pretrain_ssd.py"), "--ds_config", str(config_path)]
             subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, check=True)
     summary = json.loads(summary_path.read_text())
-    print(f"{arm} seed {seed}: dense {summary['loss_dense']:.4f}, saved {summary['flops_saved_fraction']:.1%}", flush=True)
+    saved = summary["flops_saved_fraction"]
+    print(f"{arm} seed {seed}: dense {summary['loss_dense']:.4f}, {saved:.1%} of FLOPs saved", flush=True)
     return Result(
         arm,
         seed,

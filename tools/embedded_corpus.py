@@ -16,10 +16,10 @@ from pathlib import Path
 from rich.console import Console
 
 from ssd_megatron.data.documents import DocumentReader, find_inputs
-from ssd_megatron.data.files import sha256_of, write_atomically
 from ssd_megatron.data.preprocess import corpus_files, preprocess, read_corpus_info
 from ssd_megatron.data.tokenizers import train_sentencepiece
 from ssd_megatron.errors import DataError
+from ssd_megatron.files import sha256_of, write_atomically
 
 VOCAB_SIZE = 4096
 SEED = 1  # of the order of the documents, so that the validation split is not one corner of the alphabet

@@ -172,7 +172,7 @@ class SSDConfig(Section):
     ] = optional("auto", "Kernels of sparse mode; `triton` is not in this version.")
     probe_samples: Positive = optional(8, "Fixed held-out samples on which activation statistics are taken.")
     check_layers: Positive | None = optional(None, "Layers that a check between switches looks at; null: all.")
-    kmeans_rounds: Positive = optional(4, "Most rounds of balanced k-means per clustering.")
+    kmeans_rounds: Positive = optional(20, "Most rounds of balanced k-means per clustering.")
     switch_tolerance: Literal["auto"] | PositiveFloat = optional(
         "auto", "Relative change of the dense probe loss tolerated at a switch; `auto`: by dtype."
     )

@@ -7,11 +7,11 @@ from pathlib import Path
 
 from ssd_megatron.config.schema import DataConfig
 from ssd_megatron.data.blends import SplitSource, split_sources
-from ssd_megatron.data.corpus import Corpus, open_corpus, token_range
-from ssd_megatron.data.files import make_cache_dir, sha256_of
+from ssd_megatron.data.corpus import Corpus, make_cache_dir, open_corpus, token_range
 from ssd_megatron.data.preprocess import read_corpus_info
 from ssd_megatron.data.tokenizers import Tokenizer
 from ssd_megatron.errors import DataError
+from ssd_megatron.files import sha256_of
 
 
 @dataclass(frozen=True)

@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import numpy.typing as npt
 
-from ssd_megatron.data.files import write_atomically
 from ssd_megatron.errors import DataError
+from ssd_megatron.files import write_atomically
 
 MAGIC = b"MMIDIDX\x00\x00"
 HEADER = struct.Struct("<9sQBQQ")
@@ -125,3 +125,15 @@ def _read_index(path: Path) -> tuple[np.dtype[np.integer], npt.NDArray[np.int32]
     ):
         raise DataError(f"{path} is damaged: its lengths, offsets and documents contradict each other")
     return dtype, lengths
+
+
+def make_cache_dir(path: Path) -> None:
+    """Make the folder of the index cache, or a folder in it.
+
+    Raises:
+        DataError: it cannot be made.
+    """
+    try:
+        path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise DataError(f"data.cache_dir: the folder {path} cannot be made: {error}") from error

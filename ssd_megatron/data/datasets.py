@@ -21,8 +21,7 @@ from torch.utils.data import Dataset
 
 from ssd_megatron.config.schema import DataConfig
 from ssd_megatron.data.blends import SPLITS, SplitSource, split_sources
-from ssd_megatron.data.corpus import open_corpus
-from ssd_megatron.data.files import make_cache_dir
+from ssd_megatron.data.corpus import make_cache_dir, open_corpus
 from ssd_megatron.data.tokenizers import Tokenizer
 from ssd_megatron.errors import DataError
 

@@ -18,9 +18,9 @@ from rich.console import Console
 from rich.progress import BarColumn, DownloadColumn, Progress, TextColumn, TimeRemainingColumn, TransferSpeedColumn
 
 from ssd_megatron.data.documents import Document
-from ssd_megatron.data.files import sha256_of, write_atomically
 from ssd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from ssd_megatron.errors import DataError
+from ssd_megatron.files import sha256_of, write_atomically
 
 BATCH_CHARACTERS = 1 << 18  # text sent to a worker at once: enough to hide the cost of sending
 BATCHES_AHEAD = 4  # per worker; bounds the memory however fast documents come

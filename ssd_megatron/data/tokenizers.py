@@ -10,8 +10,8 @@ from typing import Protocol
 import sentencepiece
 import tokenizers
 
-from ssd_megatron.data.files import sha256_of, write_atomically
 from ssd_megatron.errors import DataError
+from ssd_megatron.files import sha256_of, write_atomically
 
 HUGGING_FACE_EOD_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<eod>")
 

@@ -5,11 +5,13 @@ Shapes: T tokens, H hidden, F neurons, E experts, N neurons per expert, K expert
 The scores never scale an expert's output: a gate is 1 in the forward pass, and at most carries a gradient.
 """
 
-from typing import NamedTuple
+from collections.abc import Callable
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
 
 ROUTER_UPDATES = ("straight_through", "frozen", "avg_k")
 
@@ -26,15 +28,30 @@ class Routing(NamedTuple):
     gates_TK: Tensor | None
 
 
-def router_logits(x_TH: Tensor, weight_EH: Tensor) -> Tensor:
-    """Scores [T, E] of the experts, at least fp32: bf16 products would tie, and ties would decide the experts."""
-    dtype = torch.promote_types(x_TH.dtype, torch.float32)
-    return F.linear(x_TH.to(dtype), weight_EH.to(dtype))
+class _Scores(torch.autograd.Function):
+    """x @ weight^T in at least fp32, its gradient in x's dtype: no fp32 copy of x is kept for the backward."""
+
+    @staticmethod
+    def forward(ctx: Any, x_TH: Tensor, weight_EH: Tensor) -> Tensor:
+        ctx.save_for_backward(x_TH, weight_EH)
+        # bf16 scores would tie often, and ties would choose the experts.
+        dtype = torch.promote_types(x_TH.dtype, torch.float32)
+        return F.linear(x_TH.to(dtype), weight_EH.to(dtype))
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, d_TE: Tensor) -> tuple[Tensor, Tensor]:
+        x_TH, weight_EH = ctx.saved_tensors
+        d_TE = d_TE.to(x_TH.dtype)
+        return d_TE @ weight_EH.to(x_TH.dtype), (d_TE.T @ x_TH).to(weight_EH.dtype)
 
 
-def best_experts(logits_TE: Tensor, top_k: int) -> Tensor:
+expert_scores: Callable[[Tensor, Tensor], Tensor] = _Scores.apply  # (x_TH, weight_EH) -> [T, E]
+
+
+def best_experts(scores_TE: Tensor, top_k: int) -> Tensor:
     """Ids [T, K] of the experts with the highest scores, best first; of equal scores the lower id, on every device."""
-    return logits_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
+    return scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
 
 
 class Router(nn.Module):
@@ -76,10 +93,10 @@ class Router(nn.Module):
         """
         if self.router_update != "straight_through":
             with torch.no_grad():
-                return Routing(best_experts(router_logits(x_TH, self._rows(rows_FH)), self.top_k), None)
-        logits_TE = router_logits(x_TH, self.weight)
-        expert_ids_TK = best_experts(logits_TE.detach(), self.top_k)
-        p_TK = logits_TE.gather(1, expert_ids_TK).softmax(dim=-1)
+                return Routing(best_experts(expert_scores(x_TH, self._rows(rows_FH)), self.top_k), None)
+        scores_TE = expert_scores(x_TH, self.weight)
+        expert_ids_TK = best_experts(scores_TE.detach(), self.top_k)
+        p_TK = scores_TE.gather(1, expert_ids_TK).softmax(dim=-1)
         return Routing(expert_ids_TK, 1 + p_TK - p_TK.detach())
 
     def _rows(self, rows_FH: Tensor | None) -> Tensor:

@@ -3,7 +3,6 @@ so that it must come (and, being the package of every module here, does come) be
 
 import logging
 import os
-import warnings
 
 import torch
 
@@ -12,8 +11,5 @@ if not torch.cuda.is_available():
     # megatron-core allocates on torch.cuda.current_device() in its tensor-parallel layers.
     torch.cuda.current_device = lambda: torch.device("cpu")  # type: ignore[assignment, return-value]
 
-os.environ.setdefault("DS_LOG_LEVEL", "error")
-# What their import warnings say about missing packages, device.missing_packages says once and with its cost.
-for _library in ("megatron", "deepspeed"):
-    warnings.filterwarnings("ignore", module=_library)
+# Their warnings speak to those who program them.
 logging.getLogger("megatron.core").setLevel(logging.ERROR)

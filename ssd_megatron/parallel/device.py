@@ -54,6 +54,13 @@ def missing_packages() -> list[str]:
     return lines
 
 
+def share_cores() -> None:
+    """Divide the cores of this machine between its ranks, unless OMP_NUM_THREADS already says how many threads."""
+    ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
+    if not IS_CUDA and "OMP_NUM_THREADS" not in os.environ:
+        torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+
+
 def keep_freed_memory() -> None:
     """Let glibc keep large freed blocks: on a CPU, page faults of fresh activations cost more than the arithmetic.
 

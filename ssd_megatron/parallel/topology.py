@@ -1,6 +1,7 @@
 """The processes of a job and their groups, held by one object that is passed in. The only file that sets up
 torch.distributed, DeepSpeed's and megatron-core's process groups."""
 
+import logging
 import os
 import socket
 from dataclasses import dataclass
@@ -77,6 +78,7 @@ def initialize_topology(*, timeout: timedelta = timedelta(minutes=30)) -> Topolo
         timeout=timeout,
         verbose=False,
     )
+    deepspeed.utils.logger.setLevel(logging.ERROR)  # its warnings speak to those who program it
     parallel_state.initialize_model_parallel(order="tp-dp-pp", create_gloo_process_groups=False)
     return Topology(
         rank=dist.get_rank(),

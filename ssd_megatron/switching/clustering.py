@@ -95,7 +95,7 @@ class Clustering:
     def _load_recorded(self) -> Labels | None:
         if isinstance(self._ssd.partition, str):
             return None
-        layers = load_partition(self._ssd.partition)
+        layers = load_partition(self._ssd.partition, self._ssd.num_experts)
         neurons = next(iter(self._ffns.values())).bank.w_in.shape[0]
         sizes = sorted({labels.numel() for labels in layers})
         if len(layers) != len(self._ffns) or sizes != [neurons]:

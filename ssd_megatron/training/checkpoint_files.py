@@ -9,7 +9,6 @@ A checkpoint is written under a temporary name and renamed once every file is on
 wrote it: an interval of a logical tensor is read from whichever files hold its parts.
 """
 
-import hashlib
 import json
 import os
 import shutil
@@ -23,11 +22,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
+from ssd_megatron.files import sha256_of
+
 FORMAT_VERSION = 1
 INDEX = "index.json"
 SHARED = "shared.safetensors"
 FOLDER, TEMPORARY = "step_", ".tmp-step_"
-READ_CHUNK = 1 << 22
 
 
 class CheckpointError(RuntimeError):
@@ -85,7 +85,7 @@ def write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> Fil
     path = folder / name
     save_file({key: tensor.contiguous() for key, tensor in tensors.items()}, path)
     _sync(path)
-    return FileRecord(name, path.stat().st_size, _sha256(path))
+    return FileRecord(name, path.stat().st_size, sha256_of(path))
 
 
 def commit(root: Path, index: Index) -> Path:
@@ -145,7 +145,7 @@ def damages(folder: Path, index: Index, rank: int, ranks: int) -> list[str]:
             found.append(f"{record.name} is missing")
         elif path.stat().st_size != record.size:
             found.append(f"{record.name} has {path.stat().st_size} bytes instead of {record.size}")
-        elif _sha256(path) != record.sha256:
+        elif sha256_of(path) != record.sha256:
             found.append(f"{record.name} does not have its checksum")
     return found
 
@@ -175,14 +175,6 @@ def read_interval(folder: Path, index: Index, key: str, start: int, numel: int) 
     if read != numel:
         raise CheckpointError(f"{folder} holds {read} of {numel} elements of {key} from {start} on")
     return values
-
-
-def _sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with path.open("rb") as file:
-        while chunk := file.read(READ_CHUNK):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _sync(path: Path) -> None:

@@ -1,5 +1,6 @@
 """Puts a run together from its configuration and sees it through: data, model, engine, coordinator, trainer."""
 
+import math
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -11,7 +12,7 @@ from ssd_megatron.data.datasets import Datasets, SampleDataset, build_datasets
 from ssd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from ssd_megatron.ffn.kernels import choose_backend
 from ssd_megatron.model.gpt import GPT
-from ssd_megatron.parallel.device import detect_hardware, keep_freed_memory, missing_packages, peak_tflops
+from ssd_megatron.parallel.device import detect_hardware, keep_freed_memory, missing_packages, peak_tflops, share_cores
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.switching.coordinator import Coordinator
 from ssd_megatron.switching.schedule import Schedule
@@ -47,7 +48,7 @@ def check_run_data(config: RunConfig, tell: Callable[[str], None]) -> Tokenizer:
         seq_length=section.model.seq_length,
         global_batch_size=config.train_batch_size,
         train_steps=section.training.train_steps,
-        eval_steps=section.training.eval_steps,
+        eval_steps=max(section.training.eval_steps, math.ceil(section.ssd.probe_samples / config.train_batch_size)),
         cache_dir=section.data_cache_dir,
         report=tell,
     )
@@ -62,6 +63,7 @@ def run_job(config: RunConfig, folder: RunFolder, tokenizer: Tokenizer, topology
         TrainingError, SwitchError, CheckpointError: the run cannot go on.
     """
     section = config.ssd_megatron
+    share_cores()
     keep_freed_memory()
     torch.manual_seed(section.seed + topology.data_parallel_rank)
     stop = StopRequests(folder.path)

@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from ssd_megatron.errors import DataError
+from ssd_megatron.files import write_atomically
 
 FILE_NAME = "metrics.jsonl"
 
@@ -55,7 +56,7 @@ class MetricsLog:
         path = run_dir / FILE_NAME
         if path.exists():
             kept = [line for line, record in _lines(path) if record["step"] <= last_step]
-            replace_file(path, b"".join(line + b"\n" for line in kept))
+            write_atomically(path, b"".join(line + b"\n" for line in kept))
         # Line buffering: what was written survives this process, whatever ends it.
         self._file = path.open("a", buffering=1, encoding="utf-8")
 
@@ -103,16 +104,6 @@ def phases_of(records: Sequence[Record]) -> list[Phase]:
         else:
             phases.append(Phase(record["step"], record["step"], record["mode"]))
     return phases
-
-
-def replace_file(path: Path, content: bytes) -> None:
-    """Write a file so that a reader, or a crash, sees the old content or the new, nothing between."""
-    temporary = path.with_name(f"{path.name}.tmp")
-    with temporary.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
 
 
 def _lines(path: Path) -> list[tuple[bytes, Record]]:

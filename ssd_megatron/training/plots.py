@@ -18,7 +18,8 @@ from matplotlib.figure import Figure
 from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from ssd_megatron.errors import DataError
-from ssd_megatron.training.metrics import Record, phases_of, read_metrics, replace_file
+from ssd_megatron.files import write_atomically
+from ssd_megatron.training.metrics import Record, phases_of, read_metrics
 
 # Okabe and Ito's palette: told apart by colour-blind readers too.
 _TRAIN, _DENSE, _SPARSE, _GREY, _GREEN = "#56B4E9", "#0072B2", "#D55E00", "#808080", "#009E73"
@@ -46,7 +47,7 @@ def draw_run(run_dir: Path) -> list[Path]:
     paths = []
     for name, figure in figures.items():
         paths.append(folder / f"{name}.png")
-        replace_file(paths[-1], _png(figure))
+        write_atomically(paths[-1], _png(figure))
     return paths
 
 

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ssd_megatron.errors import ConfigError
+from ssd_megatron.files import write_atomically
 
 PACKAGES = ("torch", "deepspeed", "megatron-core", "sentencepiece", "numpy", "safetensors", "triton", "apex")
 
@@ -44,8 +45,8 @@ class RunFolder:
 
     def write_config(self, resolved: dict[str, Any]) -> None:
         """Write config.json, a ds.json that gives the same run, and versions.json with git commit and packages."""
-        self.config.write_text(json.dumps(resolved, indent=2) + "\n")
-        (self.path / "versions.json").write_text(json.dumps(versions(), indent=2) + "\n")
+        write_atomically(self.config, _json(resolved))
+        write_atomically(self.path / "versions.json", _json(versions()))
 
 
 def versions() -> dict[str, str]:
@@ -58,6 +59,10 @@ def versions() -> dict[str, str]:
             continue
     commit = _git_commit()
     return found | ({"git_commit": commit} if commit else {})
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2) + "\n").encode()
 
 
 def _git_commit() -> str | None:

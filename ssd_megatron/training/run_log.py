@@ -75,9 +75,7 @@ class RunLog:
         if report.overlap is not None:
             similarity += f", expert overlap {report.overlap:.3f}"
         active = sum(report.active_fraction) / len(report.active_fraction)
-        self.event(
-            f"step {step}: {similarity}, {active:.1%} of neurons active, {stable} similar checks in a row"
-        )
+        self.event(f"step {step}: {similarity}, {active:.1%} of neurons active, {stable} similar checks in a row")
 
     def loads(self, step: int, loads: list[list[int]]) -> None:
         """Tokens per expert by layer, of the last sparse step."""

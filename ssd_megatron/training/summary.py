@@ -12,8 +12,9 @@ from typing import Any
 import rich.console
 from rich.table import Table
 
+from ssd_megatron.files import write_atomically
 from ssd_megatron.training.console import format_seconds, short_number
-from ssd_megatron.training.metrics import Record, phases_of, read_metrics, replace_file
+from ssd_megatron.training.metrics import Record, phases_of, read_metrics
 
 _MODES = ("dense", "sparse")
 _TRAIN_LOSS_STEPS = 50  # the loss of one step is noise
@@ -65,7 +66,7 @@ def build_summary(
 
 def write_summary(run_dir: Path, summary: Mapping[str, Any]) -> None:
     """Write run_dir/summary.json, whole or not at all."""
-    replace_file(run_dir / "summary.json", (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
+    write_atomically(run_dir / "summary.json", (json.dumps(summary, indent=2, allow_nan=False) + "\n").encode())
 
 
 def print_summary(summary: Mapping[str, Any], run_dir: Path) -> None:

@@ -14,10 +14,10 @@ from rich.console import Console
 from ssd_megatron.data import preprocess as preprocess_module
 from ssd_megatron.data.corpus import open_corpus
 from ssd_megatron.data.documents import Document
-from ssd_megatron.data.files import sha256_of
 from ssd_megatron.data.preprocess import CorpusInfo, preprocess, read_corpus_info
 from ssd_megatron.data.tokenizers import load_tokenizer
 from ssd_megatron.errors import DataError
+from ssd_megatron.files import sha256_of
 from tests.data.conftest import TEXTS
 from tests.data.test_tokenizers import write_word_level
 

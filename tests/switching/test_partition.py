@@ -90,6 +90,14 @@ def test_kmeans_without_rounds_returns_its_start() -> None:
     assert found.objective == pytest.approx(inertia(rows, start), rel=1e-5)
 
 
+def test_one_round_is_one_warm_pass() -> None:
+    rows, _ = planted_rows(0, noise=3.0)
+    start = partitions.random_partition(256, 8, 0).labels
+    found = partitions.balanced_kmeans(rows, 8, init_labels=start, seed=0, max_rounds=1)
+    assert torch.equal(found.labels, partitions.warm_assignment_pass(rows, start, 8))
+    assert found.objective < inertia(rows, start)
+
+
 @pytest.mark.parametrize("num_zero", [1, 100, 256])
 def test_rows_of_zeros(num_zero: int) -> None:
     rows, _ = planted_rows(0)

@@ -135,8 +135,8 @@ class _SparseFFN(torch.autograd.Function):
             hidden = fired if up is None else fired * up
 
             dy = _gather(dy_TH, token_S, segment)
-            for bucket, count in zip(dy, ctx.counts[segment.experts], strict=True):
-                bucket[count:].zero_()  # padding slots then add nothing to any gradient
+            for i, count in enumerate(ctx.counts[segment.experts]):
+                dy[i, count:].zero_()  # padding slots then add nothing to any gradient
             torch.bmm(hidden.mT, dy, out=grad.w_out)
             d = torch.bmm(dy, expert.w_out.mT, out=_scratch("hidden", pre.shape, pre))
             if dgate_S is not None:

@@ -1,0 +1,235 @@
+"""Speed of the sparse feed-forward network beside the dense one, on CPU: forward and backward, routing included.
+
+    python -m benchmarks.ffn [--quick] [--json FILE] [--threads N]
+
+Every row is a ratio of times from one process, better when lower; 0.25 is what the FLOPs alone would give. The variants
+take turns, each turn has inputs (and so a routing) of its own, and a row is the median over turns of the ratio of two
+neighbours in time. Constant routing would flatter: bf16 matmuls compile code for every new shape.
+"""
+
+import argparse
+import json
+import platform
+import statistics
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from types import SimpleNamespace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ssd_megatron.ffn.kernels.dispatch import dispatch
+from ssd_megatron.ffn.routers import router_weights_from_bank
+from ssd_megatron.ffn.switchable import FFNSettings, SwitchableFFN
+
+TOKENS = 2048
+TURNS = 15
+IDEAL = 0.25  # a quarter of the experts for each token
+NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
+
+
+@dataclass(frozen=True)
+class Case:
+    """One network, and the ratio it must reach. `skew`: size of the component that all tokens have in common."""
+
+    dtype: torch.dtype
+    hidden: int
+    neurons: int
+    experts: int
+    goal: float
+    skew: float = 0.0
+    activation: str = "relu"
+
+    def __str__(self) -> str:
+        name = f"{NAMES[self.dtype]} h {self.hidden}, d_ff {self.neurons}, {self.experts} experts of {self.size}"
+        return name + f", {self.activation}" * (self.activation != "relu") + ", skewed load" * (self.skew > 0)
+
+    @property
+    def size(self) -> int:
+        return self.neurons // self.experts
+
+
+QUICK_CASES = (
+    Case(torch.float32, 512, 2048, 16, goal=0.50),
+    Case(torch.float32, 512, 2048, 32, goal=0.62),
+    Case(torch.bfloat16, 512, 2048, 16, goal=0.55),
+    Case(torch.bfloat16, 512, 2048, 32, goal=0.75),
+)
+CASES = (
+    *QUICK_CASES,
+    Case(torch.float32, 1024, 4096, 16, goal=0.45),
+    Case(torch.bfloat16, 1024, 4096, 16, goal=0.45),
+    # An uneven load costs padding or small matmuls: sparse must at least not be slower than dense.
+    Case(torch.float32, 512, 2048, 16, goal=1.0, skew=0.5),
+    Case(torch.float32, 512, 2048, 32, goal=1.0, skew=0.5),
+    Case(torch.bfloat16, 512, 2048, 16, goal=1.0, skew=0.5),
+    Case(torch.bfloat16, 512, 2048, 32, goal=1.0, skew=0.5),
+    Case(torch.float32, 512, 2048, 16, goal=0.50, activation="reglu"),
+    Case(torch.bfloat16, 512, 2048, 16, goal=0.55, activation="reglu"),
+)
+
+
+@dataclass(frozen=True)
+class Row:
+    """One measurement; `ideal` is what nothing could beat."""
+
+    name: str
+    value: float
+    goal: float
+    ideal: float
+
+    @property
+    def ok(self) -> bool:
+        return self.value <= self.goal
+
+
+def build(case: Case) -> SwitchableFFN:
+    torch.manual_seed(0)
+    settings = FFNSettings(
+        hidden_size=case.hidden,
+        ffn_hidden_size=case.neurons,
+        activation=case.activation,
+        add_bias=False,
+        num_experts=case.experts,
+        top_k=case.experts // 4,
+        router_update="straight_through",
+        backend="torch",
+    )
+    ffn = SwitchableFFN(SimpleNamespace(params_dtype=case.dtype), settings)
+    with torch.no_grad():
+        for w_FH in ffn.bank.neuron_parameters().values():
+            w_FH.normal_(std=case.hidden**-0.5)
+        ffn.router.weight.copy_(router_weights_from_bank(ffn.bank.rows(), case.experts))
+    return ffn
+
+
+def inputs(case: Case) -> Tensor:
+    common_H = case.skew * torch.randn(case.hidden, generator=torch.Generator().manual_seed(0))
+    x_T1H = torch.randn(TOKENS, 1, case.hidden) + common_H
+    return x_T1H.to(case.dtype).requires_grad_()
+
+
+def plain_dense(ffn: SwitchableFFN, x: Tensor) -> Tensor:
+    """The usual two linear layers under autograd, on the same weights."""
+    bank = ffn.bank
+    fired = F.relu(F.linear(x, bank.rows()))
+    return F.linear(fired if bank.w_gate is None else fired * F.linear(x, bank.w_in), bank.w_out.t())
+
+
+def plain_sparse(ffn: SwitchableFFN, x: Tensor) -> Tensor:
+    """What one would write first: tokens sorted by expert, a matmul on a slice of the weights for each."""
+    bank, x_TH = ffn.bank, x.flatten(0, 1)
+    expert_ids_TK, _ = ffn.router.route(x_TH)
+    token_C = expert_ids_TK.flatten().argsort(stable=True) // ffn.settings.top_k
+    counts = expert_ids_TK.flatten().bincount(minlength=ffn.settings.num_experts).tolist()
+    size = len(bank.w_in) // ffn.settings.num_experts
+    outputs = [
+        F.relu(F.linear(rows, bank.w_in[e * size : (e + 1) * size])) @ bank.w_out[e * size : (e + 1) * size]
+        for e, rows in enumerate(x_TH[token_C].split(counts))
+    ]
+    return torch.zeros_like(x_TH).index_add(0, token_C, torch.cat(outputs)).view_as(x)
+
+
+def in_mode(mode: str) -> Callable[[SwitchableFFN, Tensor], Tensor]:
+    def run(ffn: SwitchableFFN, x: Tensor) -> Tensor:
+        ffn.mode = mode
+        return ffn(x)[0]
+
+    return run
+
+
+def seconds(run: Callable[[SwitchableFFN, Tensor], Tensor], ffn: SwitchableFFN, x: Tensor, dy: Tensor) -> float:
+    """One forward and backward to all that the variant reads."""
+    ffn.zero_grad(set_to_none=True)
+    x.grad = None
+    started = time.perf_counter()
+    run(ffn, x).backward(dy)
+    return time.perf_counter() - started
+
+
+def ratios(case: Case, turns: int) -> Iterator[Row]:
+    ffn = build(case)
+    dy = torch.randn(TOKENS, 1, case.hidden).to(case.dtype)
+    variants = {"plain": plain_dense, "dense": in_mode("dense"), "sparse": in_mode("sparse")}
+    for _ in range(3):
+        for run in variants.values():
+            seconds(run, ffn, inputs(case), dy)
+    times: dict[str, list[float]] = {name: [] for name in variants}
+    loads = []
+    for _ in range(turns):
+        x = inputs(case)
+        for name, run in variants.items():
+            times[name].append(seconds(run, ffn, x, dy))
+        loads.append(ffn.expert_load.max().item() / ffn.expert_load.float().mean().item())
+    best = min(("plain", "dense"), key=lambda name: statistics.median(times[name]))
+    name = f"{case} (dense {statistics.median(times[best]) * 1e3:.0f} ms, load max/mean {statistics.median(loads):.1f})"
+    yield Row(f"{name}: sparse / dense", paired(times["sparse"], times[best]), case.goal, IDEAL)
+    if case.skew == 0:
+        yield Row(f"{case}: dense mode / plain layers", paired(times["dense"], times["plain"]), 1.05, 1.0)
+
+
+def paired(above: list[float], below: list[float]) -> float:
+    return statistics.median(a / b for a, b in zip(above, below, strict=True))
+
+
+def overhead(case: Case, turns: int) -> Row:
+    """Scores, choice of experts and slots, of the whole sparse network."""
+    ffn = build(case)
+    dy = torch.randn(TOKENS, 1, case.hidden).to(case.dtype)
+    routing, whole = [], []
+    for _ in range(turns):
+        x = inputs(case)
+        started = time.perf_counter()
+        expert_ids_TK, _ = ffn.router.route(x.flatten(0, 1))
+        dispatch(expert_ids_TK, case.experts, case.hidden * x.element_size())
+        routing.append(time.perf_counter() - started)
+        whole.append(seconds(in_mode("sparse"), ffn, x, dy))
+    return Row(f"{case}: routing and dispatch, share of sparse", paired(routing, whole), 0.12, 0.0)
+
+
+def against_plain_sparse(case: Case, turns: int) -> Row:
+    ffn = build(case)
+    dy = torch.randn(TOKENS, 1, case.hidden).to(case.dtype)
+    ours, plain = [], []
+    for _ in range(turns):
+        x = inputs(case)
+        ours.append(seconds(in_mode("sparse"), ffn, x, dy))
+        plain.append(seconds(plain_sparse, ffn, x, dy))
+    return Row(f"{case}: ours / sorted loop under autograd", paired(ours, plain), 0.33, 0.0)
+
+
+def rows(quick: bool) -> Iterator[Row]:
+    turns = 9 if quick else TURNS
+    for case in QUICK_CASES if quick else CASES:
+        yield from ratios(case, turns)
+    yield overhead(QUICK_CASES[1], turns)
+    yield overhead(QUICK_CASES[3], turns)
+    if not quick:
+        yield against_plain_sparse(QUICK_CASES[1], 9)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="fewer shapes and turns, under a minute")
+    parser.add_argument("--json", type=Path, help="write the rows here too")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads())
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+
+    hardware = f"{platform.processor() or platform.machine()}, {args.threads} threads, torch {torch.__version__}"
+    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
+    print(f"{hardware}, commit {commit or 'unknown'}")
+    found = []
+    for row in rows(args.quick):
+        print(f"{row.value:6.2f}  goal {row.goal:4.2f} {'met   ' if row.ok else 'missed'}  {row.name}", flush=True)
+        found.append({**asdict(row), "ok": row.ok, "hardware": hardware, "commit": commit})
+    if args.json:
+        args.json.write_text(json.dumps(found, indent=2))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,209 @@
+from collections.abc import Iterator
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils.checkpoint import checkpoint
+
+from ssd_megatron.errors import ConfigError
+from ssd_megatron.ffn.activations import ACTIVATIONS
+from ssd_megatron.ffn.bank import NeuronBank, NeuronTensors
+from ssd_megatron.ffn.kernels import BACKENDS, choose_backend, sparse_ffn, torch_bmm
+from tests.ffn.helpers import brute_force, choose, make_bank, make_inputs, relative_error
+
+TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
+
+
+def gradients(y: Tensor, dy: Tensor, x: Tensor, gates: Tensor | None, bank: NeuronBank) -> dict[str, Tensor]:
+    wanted = {"x": x, **bank.neuron_parameters()} | ({} if gates is None else {"gate": gates})
+    return {"y": y, **dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), dy), strict=True))}
+
+
+def run(backend: str, x: Tensor, dy: Tensor, ids: Tensor, gates: Tensor | None, bank: NeuronBank, experts: int):
+    y = sparse_ffn(x, ids, gates, bank.tensors(), bank.activation, experts, backend)
+    return gradients(y, dy, x, gates, bank)
+
+
+def assert_close(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        assert got[name].dtype == wanted[name].dtype and got[name].shape == wanted[name].shape, name
+        assert relative_error(got[name], wanted[name]) < tolerance, name
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("add_bias", [False, True])
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_output_and_gradients_are_those_of_brute_force(activation: str, add_bias: bool, backend: str) -> None:
+    torch.manual_seed(0)
+    bank = make_bank(12, 48, activation, add_bias, torch.float64)
+    x, dy = make_inputs(21, 12, torch.float64)
+    ids, gates = choose(21, 6, 2), torch.ones(21, 2, dtype=torch.float64, requires_grad=True)
+    wanted = gradients(brute_force(x, ids, gates, bank, 6), dy, x, gates, bank)
+    assert_close(run(backend, x, dy, ids, gates, bank, 6), wanted, 1e-12)
+
+
+@pytest.mark.parametrize("activation", ["gelu", "swiglu"])
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_finite_differences(activation: str, backend: str) -> None:
+    torch.manual_seed(0)
+    bank = make_bank(5, 12, activation, True, torch.float64)
+    x, _ = make_inputs(7, 5, torch.float64)
+    ids = choose(7, 4, 2)
+    given = [t for t in bank.tensors() if t is not None]
+
+    def run(x: Tensor, *given: Tensor) -> Tensor:
+        left = iter(given)
+        tensors = NeuronTensors(*(None if t is None else next(left) for t in bank.tensors()))
+        return sparse_ffn(x, ids, None, tensors, bank.activation, 4, backend)
+
+    assert torch.autograd.gradcheck(run, (x, *given), fast_mode=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("tokens", "experts", "top_k", "skew"),
+    [(256, 16, 4, 0.0), (515, 32, 8, 2.0), (301, 6, 1, 1.0), (130, 8, 2, 50.0), (64, 4, 4, 0.0), (1, 16, 3, 0.0)],
+)
+@pytest.mark.parametrize(("activation", "add_bias"), [("relu", False), ("squared_relu", True), ("reglu", True)])
+def test_torch_backend_equals_reference_for_any_load(
+    activation: str, add_bias: bool, tokens: int, experts: int, top_k: int, skew: float, dtype: torch.dtype
+) -> None:
+    torch.manual_seed(1)
+    bank = make_bank(64, experts * 24, activation, add_bias, dtype)
+    x, dy = make_inputs(tokens, 64, dtype)
+    ids, gates = choose(tokens, experts, top_k, skew), torch.ones(tokens, top_k, requires_grad=True)
+    got, wanted = (run(backend, x, dy, ids, gates, bank, experts) for backend in ("torch", "reference"))
+    assert_close(got, wanted, TOLERANCE[dtype])
+
+
+def test_experts_without_tokens_get_zero_gradients() -> None:
+    torch.manual_seed(0)
+    bank = make_bank(16, 64, "relu", True, torch.float32)
+    x, dy = make_inputs(40, 16, torch.float32)
+    got = run("torch", x, dy, torch.full((40, 1), 2), None, bank, 4)
+    for name in ("w_in", "b_in", "w_out"):
+        of_expert = got[name].view(4, -1).abs().sum(dim=1)
+        assert of_expert[[0, 1, 3]].tolist() == [0, 0, 0]
+        assert of_expert[2] > 0
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_no_tokens_at_all(backend: str) -> None:
+    bank = make_bank(16, 64, "reglu", True, torch.float32)
+    x, dy = make_inputs(0, 16, torch.float32)
+    gates = torch.ones(0, 2, requires_grad=True)
+    got = run(backend, x, dy, torch.empty(0, 2, dtype=torch.int64), gates, bank, 4)
+    assert got["y"].shape == got["x"].shape == (0, 16)
+    assert got["gate"].shape == (0, 2)
+    assert all(got[name].abs().sum() == 0 for name in bank.neuron_parameters())
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_a_gate_never_scales_the_output(backend: str) -> None:
+    torch.manual_seed(0)
+    bank = make_bank(16, 64, "relu", False, torch.float32)
+    x, dy = make_inputs(30, 16, torch.float32)
+    ids = choose(30, 4, 2)
+    ones, sevens = (torch.full((30, 2), value, requires_grad=True) for value in (1.0, 7.0))
+    with_ones, with_sevens = (run(backend, x, dy, ids, gates, bank, 4) for gates in (ones, sevens))
+    without = run(backend, x, dy, ids, None, bank, 4)
+    assert all(torch.equal(with_ones[name], with_sevens[name]) for name in with_ones)
+    assert all(torch.equal(with_ones[name], without[name]) for name in without)
+
+
+def test_two_runs_are_equal_bit_by_bit() -> None:
+    torch.manual_seed(0)
+    for dtype in (torch.float32, torch.bfloat16):
+        bank = make_bank(64, 256, "reglu", True, dtype)
+        x, dy = make_inputs(700, 64, dtype)
+        ids, gates = choose(700, 8, 3, skew=1.0), torch.ones(700, 3, requires_grad=True)
+        first, second = (run("torch", x, dy, ids, gates, bank, 8) for _ in range(2))
+        assert all(torch.equal(first[name], second[name]) for name in first)
+
+
+def test_backward_may_run_twice() -> None:
+    torch.manual_seed(0)
+    bank = make_bank(16, 64, "squared_relu", True, torch.float32)
+    x, dy = make_inputs(50, 16, torch.float32)
+    y = sparse_ffn(x, choose(50, 8, 2), None, bank.tensors(), bank.activation, 8, "torch")
+    first, second = (torch.autograd.grad(y, [x, bank.w_in, bank.w_out], dy, retain_graph=True) for _ in range(2))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.fixture
+def two_layers() -> Iterator[tuple[list[NeuronBank], Tensor, Tensor, list[Tensor]]]:
+    torch.manual_seed(0)
+    banks = [make_bank(32, 128, "reglu", True, torch.float32) for _ in range(2)]
+    x, dy = make_inputs(200, 32, torch.float32)
+    yield banks, x, dy, [choose(200, 8, 2, skew) for skew in (0.0, 2.0)]
+
+
+def run_layers(banks: list[NeuronBank], x: Tensor, ids: list[Tensor], recompute: bool) -> Tensor:
+    for bank, ids_TK in zip(banks, ids, strict=True):
+        gates = torch.ones(ids_TK.shape, requires_grad=True)
+        args = (x, ids_TK, gates, bank.tensors(), bank.activation, 8, "torch")
+        x = x + (checkpoint(sparse_ffn, *args, use_reentrant=False) if recompute else sparse_ffn(*args))
+    return x
+
+
+def layer_gradients(banks: list[NeuronBank], y: Tensor, x: Tensor, dy: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(y, [x, *(p for bank in banks for p in bank.neuron_parameters().values())], dy))
+
+
+def test_recomputed_activations_give_the_same_bits(two_layers) -> None:
+    banks, x, dy, ids = two_layers
+    kept = layer_gradients(banks, run_layers(banks, x, ids, recompute=False), x, dy)
+    recomputed = layer_gradients(banks, run_layers(banks, x, ids, recompute=True), x, dy)
+    assert all(torch.equal(a, b) for a, b in zip(kept, recomputed, strict=True))
+
+
+def test_whole_stack_recomputed_in_one_piece_gives_the_same_bits(two_layers) -> None:
+    banks, x, dy, ids = two_layers
+    kept = layer_gradients(banks, run_layers(banks, x, ids, recompute=False), x, dy)
+    y = checkpoint(lambda x: run_layers(banks, x, ids, recompute=False), x, use_reentrant=False)
+    assert all(torch.equal(a, b) for a, b in zip(kept, layer_gradients(banks, y, x, dy), strict=True))
+
+
+def test_an_evaluation_between_forward_and_backward_changes_nothing(two_layers) -> None:
+    banks, x, dy, ids = two_layers
+    wanted_y = run_layers(banks, x, ids, recompute=False)
+    wanted = layer_gradients(banks, wanted_y, x, dy)
+    y = run_layers(banks, x, ids, recompute=False)
+    with torch.no_grad():
+        run_layers(banks, torch.randn(200, 32), ids, recompute=False)
+    with torch.inference_mode():
+        run_layers(banks, torch.randn(200, 32), ids, recompute=False)
+    assert torch.equal(y, wanted_y)
+    assert all(torch.equal(a, b) for a, b in zip(layer_gradients(banks, y, x, dy), wanted, strict=True))
+
+
+def test_workspace_is_shared_and_stops_growing(two_layers, monkeypatch: pytest.MonkeyPatch) -> None:
+    banks, x, dy, ids = two_layers
+    workspace: dict = {}
+    monkeypatch.setattr(torch_bmm, "_workspace", workspace)
+    sizes = []
+    for _ in range(3):
+        layer_gradients(banks, run_layers(banks, x, ids, recompute=False), x, dy)
+        run_layers(banks, x[:10], [i[:10] for i in ids], recompute=False)
+        sizes.append({key: buffer.numel() for key, buffer in workspace.items()})
+    assert sizes[0] == sizes[1] == sizes[2]
+    assert {name for name, _ in workspace} == {"out", "rows", "hidden"}
+    # 400 copies of tokens of 32 values, and padding.
+    assert 400 * 32 <= workspace["out", torch.float32].numel() <= 600 * 32
+
+
+def test_choice_of_backend() -> None:
+    cpu = torch.device("cpu")
+    assert choose_backend("auto", cpu, torch.float32) == (
+        "torch",
+        "sparse kernels: torch (the fastest there is for cpu, float32)",
+    )
+    assert choose_backend("reference", cpu, torch.bfloat16) == (
+        "reference",
+        "sparse kernels: reference (as asked; cpu, bfloat16)",
+    )
+    with pytest.raises(ConfigError, match=r"ssd.backend \(triton\) is not built yet: use auto or torch"):
+        choose_backend("triton", torch.device("cuda"), torch.bfloat16)
+    with pytest.raises(ConfigError, match=r"ssd.backend \(cuda\) is unknown: use one of auto, reference, torch"):
+        choose_backend("cuda", cpu, torch.float32)

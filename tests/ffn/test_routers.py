@@ -1,0 +1,100 @@
+import pytest
+import torch
+import torch.nn.functional as F
+
+from ssd_megatron.ffn.routers import Router, best_experts, expert_scores, router_weights_from_bank
+from tests.ffn.helpers import relative_error
+
+
+def make_router(top_k: int, update: str, dtype: torch.dtype = torch.float64) -> Router:
+    router = Router(16, 8, top_k, update, dtype=dtype)
+    torch.nn.init.normal_(router.weight)
+    return router
+
+
+def test_best_experts_come_first_and_ties_go_to_the_lower_id() -> None:
+    scores_TE = torch.tensor([[0.0, 3.0, 1.0, 2.0], [1.0, 5.0, 1.0, 5.0], [0.0, 0.0, 0.0, 0.0]])
+    assert best_experts(scores_TE, 3).tolist() == [[1, 3, 2], [1, 3, 0], [0, 1, 2]]
+
+
+def test_scores_of_bf16_are_fp32_and_gradients_bf16() -> None:
+    torch.manual_seed(0)
+    x, weight = (torch.randn(n, 64).bfloat16().requires_grad_() for n in (50, 8))
+    scores_TE = expert_scores(x, weight)
+    assert scores_TE.dtype == torch.float32
+    assert relative_error(scores_TE, x.double() @ weight.double().T) < 1e-6
+    d_TE = torch.randn(50, 8)
+    dx, dweight = torch.autograd.grad(scores_TE, (x, weight), d_TE)
+    assert dx.dtype == dweight.dtype == torch.bfloat16
+    assert relative_error(dx, d_TE.double() @ weight.double()) < 1e-2
+    assert relative_error(dweight, d_TE.double().T @ x.double()) < 1e-2
+
+
+def test_straight_through_gate_is_one_and_carries_the_gradient_of_the_softmax() -> None:
+    torch.manual_seed(0)
+    router = make_router(3, "straight_through")
+    x = torch.randn(20, 16, dtype=torch.float64).requires_grad_()
+    routing = router.route(x)
+    assert routing.gates_TK is not None
+    assert (routing.gates_TK - 1).abs().max() < 1e-15
+    d_TK = torch.randn(20, 3, dtype=torch.float64)
+    got = torch.autograd.grad(routing.gates_TK, (x, router.weight), d_TK)
+
+    scores_TE = x @ router.weight.T
+    assert torch.equal(routing.expert_ids_TK, scores_TE.topk(3).indices)
+    p_TK = scores_TE.gather(1, routing.expert_ids_TK).softmax(dim=1)
+    for a, b in zip(got, torch.autograd.grad(p_TK, (x, router.weight), d_TK), strict=True):
+        assert relative_error(a, b) < 1e-12
+
+
+def test_one_expert_per_token_gives_the_router_exactly_no_gradient() -> None:
+    torch.manual_seed(0)
+    router = make_router(1, "straight_through")
+    routing = router.route(torch.randn(20, 16, dtype=torch.float64))
+    assert routing.gates_TK is not None
+    (gradient,) = torch.autograd.grad(routing.gates_TK, router.weight, torch.randn(20, 1, dtype=torch.float64))
+    assert gradient.abs().max() == 0
+
+
+def test_frozen_router_chooses_the_same_and_learns_nothing() -> None:
+    torch.manual_seed(0)
+    router = make_router(3, "straight_through")
+    frozen = make_router(3, "frozen")
+    frozen.load_state_dict(router.state_dict())
+    x = torch.randn(20, 16, dtype=torch.float64).requires_grad_()
+    routing = frozen.route(x)
+    assert routing.gates_TK is None
+    assert not routing.expert_ids_TK.requires_grad
+    assert torch.equal(routing.expert_ids_TK, router.route(x).expert_ids_TK)
+
+
+def test_avg_k_follows_the_current_rows() -> None:
+    torch.manual_seed(0)
+    router, x = make_router(2, "avg_k"), torch.randn(20, 16, dtype=torch.float64)
+    rows_FH = torch.randn(32, 16, dtype=torch.float64)
+    for _ in range(2):
+        means_EH = torch.stack([rows_FH[4 * e : 4 * e + 4].mean(dim=0) for e in range(8)])
+        routing = router.route(x, rows_FH)
+        assert torch.equal(routing.expert_ids_TK, (x @ means_EH.T).topk(2).indices)
+        assert routing.gates_TK is None
+        rows_FH = rows_FH.roll(4, dims=0)
+    with pytest.raises(AssertionError, match="avg_k scores from the bank's rows"):
+        router.route(x)
+
+
+def test_weights_from_bank_point_to_the_mean_direction_with_the_mean_norm() -> None:
+    torch.manual_seed(0)
+    rows_FH = torch.randn(32, 16) * torch.rand(32, 1)
+    weights_EH = router_weights_from_bank(rows_FH, 8)
+    for e in range(8):
+        mean_H = sum(row / row.norm() for row in rows_FH[4 * e : 4 * e + 4]) / 4
+        assert F.cosine_similarity(weights_EH[e], mean_H, dim=0) > 1 - 1e-6
+        assert weights_EH[e].norm().item() == pytest.approx(rows_FH.norm(dim=1).mean().item(), rel=1e-5)
+    assert router_weights_from_bank(rows_FH.bfloat16(), 8).dtype == torch.float32
+
+
+def test_impossible_routers_are_refused() -> None:
+    with pytest.raises(AssertionError, match="learned"):
+        Router(16, 8, 2, "learned")
+    with pytest.raises(AssertionError, match=r"\(9, 8\)"):
+        Router(16, 8, 9, "frozen")
