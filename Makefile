@@ -23,7 +23,7 @@ lint: $(VENV)/.installed-dev
 	$(BIN)/mypy
 
 docs: $(VENV)/.installed
-	$(BIN)/python tools/config_reference.py
+	$(BIN)/python tools/config_reference.py --write
 
 clean:
 	rm -rf $(VENV)

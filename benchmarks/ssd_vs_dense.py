@@ -44,9 +44,9 @@ class Result:
 
 
 def base_config(steps: int, seed: int, run_dir: Path) -> dict[str, Any]:
-    """4 layers, hidden 256, d_ff 1024 in 16 experts of which 4 are computed; 4,096 tokens a step."""
+    """4 layers, hidden 256, d_ff 1024 in 32 experts of which 8 are computed; 2,048 tokens a step."""
     return {
-        "train_batch_size": 32,
+        "train_batch_size": 16,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}},
         "scheduler": {
             "type": "WSD",
@@ -71,8 +71,8 @@ def base_config(steps: int, seed: int, run_dir: Path) -> dict[str, Any]:
                 "split": "949,50,1",
                 "cache_dir": str(run_dir.parent / "data_cache"),
             },
-            "ssd": {"num_experts": 16, "top_k": 4},
-            "training": {"train_steps": steps, "eval_interval": max(1, steps // 10), "eval_steps": 16},
+            "ssd": {"num_experts": 32, "top_k": 8},
+            "training": {"train_steps": steps, "eval_interval": max(1, steps // 10), "eval_steps": 32},
             "checkpoint": {"interval": max(1, steps // 4), "keep_last": 1},
         },
     }
@@ -84,13 +84,11 @@ def arm_settings(arm: str, steps: int, first_switch: int | None) -> dict[str, An
         return {
             "schedule": "adaptive",
             "check_interval": max(1, steps // 50),
-            "stable_checks": 2,
-            "similarity_threshold": 0.3,
-            "sparse_fraction": 0.55,
-            "sparse_phase_fraction": 0.28,
-            "warmup_fraction": 0.15,
-            "final_dense_fraction": 0.15,
-            "min_dense_steps": max(1, steps // 20),
+            "sparse_fraction": 0.76,
+            "sparse_phase_fraction": 0.4,
+            "warmup_fraction": 0.08,
+            "final_dense_fraction": 0.11,
+            "min_dense_steps": max(1, steps // 25),
         }
     if arm == "convert":
         assert first_switch is not None

@@ -99,6 +99,12 @@ class Router(nn.Module):
         p_TK = scores_TE.gather(1, expert_ids_TK).softmax(dim=-1)
         return Routing(expert_ids_TK, 1 + p_TK - p_TK.detach())
 
+    @torch.no_grad()
+    def ranking(self, x_TH: Tensor, rows_FH: Tensor) -> Tensor:
+        """Ids [T, E] of all experts, best first."""
+        weight_EH = self._rows(rows_FH) if self.router_update == "avg_k" else self.weight
+        return best_experts(expert_scores(x_TH, weight_EH), self.num_experts)
+
     def _rows(self, rows_FH: Tensor | None) -> Tensor:
         if self.router_update == "frozen":
             return self.weight

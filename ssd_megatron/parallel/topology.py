@@ -24,6 +24,7 @@ class Topology:
         data_parallel_rank, data_parallel_size: among the processes that hold the same parameters.
         data_parallel_group: their process group.
         device: where this process computes.
+        launched: a launcher started this process, with which it ends; False for plain python.
     """
 
     rank: int
@@ -32,6 +33,7 @@ class Topology:
     data_parallel_size: int
     data_parallel_group: dist.ProcessGroup
     device: torch.device
+    launched: bool
 
     @property
     def is_first(self) -> bool:
@@ -68,7 +70,8 @@ def world_size_of_launch() -> int:
 def initialize_topology(*, timeout: timedelta = timedelta(minutes=30)) -> Topology:
     """Join the job and build its groups; reads the launcher's environment (deepspeed, torchrun, mpirun or none)."""
     launched_by_mpi = "OMPI_COMM_WORLD_SIZE" in os.environ
-    if "RANK" not in os.environ and not launched_by_mpi:
+    launched = launched_by_mpi or "RANK" in os.environ
+    if not launched:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     if IS_CUDA:
         torch.cuda.set_device(local_device())
@@ -87,6 +90,7 @@ def initialize_topology(*, timeout: timedelta = timedelta(minutes=30)) -> Topolo
         data_parallel_size=parallel_state.get_data_parallel_world_size(),
         data_parallel_group=parallel_state.get_data_parallel_group(),
         device=local_device(),
+        launched=launched,
     )
 
 

@@ -16,6 +16,7 @@ from ssd_megatron.config.schema import Mode, SSDConfig
 from ssd_megatron.ffn.switchable import SwitchableFFN
 from ssd_megatron.parallel.logical_state import LogicalState
 from ssd_megatron.parallel.topology import Topology
+from ssd_megatron.switching.allocation import allocate_experts, held_shares
 from ssd_megatron.switching.clustering import Clustering
 from ssd_megatron.switching.partition import structure_similarity
 from ssd_megatron.switching.schedule import Schedule
@@ -54,7 +55,13 @@ class CheckReport:
 
 @dataclass(frozen=True)
 class SwitchReport:
-    """A switch that is done and verified. Losses are the probe batch's, dense before and after, sparse after."""
+    """A switch that is done and verified.
+
+    Attributes:
+        loss_before, loss_after, loss_sparse: of the probe batch: dense before and after, sparse after.
+        similarity: structure similarity by layer of the new partition to the labels known before.
+        top_k: experts that a token computes in each layer.
+    """
 
     from_mode: Mode
     to_mode: Mode
@@ -68,6 +75,7 @@ class SwitchReport:
     loss_after: float
     loss_sparse: float
     similarity: list[float]
+    top_k: list[int]
 
 
 class Coordinator:
@@ -148,17 +156,20 @@ class Coordinator:
             "losses": list(self._losses),
             "level": self._level,
             "spikes": self._spikes,
+            "top_k": self._top_k(),
         }
         tensors = {f"labels/{name}": labels for name, labels in self._labels.items()}
         tensors |= {f"expert_ids/{name}": ids for name, ids in self._expert_ids.items()}
         return values, tensors
 
     def load_state_dict(self, values: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
-        mode, schedule, losses, level, spikes = (
-            values[key] for key in ("mode", "schedule", "losses", "level", "spikes")
+        mode, schedule, losses, level, spikes, top_k = (
+            values[key] for key in ("mode", "schedule", "losses", "level", "spikes", "top_k")
         )
         assert mode in ("dense", "sparse") and isinstance(schedule, dict) and isinstance(losses, list)
         assert (level is None or isinstance(level, float)) and isinstance(spikes, int)
+        assert isinstance(top_k, list)
+        self._set_top_k(top_k)
         self.set_mode("sparse" if mode == "sparse" else "dense")
         self.schedule.load_state_dict(schedule)
         self._losses = deque(losses, maxlen=LOSS_WINDOW)
@@ -182,6 +193,7 @@ class Coordinator:
             applied = regroup_neurons(self._ffns, labels, self._ssd.num_experts, self._state, self._topology)
             self._labels = {name: _contiguous(label.numel(), self._ssd.num_experts) for name, label in labels.items()}
             self._expert_ids = {}
+            self._set_top_k(self._allocate())
         loss_after = self._probe.loss()
         self._verify_loss(loss_before, loss_after)
         self.set_mode("sparse")
@@ -203,7 +215,24 @@ class Coordinator:
             loss_after=loss_after,
             loss_sparse=loss_sparse,
             similarity=similarity,
+            top_k=self._top_k(),
         )
+
+    def _allocate(self) -> list[int]:
+        """Experts per token of each layer in the phase that begins."""
+        ssd = self._ssd
+        if ssd.top_k_allocation == "equal":
+            return [ssd.top_k] * len(self._ffns)
+        # With a single expert the straight-through router would not learn.
+        least = min(ssd.top_k, 2 if ssd.router_update == "straight_through" else 1)
+        return list(allocate_experts(held_shares(self._ffns, self._probe), ssd.top_k, least).values())
+
+    def _top_k(self) -> list[int]:
+        return [ffn.router.top_k for ffn in self._ffns.values()]
+
+    def _set_top_k(self, top_k: list[int]) -> None:
+        for ffn, experts in zip(self._ffns.values(), top_k, strict=True):
+            ffn.router.top_k = experts
 
     def _verify_loss(self, before: float, after: float) -> None:
         dtype = next(iter(self._ffns.values())).bank.w_in.dtype

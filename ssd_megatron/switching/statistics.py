@@ -15,6 +15,7 @@ from ssd_megatron.ffn.switchable import SwitchableFFN
 from ssd_megatron.parallel.topology import Topology
 
 Batch = Mapping[str, Tensor]
+Observer = Callable[[Tensor, Tensor], None]
 PACK_WEIGHTS = (128, 64, 32, 16, 8, 4, 2, 1)
 
 
@@ -90,7 +91,7 @@ def collect_statistics(
         centroids: [E, H] expert scores by network name, for those whose expert choice is wanted.
     """
     recorders = {name: _Recorder(ffn.bank.w_in.shape[0], centroids.get(name), top_k) for name, ffn in ffns.items()}
-    with _observed(ffns, recorders):
+    with observed(ffns, recorders):
         for batch in probe.batches:
             probe.token_losses(batch)
     return {name: _gather(recorder, probe.topology) for name, recorder in recorders.items()}
@@ -119,10 +120,11 @@ def unpack_bits(packed: Tensor) -> Tensor:
 
 
 @contextmanager
-def _observed(ffns: Mapping[str, SwitchableFFN], recorders: Mapping[str, _Recorder]) -> Iterator[None]:
+def observed(ffns: Mapping[str, SwitchableFFN], observers: Mapping[str, Observer]) -> Iterator[None]:
+    """Within: every network computes densely and calls its observer (see SwitchableFFN)."""
     modes = {name: ffn.mode for name, ffn in ffns.items()}
     for name, ffn in ffns.items():
-        ffn.mode, ffn.observer = "dense", recorders[name]
+        ffn.mode, ffn.observer = "dense", observers[name]
     try:
         yield
     finally:

@@ -66,7 +66,7 @@ def run_job(config: RunConfig, folder: RunFolder, tokenizer: Tokenizer, topology
     share_cores()
     keep_freed_memory()
     torch.manual_seed(section.seed + topology.data_parallel_rank)
-    stop = StopRequests(folder.path)
+    stop = StopRequests(folder.path, launched=topology.launched)
     stop.install()
     console = _console(config) if topology.is_first else None
     backend, reason = choose_backend(section.ssd.backend, device=topology.device, dtype=DTYPES[config.dtype])

@@ -50,11 +50,12 @@ class RunLog:
             loss_sparse=report.loss_sparse,
             reason=report.reason,
             similarity=report.similarity,
+            top_k=report.top_k,
         )
         self.event(
             f"step {step}: switch {report.from_mode} -> {report.to_mode} in {report.seconds:.2f} s ({report.reason}); "
             f"probe loss dense {report.loss_before:.4f} -> {report.loss_after:.4f}, sparse {report.loss_sparse:.4f}, "
-            f"{short_number(report.bytes_moved)}B between ranks"
+            f"experts by layer {report.top_k}, {short_number(report.bytes_moved)}B between ranks"
         )
 
     def check(self, step: int, report: CheckReport, stable: int) -> None:

@@ -1,4 +1,4 @@
-"""Requests to stop: SIGTERM, SIGUSR1 (SLURM's warning) or a file STOP in the run folder; and launchers that die.
+"""Requests to stop: SIGTERM, SIGUSR1 (SLURM's warning), Ctrl-C, a file STOP in the run folder; launchers that die.
 
 A request only sets a flag. The trainer asks for it at each step boundary, all ranks agree, save and end together.
 A rank whose launcher is gone asks itself to stop, and is ended by force if its peers do not answer in time.
@@ -15,25 +15,32 @@ from types import FrameType
 import psutil
 
 STOP_FILE = "STOP"
-SIGNALS = (signal.SIGTERM, signal.SIGUSR1)
+SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 # Seconds that a rank without launcher has for its step, its save and its end.
 ORPHAN_GRACE_SECONDS = 300.0
 _PR_SET_PDEATHSIG = 1
 
 
 class StopRequests:
-    """Collects requests to stop this process; `install` once, in the main thread."""
+    """Collects requests to stop this process; `install` once, in the main thread.
 
-    def __init__(self, run_dir: Path) -> None:
+    Args:
+        launched: a launcher started this process, which must not outlive it. A process that a person started from a
+            shell goes on when the shell ends.
+    """
+
+    def __init__(self, run_dir: Path, *, launched: bool) -> None:
+        self._launched = launched
         self._stop_file = run_dir / STOP_FILE
         self._received: str | None = None
 
     def install(self) -> None:
-        """Take over SIGTERM and SIGUSR1, and watch the launcher."""
+        """Take over the signals, and watch the launcher, if there is one."""
         for number in SIGNALS:
             signal.signal(number, self._receive)
-        ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        launchers = _launchers()
+        if self._launched:
+            ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+        launchers = _launchers() if self._launched else []
         if launchers:
             threading.Thread(target=_watch, args=(launchers,), daemon=True).start()
 
@@ -47,7 +54,9 @@ class StopRequests:
         """Remove the file STOP once it was obeyed, so that the next start runs."""
         self._stop_file.unlink(missing_ok=True)
 
-    def _receive(self, number: int, _frame: FrameType | None) -> None:
+    def _receive(self, number: int, frame: FrameType | None) -> None:
+        if number == signal.SIGINT and self._received is not None:
+            signal.default_int_handler(number, frame)  # who presses Ctrl-C twice does not want to wait
         self._received = f"signal {signal.Signals(number).name}"
 
 

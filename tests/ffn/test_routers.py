@@ -15,6 +15,7 @@ def make_router(top_k: int, update: str, dtype: torch.dtype = torch.float64) -> 
 def test_best_experts_come_first_and_ties_go_to_the_lower_id() -> None:
     scores_TE = torch.tensor([[0.0, 3.0, 1.0, 2.0], [1.0, 5.0, 1.0, 5.0], [0.0, 0.0, 0.0, 0.0]])
     assert best_experts(scores_TE, 3).tolist() == [[1, 3, 2], [1, 3, 0], [0, 1, 2]]
+    assert best_experts(torch.zeros(3, 512), 100).tolist() == [list(range(100))] * 3
 
 
 def test_scores_of_bf16_are_fp32_and_gradients_bf16() -> None:

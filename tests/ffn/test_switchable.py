@@ -121,16 +121,19 @@ def test_straight_through_gradients_are_those_of_brute_force(backend: str) -> No
 
 
 def test_avg_k_routes_by_the_current_bank() -> None:
-    ffn, (x, _) = make_ffn(router_update="avg_k"), inputs()
+    ffn, (x, _) = make_ffn(router_update="avg_k", activation="reglu"), inputs()
     ffn.mode = "sparse"
     before = ffn(x)[0]
     with torch.no_grad():
         ffn.router.weight.zero_()  # not read
     assert torch.equal(ffn(x)[0], before)
-    with torch.no_grad():
-        ffn.bank.w_in[:8] += 10 * x[0, 0]
-    ffn(x)
-    assert ffn.router.route(x[:1, 0], ffn.bank.rows()).expert_ids_TK[0, 0] == 0
+    for _ in range(2):
+        means_EH = ffn.bank.w_gate.view(8, 8, 16).mean(dim=1)
+        chosen = (x.flatten(0, 1) @ means_EH.T).topk(2).indices
+        ffn(x)
+        assert ffn.expert_load.tolist() == chosen.flatten().bincount(minlength=8).tolist()
+        with torch.no_grad():
+            ffn.bank.w_gate[:8] += x[0, 0]
 
 
 def test_observer_sees_inputs_and_pre_activations_of_dense_mode_only() -> None:
@@ -154,6 +157,7 @@ def test_expert_load_counts_the_tokens_of_the_last_sparse_forward() -> None:
     ffn, (x, _) = make_ffn(), inputs()
     assert ffn.expert_load.tolist() == [0] * 8
     ffn.mode = "sparse"
+    ffn(-x)
     ffn(x)
     chosen = ffn.router.route(x.flatten(0, 1)).expert_ids_TK
     assert ffn.expert_load.dtype == torch.int64

@@ -27,7 +27,7 @@ def last_step(run: Path) -> int:
     return curve(run.parent / "run")[-1][0]
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
 def test_a_signal_to_one_rank_saves_and_ends_all(long_run: Path, number: signal.Signals) -> None:
     ranks = Ranks(long_run, world_size=2)
     ranks.wait_for("step 6/3000")

@@ -13,8 +13,9 @@ from torch import Tensor
 
 # A segment may have this many slots per token copy before it is split.
 MAX_PADDING = 1.25
-# Rows gathered for one segment: few enough to stay near the cache, enough for the matmuls to run at full speed.
-SEGMENT_BYTES = 8 * 2**20
+# Rows gathered for one segment. Smaller ones stay nearer the cache (fp32 likes 8 MiB a little better), larger ones make
+# fewer parallel regions, each of which waits for the slowest thread: on a busy machine that is what counts.
+SEGMENT_BYTES = 16 * 2**20
 
 
 class Segment(NamedTuple):

@@ -113,7 +113,6 @@ class _SparseFFN(torch.autograd.Function):
         # What a recomputed forward would make again is saved as tensors, so that checkpointing frees it.
         ctx.save_for_backward(x_TH, token_S, slot_TK, pre_SN, up_SN, *neuron_tensors)
         ctx.segments, ctx.counts, ctx.activation, ctx.num_experts = segments, counts, activation, num_experts
-        ctx.gate_dtype = None if gates_TK is None else gates_TK.dtype
         return F.embedding_bag(slot_TK, out_SH, mode="sum")
 
     @staticmethod
@@ -125,7 +124,7 @@ class _SparseFFN(torch.autograd.Function):
         bank = NeuronTensors(*neuron_tensors)
         grads = bank.each(torch.empty_like)
         bank, grads_E = _by_expert(bank, ctx.num_experts), _by_expert(grads, ctx.num_experts)
-        dgate_S = None if ctx.gate_dtype is None else x_TH.new_empty(len(token_S))
+        dgate_S = x_TH.new_empty(len(token_S)) if ctx.needs_input_grad[2] else None
         dx_SH = _scratch("out", (len(token_S), x_TH.shape[1]), x_TH)
         for segment in ctx.segments:
             expert, grad = _of(segment, bank), _of(segment, grads_E)
@@ -151,7 +150,7 @@ class _SparseFFN(torch.autograd.Function):
                 _linear_grad(d_up, rows, grad.w_in, grad.b_in)
                 dx.baddbmm_(d_up, expert.w_in)
         dx_TH = F.embedding_bag(slot_TK, dx_SH, mode="sum")
-        dgates_TK = None if dgate_S is None else dgate_S[slot_TK].to(ctx.gate_dtype)
+        dgates_TK = None if dgate_S is None else dgate_S[slot_TK]
         return dx_TH, None, dgates_TK, None, None, *grads
 
 
