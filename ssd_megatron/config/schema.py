@@ -141,7 +141,8 @@ class SSDConfig(Section):
     num_experts: Positive = optional(16, "Experts per feed-forward network, all of equal size.")
     top_k: Positive = optional(4, "Experts that each token computes in sparse mode, mean over layers.")
     top_k_allocation: Literal["measured", "equal"] = optional(
-        "measured", "Experts per layer: more where the probe batch loses more, at the same cost; or `top_k` in each."
+        "measured",
+        "Experts per layer: more where they save more of the probe loss, at the same cost; or `top_k` in each.",
     )
     partition: Literal["kmeans", "coactivation", "random"] | RecordedPartition = optional(
         "kmeans", "How neurons form experts: `kmeans`, `coactivation`, `random`, or the path of a recorded partition."

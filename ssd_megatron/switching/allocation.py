@@ -1,58 +1,71 @@
 """How many experts each layer computes in a sparse phase.
 
-Layers differ: the first fires densely, later ones sparsely. With the same number of experts everywhere the first layer
-loses most of its output and the others hardly anything. So the experts of all layers (layers x top_k) are dealt out
-where the probe batch shows that they hold most, at the same cost. Not in the SSD paper; docs/log.md has what it gives.
+Layers differ: the first fires densely and decides much, later ones fire sparsely. With the same number of experts in
+every layer the first one alone causes most of what sparsity costs. So the experts of all layers (layers x top_k) are
+dealt out by what they save of the probe loss, at the same cost. Not in the SSD paper; docs/log.md has what it gives.
 """
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
-import torch.distributed as dist
-from torch import Tensor
 
 from ssd_megatron.ffn.switchable import SwitchableFFN
-from ssd_megatron.switching.statistics import ProbeBatch, observed
+from ssd_megatron.switching.statistics import ProbeBatch
+
+Curve = list[tuple[int, float]]
 
 
 @torch.no_grad()
-def held_shares(ffns: Mapping[str, SwitchableFFN], probe: ProbeBatch) -> dict[str, Tensor]:
-    """What a token's best k experts hold of a network's output, for k = 1..E: [E] float64 each (collective).
+def sparsity_costs(ffns: Mapping[str, SwitchableFFN], probe: ProbeBatch, least: int) -> dict[str, Curve]:
+    """What the probe loss rises by when one network alone is sparse (collective).
 
-    A neuron's part is the square of its output times the norm of its row of w_out; experts are ranked by the router.
-    To be called when neurons are grouped and routers are set.
+    To be called in dense mode, when neurons are grouped and routers are set.
+
+    Returns:
+        by network: (experts, rise of the loss) for experts = least, 2 least, 4 least ... and all of them (0).
     """
-    sums = {name: torch.zeros(ffn.settings.num_experts, dtype=torch.float64) for name, ffn in ffns.items()}
-
-    def watch(name: str, ffn: SwitchableFFN, x_TH: Tensor, pre_TF: Tensor) -> None:
-        bank, experts = ffn.bank, ffn.settings.num_experts
-        hidden_TF = bank.tensors().hidden(bank.activation.act(pre_TF.clone()), x_TH).float()
-        parts_TF = hidden_TF.square() * bank.w_out.float().square().sum(1)
-        parts_TE = parts_TF.view(len(x_TH), experts, -1).sum(2)
-        sums[name] += parts_TE.gather(1, ffn.router.ranking(x_TH, bank.rows())).double().sum(0).cpu()
-
-    observers = {name: (lambda x, pre, name=name, ffn=ffn: watch(name, ffn, x, pre)) for name, ffn in ffns.items()}
-    with observed(ffns, observers):
-        for batch in probe.batches:
-            probe.token_losses(batch)
-    for name, total in sums.items():
-        total = total.to(probe.topology.device)
-        dist.all_reduce(total, group=probe.topology.data_parallel_group)
-        sums[name] = (total.cumsum(0) / total.sum().clamp_min(torch.finfo(torch.float64).tiny)).cpu()
-    return sums
+    dense = probe.loss()
+    return {name: _cost_curve(ffn, probe, dense, least) for name, ffn in ffns.items()}
 
 
-def allocate_experts(shares: Mapping[str, Tensor], top_k: int, least: int) -> dict[str, int]:
-    """Deal out layers x top_k experts: one at a time to the layer whose next expert holds most.
+def allocate_experts(costs: Sequence[Curve], top_k: int, least: int) -> list[int]:
+    """Deal out layers x top_k experts, one at a time, to the layer whose next expert saves most.
 
     Args:
-        shares: [E] by layer, share held by the best k experts.
+        costs: by layer, as `sparsity_costs` gives them; between two points the cost is taken to fall evenly.
         top_k: mean over layers.
         least: every layer gets at least this many.
     """
-    allocated = dict.fromkeys(shares, least)
-    for _ in range((top_k - least) * len(shares)):
-        gains = {name: float(s[allocated[name]] - s[allocated[name] - 1]) for name, s in shares.items()
-                 if allocated[name] < len(s)}  # fmt: skip
-        allocated[max(gains, key=lambda name: gains[name])] += 1
+    curves = [_interpolate(curve, least) for curve in costs]
+    allocated = [least] * len(curves)
+    for _ in range((top_k - least) * len(curves)):
+        gains = [
+            curve[experts - least] - curve[experts - least + 1] if experts - least + 1 < len(curve) else -float("inf")
+            for curve, experts in zip(curves, allocated, strict=True)
+        ]
+        allocated[gains.index(max(gains))] += 1
     return allocated
+
+
+def _cost_curve(ffn: SwitchableFFN, probe: ProbeBatch, dense: float, least: int) -> Curve:
+    before, all_experts = ffn.router.top_k, ffn.settings.num_experts
+    curve: Curve = []
+    ffn.mode, experts = "sparse", least
+    while experts < all_experts:
+        ffn.router.top_k = experts
+        curve.append((experts, probe.loss() - dense))
+        experts *= 2
+    ffn.mode, ffn.router.top_k = "dense", before
+    return [*curve, (all_experts, 0.0)]
+
+
+def _interpolate(curve: Curve, least: int) -> list[float]:
+    """Cost of least, least + 1, ... experts. Costs do not rise again with more experts: what does is noise."""
+    costs = [0.0]
+    for (experts, cost), (more, _) in reversed(list(pairwise(curve))):
+        fewest = max(cost, costs[0])
+        slope = (fewest - costs[0]) / (more - experts)
+        costs = [fewest - slope * step for step in range(more - experts)] + costs
+    assert len(costs) == curve[-1][0] - least + 1
+    return costs

@@ -16,7 +16,7 @@ from ssd_megatron.config.schema import Mode, SSDConfig
 from ssd_megatron.ffn.switchable import SwitchableFFN
 from ssd_megatron.parallel.logical_state import LogicalState
 from ssd_megatron.parallel.topology import Topology
-from ssd_megatron.switching.allocation import allocate_experts, held_shares
+from ssd_megatron.switching.allocation import allocate_experts, sparsity_costs
 from ssd_megatron.switching.clustering import Clustering
 from ssd_megatron.switching.partition import structure_similarity
 from ssd_megatron.switching.schedule import Schedule
@@ -225,7 +225,8 @@ class Coordinator:
             return [ssd.top_k] * len(self._ffns)
         # With a single expert the straight-through router would not learn.
         least = min(ssd.top_k, 2 if ssd.router_update == "straight_through" else 1)
-        return list(allocate_experts(held_shares(self._ffns, self._probe), ssd.top_k, least).values())
+        costs = sparsity_costs(self._ffns, self._probe, least)
+        return allocate_experts(list(costs.values()), ssd.top_k, least)
 
     def _top_k(self) -> list[int]:
         return [ffn.router.top_k for ffn in self._ffns.values()]
