@@ -3,8 +3,9 @@
     python -m benchmarks.ffn [--quick] [--json FILE] [--threads N]
 
 Every row is a ratio of times from one process, better when lower; 0.25 is what the FLOPs alone would give. The variants
-take turns, each turn has inputs (and so a routing) of its own, and a row is the median over turns of the ratio of two
-neighbours in time. Constant routing would flatter: bf16 matmuls compile code for every new shape.
+take turns, a sparse one always after a dense one: caches are then cold, as among the other layers of a model. Each turn
+has inputs and so a routing of its own, as bf16 matmuls compile code for every new shape. A row is the median of the
+turns' ratios.
 """
 
 import argparse
@@ -22,12 +23,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssd_megatron.ffn.kernels import sparse_ffn
 from ssd_megatron.ffn.kernels.dispatch import dispatch
 from ssd_megatron.ffn.routers import router_weights_from_bank
 from ssd_megatron.ffn.switchable import FFNSettings, SwitchableFFN
 
 TOKENS = 2048
 TURNS = 15
+WARM_UP = 10  # turns that are not counted: by then most shapes of bf16 matmuls have been compiled
 IDEAL = 0.25  # a quarter of the experts for each token
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 
@@ -142,6 +145,19 @@ def in_mode(mode: str) -> Callable[[SwitchableFFN, Tensor], Tensor]:
     return run
 
 
+def kernels_alone(ffn: SwitchableFFN, x: Tensor) -> Callable[[SwitchableFFN, Tensor], Tensor]:
+    """The sparse network with the experts of these inputs chosen beforehand."""
+    routing = ffn.router.route(x.detach().flatten(0, 1))
+    gates_TK = torch.ones(routing.expert_ids_TK.shape, requires_grad=True)
+
+    def run(ffn: SwitchableFFN, x: Tensor) -> Tensor:
+        bank, s = ffn.bank, ffn.settings
+        args = (routing.expert_ids_TK, gates_TK, bank.tensors(), bank.activation, s.num_experts, s.backend)
+        return sparse_ffn(x.flatten(0, 1), *args).view_as(x)
+
+    return run
+
+
 def seconds(run: Callable[[SwitchableFFN, Tensor], Tensor], ffn: SwitchableFFN, x: Tensor, dy: Tensor) -> float:
     """One forward and backward to all that the variant reads."""
     ffn.zero_grad(set_to_none=True)
@@ -154,20 +170,20 @@ def seconds(run: Callable[[SwitchableFFN, Tensor], Tensor], ffn: SwitchableFFN, 
 def ratios(case: Case, turns: int) -> Iterator[Row]:
     ffn = build(case)
     dy = torch.randn(TOKENS, 1, case.hidden).to(case.dtype)
-    variants = {"plain": plain_dense, "dense": in_mode("dense"), "sparse": in_mode("sparse")}
-    for _ in range(3):
-        for run in variants.values():
-            seconds(run, ffn, inputs(case), dy)
-    times: dict[str, list[float]] = {name: [] for name in variants}
+    times: dict[str, list[float]] = {"plain": [], "kernels": [], "dense": [], "sparse": []}
     loads = []
-    for _ in range(turns):
+    for turn in range(-WARM_UP, turns):
         x = inputs(case)
-        for name, run in variants.items():
-            times[name].append(seconds(run, ffn, x, dy))
+        variants = (plain_dense, kernels_alone(ffn, x), in_mode("dense"), in_mode("sparse"))
+        for name, run in zip(times, variants, strict=True):
+            taken = seconds(run, ffn, x, dy)
+            if turn >= 0:
+                times[name].append(taken)
         loads.append(ffn.expert_load.max().item() / ffn.expert_load.float().mean().item())
     best = min(("plain", "dense"), key=lambda name: statistics.median(times[name]))
     name = f"{case} (dense {statistics.median(times[best]) * 1e3:.0f} ms, load max/mean {statistics.median(loads):.1f})"
     yield Row(f"{name}: sparse / dense", paired(times["sparse"], times[best]), case.goal, IDEAL)
+    yield Row(f"{case}: its kernels alone / dense", paired(times["kernels"], times[best]), case.goal, IDEAL)
     if case.skew == 0:
         yield Row(f"{case}: dense mode / plain layers", paired(times["dense"], times["plain"]), 1.05, 1.0)
 

@@ -20,7 +20,7 @@ class Routing(NamedTuple):
     """Where each token goes.
 
     Attributes:
-        expert_ids_TK: int64, best first, no expert twice in a row.
+        expert_ids_TK: int64, best first, no expert twice in a row; equal scores are settled alike in every run.
         gates_TK: 1 in value, with the router's gradient behind it; None when the router learns nothing.
     """
 
@@ -28,30 +28,37 @@ class Routing(NamedTuple):
     gates_TK: Tensor | None
 
 
-class _Scores(torch.autograd.Function):
-    """x @ weight^T in at least fp32, its gradient in x's dtype: no fp32 copy of x is kept for the backward."""
+def expert_scores(x_TH: Tensor, weight_EH: Tensor) -> Tensor:
+    """x @ weight^T, [T, E], in at least fp32: bf16 scores would tie often, and ties would choose the experts."""
+    dtype = torch.promote_types(x_TH.dtype, torch.float32)
+    return F.linear(x_TH.to(dtype), weight_EH.to(dtype))
+
+
+class _StraightThrough(torch.autograd.Function):
+    """Chosen experts [T, K], and gates [T, K] that are 1 with the gradient of a softmax over the chosen scores.
+
+    The same as gate = 1 + p - stop_gradient(p), in fewer steps and without an fp32 copy of x for the backward.
+    """
 
     @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, weight_EH: Tensor) -> Tensor:
-        ctx.save_for_backward(x_TH, weight_EH)
-        # bf16 scores would tie often, and ties would choose the experts.
-        dtype = torch.promote_types(x_TH.dtype, torch.float32)
-        return F.linear(x_TH.to(dtype), weight_EH.to(dtype))
+    def forward(ctx: Any, x_TH: Tensor, weight_EH: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
+        scores_TK, expert_ids_TK = expert_scores(x_TH, weight_EH).topk(top_k, dim=1)
+        p_TK = scores_TK.softmax(dim=1)
+        ctx.save_for_backward(x_TH, weight_EH, expert_ids_TK, p_TK)
+        ctx.mark_non_differentiable(expert_ids_TK)
+        return expert_ids_TK, torch.ones_like(p_TK)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, d_TE: Tensor) -> tuple[Tensor, Tensor]:
-        x_TH, weight_EH = ctx.saved_tensors
-        d_TE = d_TE.to(x_TH.dtype)
-        return d_TE @ weight_EH.to(x_TH.dtype), (d_TE.T @ x_TH).to(weight_EH.dtype)
+    def backward(ctx: Any, _: None, dgates_TK: Tensor) -> tuple[Tensor, Tensor, None]:
+        x_TH, weight_EH, expert_ids_TK, p_TK = ctx.saved_tensors
+        dp_TK = p_TK * dgates_TK
+        dscores_TK = dp_TK - p_TK * dp_TK.sum(dim=1, keepdim=True)
+        dscores_TE = x_TH.new_zeros(len(x_TH), len(weight_EH)).scatter_(1, expert_ids_TK, dscores_TK.to(x_TH.dtype))
+        return dscores_TE @ weight_EH, dscores_TE.T @ x_TH, None
 
 
-expert_scores: Callable[[Tensor, Tensor], Tensor] = _Scores.apply  # (x_TH, weight_EH) -> [T, E]
-
-
-def best_experts(scores_TE: Tensor, top_k: int) -> Tensor:
-    """Ids [T, K] of the experts with the highest scores, best first; of equal scores the lower id, on every device."""
-    return scores_TE.sort(dim=-1, descending=True, stable=True).indices[:, :top_k].contiguous()
+_straight_through: Callable[..., tuple[Tensor, Tensor]] = _StraightThrough.apply
 
 
 class Router(nn.Module):
@@ -91,22 +98,13 @@ class Router(nn.Module):
             x_TH: inputs of the feed-forward network.
             rows_FH: `bank.rows()`; only avg_k reads it.
         """
-        if self.router_update != "straight_through":
-            with torch.no_grad():
-                return Routing(best_experts(expert_scores(x_TH, self._rows(rows_FH)), self.top_k), None)
-        scores_TE = expert_scores(x_TH, self.weight)
-        expert_ids_TK = best_experts(scores_TE.detach(), self.top_k)
-        p_TK = scores_TE.gather(1, expert_ids_TK).softmax(dim=-1)
-        return Routing(expert_ids_TK, 1 + p_TK - p_TK.detach())
-
-    @torch.no_grad()
-    def ranking(self, x_TH: Tensor, rows_FH: Tensor) -> Tensor:
-        """Ids [T, E] of all experts, best first."""
-        weight_EH = self._rows(rows_FH) if self.router_update == "avg_k" else self.weight
-        return best_experts(expert_scores(x_TH, weight_EH), self.num_experts)
+        if self.router_update == "straight_through":
+            return Routing(*_straight_through(x_TH, self.weight, self.top_k))
+        with torch.no_grad():
+            return Routing(expert_scores(x_TH, self._rows(rows_FH)).topk(self.top_k, dim=1).indices, None)
 
     def _rows(self, rows_FH: Tensor | None) -> Tensor:
-        if self.router_update == "frozen":
+        if self.router_update != "avg_k":
             return self.weight
         assert rows_FH is not None, "avg_k scores from the bank's rows"
         rows_ENH = rows_FH.view(self.num_experts, -1, rows_FH.shape[1])

@@ -193,7 +193,7 @@ def test_workspace_is_shared_and_stops_growing(two_layers, monkeypatch: pytest.M
         run_layers(banks, x[:10], [i[:10] for i in ids], recompute=False)
         sizes.append({key: buffer.numel() for key, buffer in workspace.items()})
     assert sizes[0] == sizes[1] == sizes[2]
-    assert {name for name, _ in workspace} == {"out", "rows", "hidden"}
+    assert {name for name, _ in workspace} == {"out", "rows", "hidden", "dy", "product"}
     # 400 copies of tokens of 32 values, and padding.
     assert 400 * 32 <= workspace["out", torch.float32].numel() <= 600 * 32
 

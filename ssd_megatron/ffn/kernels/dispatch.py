@@ -43,16 +43,14 @@ class Dispatch(NamedTuple):
     """Where every token copy lies.
 
     Attributes:
-        token_S: int64, the token in each slot; 0 in padding slots, whose rows nobody reads back.
+        token_S: int64, the token in each slot; T, which is no token, in padding slots.
         slot_TK: int64, the slot of each token copy.
         segments: cover all experts and slots in order.
-        counts: tokens of each expert.
     """
 
     token_S: Tensor
     slot_TK: Tensor
     segments: list[Segment]
-    counts: list[int]
 
 
 def round_capacity(count: int) -> int:
@@ -87,21 +85,16 @@ def dispatch(expert_ids_TK: Tensor, num_experts: int, row_bytes: int) -> Dispatc
     """Give every token copy a slot in its expert's bucket, in the order of tokens. Waits for the device once.
 
     Args:
-        expert_ids_TK: int64 in [0, num_experts).
+        expert_ids_TK: int64 in [0, num_experts), no expert twice for one token.
         row_bytes: size of one gathered row.
     """
-    device, top_k = expert_ids_TK.device, expert_ids_TK.shape[1]
-    expert_C = expert_ids_TK.flatten()  # C token copies
-    count_E = torch.bincount(expert_C, minlength=num_experts)
-    counts: list[int] = count_E.tolist()
-    segments = plan_segments(counts, SEGMENT_BYTES // row_bytes)
-    # One byte per key sorts several times faster than eight.
-    order_C = torch.argsort(expert_C.to(torch.uint8) if num_experts <= 256 else expert_C, stable=True)
+    device, (num_tokens, top_k) = expert_ids_TK.device, expert_ids_TK.shape
+    expert_KT = expert_ids_TK.T
+    chosen_ET = torch.zeros(num_experts, num_tokens, dtype=torch.int32, device=device).scatter_(0, expert_KT, 1)
+    place_KT = chosen_ET.cumsum(1, dtype=torch.int32).gather(0, expert_KT) - 1
+    segments = plan_segments(chosen_ET.sum(1).tolist(), SEGMENT_BYTES // row_bytes)
     first_slot_E = torch.tensor([s.first_slot + i * s.capacity for s in segments for i in range(s.num_experts)])
-    shift_E = first_slot_E.to(device) - (count_E.cumsum(0) - count_E)
-    slot_C = torch.arange(len(order_C), device=device)
-    slot_C += shift_E.repeat_interleave(count_E, output_size=len(order_C))
-    token_S = torch.zeros(segments[-1].slots.stop, dtype=torch.int64, device=device)
-    token_S.index_copy_(0, slot_C, order_C.div(top_k, rounding_mode="floor"))
-    slot_TK = torch.empty_like(expert_C).index_copy_(0, order_C, slot_C).view_as(expert_ids_TK)
-    return Dispatch(token_S, slot_TK, segments, counts)
+    slot_TK = first_slot_E.to(device)[expert_ids_TK] + place_KT.T
+    token_S = torch.full((segments[-1].slots.stop,), num_tokens, dtype=torch.int64, device=device)
+    token_S.index_copy_(0, slot_TK.flatten(), torch.arange(num_tokens, device=device).repeat_interleave(top_k))
+    return Dispatch(token_S, slot_TK, segments)

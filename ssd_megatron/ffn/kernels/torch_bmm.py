@@ -99,20 +99,21 @@ class _SparseFFN(torch.autograd.Function):
     ) -> Tensor:
         width = x_TH.shape[1]
         bank = _by_expert(NeuronTensors(*neuron_tensors), num_experts)
-        token_S, slot_TK, segments, counts = dispatch(expert_ids_TK, num_experts, width * x_TH.element_size())
+        token_S, slot_TK, segments = dispatch(expert_ids_TK, num_experts, width * x_TH.element_size())
+        token_of_row_S = token_S.clamp(max=len(x_TH) - 1)  # padding slots take any row
         pre_SN = x_TH.new_empty(len(token_S), bank.w_in.shape[1])
         up_SN = None if bank.w_gate is None else torch.empty_like(pre_SN)
         out_SH = _scratch("out", (len(token_S), width), x_TH)
         for segment in segments:
             expert = _of(segment, bank)
-            rows = _gather(x_TH, token_S, segment)
+            rows = _gather(x_TH, token_of_row_S, segment)
             hidden = activation.act(_linear(rows, *expert.firing, segment.bucket(pre_SN)))
             if up_SN is not None:
                 hidden = hidden * _linear(rows, expert.w_in, expert.b_in, segment.bucket(up_SN))
             torch.bmm(hidden, expert.w_out, out=segment.bucket(out_SH))
         # What a recomputed forward would make again is saved as tensors, so that checkpointing frees it.
         ctx.save_for_backward(x_TH, token_S, slot_TK, pre_SN, up_SN, *neuron_tensors)
-        ctx.segments, ctx.counts, ctx.activation, ctx.num_experts = segments, counts, activation, num_experts
+        ctx.segments, ctx.activation, ctx.num_experts = segments, activation, num_experts
         return F.embedding_bag(slot_TK, out_SH, mode="sum")
 
     @staticmethod
@@ -125,6 +126,10 @@ class _SparseFFN(torch.autograd.Function):
         grads = bank.each(torch.empty_like)
         bank, grads_E = _by_expert(bank, ctx.num_experts), _by_expert(grads, ctx.num_experts)
         dgate_S = x_TH.new_empty(len(token_S)) if ctx.needs_input_grad[2] else None
+        token_of_row_S = token_S.clamp(max=len(x_TH) - 1)
+        padded_dy = _scratch("dy", (len(x_TH) + 1, x_TH.shape[1]), x_TH)
+        padded_dy[:-1] = dy_TH
+        padded_dy[-1] = 0  # the row of padding slots, which so add nothing to any gradient
         dx_SH = _scratch("out", (len(token_S), x_TH.shape[1]), x_TH)
         for segment in ctx.segments:
             expert, grad = _of(segment, bank), _of(segment, grads_E)
@@ -133,17 +138,16 @@ class _SparseFFN(torch.autograd.Function):
             up = None if up_SN is None else segment.bucket(up_SN)
             hidden = fired if up is None else fired * up
 
-            dy = _gather(dy_TH, token_S, segment)
-            for i, count in enumerate(ctx.counts[segment.experts]):
-                dy[i, count:].zero_()  # padding slots then add nothing to any gradient
+            dy = _gather(padded_dy, token_S, segment)
             torch.bmm(hidden.mT, dy, out=grad.w_out)
             d = torch.bmm(dy, expert.w_out.mT, out=_scratch("hidden", pre.shape, pre))
             if dgate_S is not None:
-                torch.sum((d * hidden).flatten(0, 1), dim=1, out=dgate_S[segment.slots])
+                product = torch.mul(d, hidden, out=_scratch("product", pre.shape, pre))
+                torch.sum(product.flatten(0, 1), dim=1, out=dgate_S[segment.slots])
 
             d_up = None if up is None else d * fired
             d_pre = activation.slope_(d if up is None else d.mul_(up), pre)
-            rows = _gather(x_TH, token_S, segment)
+            rows = _gather(x_TH, token_of_row_S, segment)
             _linear_grad(d_pre, rows, *grad.firing)
             torch.bmm(d_pre, expert.firing[0], out=dx)
             if d_up is not None:
