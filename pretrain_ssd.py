@@ -2,8 +2,8 @@
 
     deepspeed pretrain_ssd.py --ds_config examples/quickstart/ds.json
 
-also under torchrun, srun and mpirun, and as one process with plain python. Exit status: 0 finished, or saved and
-stopped on request; 2 the configuration or the data cannot be used; 1 anything else.
+also under torchrun, and as one process with plain python. Exit status: 0 finished, or saved and stopped on request;
+2 the configuration or the data cannot be used; 1 anything else.
 """
 
 import argparse
@@ -37,7 +37,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     if arguments.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
-    is_first = os.environ.get("RANK", os.environ.get("OMPI_COMM_WORLD_RANK", "0")) == "0"
+    rank = os.environ.get("RANK", "0")
+    is_first = rank == "0"
 
     def tell(text: str) -> None:
         if is_first:
@@ -58,23 +59,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         config = load_config(
             arguments.ds_config, overrides, world_size=world_size_of_launch(), hardware=detect_hardware()
         )
-        if arguments.dry_run:
-            if is_first:
-                print_dry_run(config)
-            return EXIT_OK
+    except ConfigError as error:
+        tell(f"error: {error}")  # the same on every rank
+        return EXIT_UNUSABLE
+    if arguments.dry_run:
+        if is_first:
+            print_dry_run(config)
+        return EXIT_OK
+    try:
         tokenizer = check_run_data(config, tell)
         folder = RunFolder(config.ssd_megatron.run_dir)
         if is_first:
             folder.create_and_lock()
-            folder.write_config(config.resolved())
-        topology = initialize_topology()
-        run_job(config, folder, tokenizer, topology)
+        run_job(config, folder, tokenizer, initialize_topology())
         leave_topology()
     except (ConfigError, DataError) as error:
-        tell(f"error: {error}")
+        print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
         return EXIT_UNUSABLE
-    except (SwitchError, CheckpointError, TrainingError) as error:
-        tell(f"error: {error}")
+    except (SwitchError, CheckpointError, TrainingError, OSError) as error:  # OSError: a full disk, a removed folder
+        print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
         return EXIT_FAILED
     return EXIT_OK
 

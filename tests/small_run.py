@@ -90,7 +90,9 @@ class Ranks:
         self.outputs = [ds_config.with_name(f"{ds_config.stem}-rank{rank}.log") for rank in range(world_size)]
         arguments = ["--ds_config", str(ds_config), *(word for item in overrides for word in ("--set", item))]
         self.processes = [
-            forkserver().Process(target=_main, args=(rank, world_size, port, arguments, self.outputs[rank]))
+            forkserver().Process(
+                target=_main, args=(rank, world_size, port, arguments, self.outputs[rank]), daemon=True
+            )
             for rank in range(world_size)
         ]
         for process in self.processes:

@@ -221,9 +221,23 @@ def _peak_rate(scheduler: Any, lr: float) -> Iterator[str]:
             yield problem("scheduler.params.warmup_min_lr", start, f"must be at most optimizer.params.lr ({lr})")
 
 
-@checks("optimizer.params.torch_adam", "optimizer.params.fused")
-def _fused(torch_adam: bool | str, fused: bool | str) -> Iterator[str]:
-    if torch_adam is False and fused is True:
+@checks("optimizer.params.torch_adam")
+def _torch_adam(torch_adam: bool | str) -> Iterator[str]:
+    if torch_adam is False:
         yield problem(
-            "optimizer.params.fused", fused, 'is for torch\'s optimizer: leave it out, or set torch_adam "auto"'
+            "optimizer.params.torch_adam",
+            torch_adam,
+            "is not supported: a switch moves the moments of torch's; leave it out",
         )
+
+
+@checks("model.position_embedding", "data.reset_position_ids")
+def _reset_positions(positions: str, reset: bool) -> Iterator[str]:
+    if reset and positions == "rope":
+        yield problem("data.reset_position_ids", reset, "has no effect with rope: use false, or learned positions")
+
+
+@checks("zero_optimization.allgather_bucket_size")
+def _allgather_bucket(size: int) -> Iterator[str]:
+    if size % 2:
+        yield problem("zero_optimization.allgather_bucket_size", size, f"must be even: try {size + 1}")

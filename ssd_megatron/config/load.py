@@ -180,9 +180,7 @@ def _optimizer(keys: DsJson, hardware: Hardware) -> dict[str, Any]:
     if params["torch_adam"] == "auto":
         params["torch_adam"] = True
     if params["fused"] == "auto":
-        params["fused"] = hardware.device == "cuda" and params["torch_adam"]
-    if not params["torch_adam"]:
-        del params["fused"]
+        params["fused"] = hardware.device == "cuda"
     if keys.optimizer.type == "AdamW":
         del params["adam_w_mode"]
     return dumped

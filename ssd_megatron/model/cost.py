@@ -29,11 +29,12 @@ class Memory:
     parameters: int
     gradients: int
     optimizer: int
+    reduce_bucket: int
     activations: int
 
     @property
     def total(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.activations
+        return self.parameters + self.gradients + self.optimizer + self.reduce_bucket + self.activations
 
 
 def parameter_counts(model: ModelConfig, ssd: SSDConfig) -> dict[str, int]:
@@ -67,9 +68,21 @@ def flops_per_token(model: ModelConfig, ssd: SSDConfig) -> Flops:
 
 
 def memory_per_rank(
-    model: ModelConfig, ssd: SSDConfig, *, dtype: str, micro_batch_size: int, data_parallel_size: int, recompute: bool
+    model: ModelConfig,
+    ssd: SSDConfig,
+    *,
+    dtype: str,
+    micro_batch_size: int,
+    data_parallel_size: int,
+    zero_stage: int,
+    reduce_bucket_size: int,
+    recompute: bool,
 ) -> Memory:
-    """Bytes of one data-parallel rank under ZeRO 1 or 2, dense mode; activations to about 20 %."""
+    """Bytes of one data-parallel rank under ZeRO, dense mode; activations to about 20 %.
+
+    Args:
+        reduce_bucket_size: elements of DeepSpeed's gradient buffer, `zero_optimization.reduce_bucket_size`.
+    """
     parameters = sum(parameter_counts(model, ssd).values())
     size = BYTES[dtype]
     tokens = micro_batch_size * model.seq_length
@@ -80,8 +93,9 @@ def memory_per_rank(
     logits = model.padded_vocab_size * (size + 8)
     return Memory(
         parameters=parameters * size,
-        gradients=parameters * size,
+        gradients=parameters * size // (data_parallel_size if zero_stage == 2 else 1),
         optimizer=parameters * 12 // data_parallel_size,
+        reduce_bucket=reduce_bucket_size * size,
         activations=tokens * (layers * size + logits),
     )
 

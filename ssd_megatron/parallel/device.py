@@ -18,8 +18,6 @@ PEAK_TFLOPS = {"H200": 989.0, "H100": 989.0, "GH200": 989.0, "A100": 312.0, "L40
 # Optional packages: what they would speed up.
 OPTIONAL_PACKAGES = {
     "apex": "fused layer norm (CUDA) falls back to torch's",
-    "transformer_engine": "megatron-core's local blocks are used instead of Transformer Engine's",
-    "triton": "sparse kernels for GPUs fall back to the torch backend",
 }
 
 
@@ -33,7 +31,11 @@ def local_device() -> torch.device:
 def detect_hardware() -> Hardware:
     """What `"auto"` values of the configuration are resolved with."""
     if IS_CUDA:
-        return Hardware(device="cuda", bf16=torch.cuda.is_bf16_supported(), name=torch.cuda.get_device_name())
+        return Hardware(
+            device="cuda",
+            bf16=torch.cuda.is_bf16_supported(including_emulation=False),
+            name=torch.cuda.get_device_name(),
+        )
     return Hardware(device="cpu", bf16=torch.cpu._is_amx_tile_supported(), name=_cpu_name())
 
 
@@ -47,7 +49,7 @@ def missing_packages() -> list[str]:
     lines = [
         f"{package} is not installed: {cost}"
         for package, cost in OPTIONAL_PACKAGES.items()
-        if importlib.util.find_spec(package) is None and (IS_CUDA or package != "triton")
+        if importlib.util.find_spec(package) is None
     ]
     if shutil.which("numactl") is None:
         lines.append("numactl is not installed: ranks are not bound to cores (deepspeed --bind_cores_to_rank needs it)")
@@ -65,8 +67,10 @@ def keep_freed_memory() -> None:
     """Let glibc keep large freed blocks: on a CPU, page faults of fresh activations cost more than the arithmetic.
 
     Sets mallopt's M_MMAP_MAX to 0, M_TRIM_THRESHOLD and M_TOP_PAD high and one arena; the resident size then stays at
-    its peak. Does nothing on a C library without mallopt.
+    its peak. Does nothing on a GPU machine, and on a C library without mallopt.
     """
+    if IS_CUDA:
+        return
     libc = ctypes.CDLL(None)
     try:
         mallopt = libc.mallopt

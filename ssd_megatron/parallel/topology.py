@@ -12,7 +12,11 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
+from ssd_megatron.errors import ConfigError
 from ssd_megatron.parallel.device import IS_CUDA, local_device
+
+# Variables that say how many processes these launchers started.
+OTHER_LAUNCHERS = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "an MPI launcher", "SLURM_STEP_NUM_TASKS": "srun"}
 
 
 @dataclass(frozen=True)
@@ -40,12 +44,6 @@ class Topology:
         """True on the one process that speaks, decides and writes for the job."""
         return self.rank == 0
 
-    def barrier(self) -> None:
-        if IS_CUDA:
-            dist.barrier(device_ids=[self.device.index])
-        else:
-            dist.barrier()
-
     def sum(self, values: list[float]) -> list[float]:
         """Sum of small numbers over the data-parallel group, in float64, the same on every rank."""
         total = torch.tensor(values, dtype=torch.float64, device=self.device)
@@ -60,24 +58,32 @@ class Topology:
 
 
 def world_size_of_launch() -> int:
-    """Number of processes that the launcher started, before any process group exists."""
-    for variable in ("WORLD_SIZE", "OMPI_COMM_WORLD_SIZE", "PMI_SIZE"):
-        if variable in os.environ:
-            return int(os.environ[variable])
+    """Number of processes that the launcher started, before any process group exists.
+
+    Raises:
+        ConfigError: several were started by a launcher that does not give torch's variables.
+    """
+    if "WORLD_SIZE" in os.environ:
+        return int(os.environ["WORLD_SIZE"])
+    for variable, launcher in OTHER_LAUNCHERS.items():
+        if int(os.environ.get(variable, "1")) > 1:
+            raise ConfigError(
+                f"{launcher} started {os.environ[variable]} processes without RANK and WORLD_SIZE ({variable} is set): "
+                "it is not supported yet; start with deepspeed or torchrun"
+            )
     return 1
 
 
 def initialize_topology(*, timeout: timedelta = timedelta(minutes=30)) -> Topology:
-    """Join the job and build its groups; reads the launcher's environment (deepspeed, torchrun, mpirun or none)."""
-    launched_by_mpi = "OMPI_COMM_WORLD_SIZE" in os.environ
-    launched = launched_by_mpi or "RANK" in os.environ
+    """Join the job and build its groups; reads the launcher's environment (deepspeed, torchrun, or none)."""
+    launched = "RANK" in os.environ
     if not launched:
         os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     if IS_CUDA:
         torch.cuda.set_device(local_device())
     deepspeed.init_distributed(
         dist_backend="nccl" if IS_CUDA else "gloo",
-        auto_mpi_discovery=launched_by_mpi,
+        auto_mpi_discovery=False,
         timeout=timeout,
         verbose=False,
     )

@@ -103,16 +103,12 @@ class Coordinator:
         self._clustering = Clustering(ssd, ffns, topology, seed)
         self.schedule = schedule
         self.mode: Mode = "dense"
+        self.has_partition = False  # once a switch has formed experts, the model can be evaluated in both modes
         self._labels: dict[str, Tensor] = {}
         self._expert_ids: dict[str, Tensor] = {}
         self._losses: deque[float] = deque(maxlen=LOSS_WINDOW)
         self._level: float | None = None
         self._spikes = 0
-
-    @property
-    def has_partition(self) -> bool:
-        """True once a switch has formed experts: from then on the model can be evaluated in both modes."""
-        return any(decision.mode == "sparse" for decision in self.schedule.decisions) and bool(self._labels)
 
     def before_step(self, step: int) -> SwitchReport | None:
         """Bring the model into the mode of `step` (collective). To be called before every step.
@@ -142,6 +138,16 @@ class Coordinator:
         """The loss has just risen after a switch, for SPIKES_IN_A_ROW steps in a row."""
         return self._spikes == SPIKES_IN_A_ROW
 
+    def partition(self) -> list[Tensor]:
+        """Experts of the last switch by neuron identity, [N] int64 for each layer: what ssd.partition can replay."""
+        layers = []
+        for ffn in self._ffns.values():
+            identities = ffn.bank.neuron_ids.cpu()
+            labels = torch.empty_like(identities)
+            labels[identities] = _contiguous(len(identities), self._ssd.num_experts)
+            layers.append(labels)
+        return layers
+
     def set_mode(self, mode: Mode) -> None:
         """Compute in `mode` from now on; nothing else changes."""
         self.mode = mode
@@ -157,6 +163,7 @@ class Coordinator:
             "level": self._level,
             "spikes": self._spikes,
             "top_k": self._top_k(),
+            "has_partition": self.has_partition,
         }
         tensors = {f"labels/{name}": labels for name, labels in self._labels.items()}
         tensors |= {f"expert_ids/{name}": ids for name, ids in self._expert_ids.items()}
@@ -170,6 +177,7 @@ class Coordinator:
         assert (level is None or isinstance(level, float)) and isinstance(spikes, int)
         assert isinstance(top_k, list)
         self._set_top_k(top_k)
+        self.has_partition = bool(values["has_partition"])
         self.set_mode("sparse" if mode == "sparse" else "dense")
         self.schedule.load_state_dict(schedule)
         self._losses = deque(losses, maxlen=LOSS_WINDOW)
@@ -194,6 +202,7 @@ class Coordinator:
             self._labels = {name: _contiguous(label.numel(), self._ssd.num_experts) for name, label in labels.items()}
             self._expert_ids = {}
             self._set_top_k(self._allocate())
+            self.has_partition = True
         loss_after = self._probe.loss()
         self._verify_loss(loss_before, loss_after)
         self.set_mode("sparse")
@@ -210,7 +219,7 @@ class Coordinator:
             seconds_cluster=clustered - started,
             seconds_transfer=applied.transfer_seconds,
             seconds_verify=applied.verify_seconds,
-            bytes_moved=int(self._topology.sum([applied.bytes_moved])[0]) // self._topology.data_parallel_size,
+            bytes_moved=applied.bytes_moved,
             loss_before=loss_before,
             loss_after=loss_after,
             loss_sparse=loss_sparse,
@@ -251,7 +260,7 @@ class Coordinator:
         names = list(self._ffns)[: self._ssd.check_layers]
         labels = self._clustering.follow(names, self._labels, step)
         centroids = {name: self._clustering.centroids(name, labels[name]) for name in names}
-        statistics = collect_statistics(self._ffns, self._probe, centroids, self._ssd.top_k)
+        statistics = collect_statistics(self._ffns, self._probe, centroids, self._ssd.top_k, signatures=False)
         ids = {name: statistics[name].expert_ids for name in names}
         known = [name for name in names if name in self._labels]
         layers = [structure_similarity(self._labels[name], labels[name]) for name in known]

@@ -9,7 +9,6 @@ partitions than k-means from random rows.
 # Shapes: N neurons, H features of a neuron, E experts, S = N / E neurons per expert, T tokens, B bytes.
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,10 +16,11 @@ from pathlib import Path
 import torch
 import torch.nn.functional as F
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 from torch import Tensor
 
 from ssd_megatron.errors import ConfigError
+from ssd_megatron.files import write_atomically
 from ssd_megatron.switching.assignment import balanced_assignment, expert_size, spread
 
 # Temperatures of the annealed start, in typical stakes of a neuron (what its best expert gives it above the mean).
@@ -172,9 +172,7 @@ def structure_similarity(labels_a: Tensor, labels_b: Tensor) -> float:
 
 def save_partition(path: Path, labels_by_layer: Sequence[Tensor]) -> None:
     """Record labels [N] of every layer as `layers.0`, `layers.1`, ... of a safetensors file (appears atomically)."""
-    unfinished = path.with_name(path.name + ".tmp")
-    save_file({f"layers.{i}": labels.cpu().clone() for i, labels in enumerate(labels_by_layer)}, unfinished)
-    os.replace(unfinished, path)
+    write_atomically(path, save({f"layers.{i}": labels.cpu() for i, labels in enumerate(labels_by_layer)}))
 
 
 def load_partition(path: Path, num_experts: int | None = None) -> list[Tensor]:

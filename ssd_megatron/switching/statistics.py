@@ -25,7 +25,8 @@ class LayerStatistics:
 
     Attributes:
         active_fraction: share of (token, neuron) pairs that fire.
-        signatures: [N, bytes] uint8, a bit per probe token (most significant first): the neuron fired.
+        signatures: [N, bytes] uint8, a bit per probe token (most significant first): the neuron fired; no bytes if they
+            were not asked for.
         expert_ids: [T, K] int64, experts that the given centroids choose; empty if none were given.
     """
 
@@ -64,6 +65,7 @@ class _Recorder:
     neurons: int
     centroids_EH: Tensor | None
     top_k: int
+    signatures: bool
     fired: list[Tensor] = field(default_factory=list)
     chosen: list[Tensor] = field(default_factory=list)
     fired_count: int = 0
@@ -73,7 +75,8 @@ class _Recorder:
         fired_TN = pre_TN > 0
         self.fired_count += int(fired_TN.sum())
         self.pairs += fired_TN.numel()
-        self.fired.append(pack_bits(fired_TN.t()))
+        if self.signatures:
+            self.fired.append(pack_bits(fired_TN.t()))
         if self.centroids_EH is not None:
             scores_TE = x_TH @ self.centroids_EH.to(x_TH.dtype).t()
             self.chosen.append(scores_TE.topk(self.top_k, dim=1).indices)
@@ -84,13 +87,18 @@ def collect_statistics(
     probe: ProbeBatch,
     centroids: Mapping[str, Tensor],
     top_k: int,
+    *,
+    signatures: bool = True,
 ) -> dict[str, LayerStatistics]:
     """Run the probe batch densely and gather every network's statistics over the ranks (collective).
 
     Args:
         centroids: [E, H] expert scores by network name, for those whose expert choice is wanted.
+        signatures: whether the bits are wanted, a byte per neuron and eight probe tokens of every rank.
     """
-    recorders = {name: _Recorder(ffn.bank.w_in.shape[0], centroids.get(name), top_k) for name, ffn in ffns.items()}
+    recorders = {
+        name: _Recorder(ffn.bank.w_in.shape[0], centroids.get(name), top_k, signatures) for name, ffn in ffns.items()
+    }
     with observed(ffns, recorders):
         for batch in probe.batches:
             probe.token_losses(batch)
@@ -111,12 +119,6 @@ def pack_bits(bits: Tensor) -> Tensor:
     padded = torch.nn.functional.pad(bits.to(torch.uint8), (0, -bits.shape[1] % 8))
     weights = torch.tensor(PACK_WEIGHTS, dtype=torch.uint8, device=bits.device)
     return (padded.view(bits.shape[0], -1, 8) * weights).sum(-1, dtype=torch.uint8)
-
-
-def unpack_bits(packed: Tensor) -> Tensor:
-    """Bytes [N, B] uint8 to bits [N, 8 B] uint8."""
-    shifts = torch.tensor(PACK_WEIGHTS, dtype=torch.uint8, device=packed.device)
-    return ((packed.unsqueeze(-1) & shifts) > 0).to(torch.uint8).flatten(1)
 
 
 @contextmanager

@@ -2,8 +2,9 @@
 identities, the coordinator's memory, and the trainer's counters. How it lies on disk is checkpoint_files.py."""
 
 import shutil
-import threading
 from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -29,7 +30,7 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Trained:
-    """The state of a run between two steps; `counters` are the trainer's plain numbers."""
+    """What holds the state of a run; `identity` are the settings that must not change on resume."""
 
     engine: DataParallelEngine
     model: GPT
@@ -92,7 +93,7 @@ class Checkpointer:
             if self._topology.is_first:
                 index = self._index(writing, [record for part in records for record in part], pieces)
                 files.commit(self._root, index)
-                files.remove_old(self._root, self._keep_last)
+                files.remove_old(self._root, writing.step, self._keep_last)
 
         _agree(self._topology, commit, self._root)
         return final
@@ -107,15 +108,24 @@ class Checkpointer:
             ConfigError: it was made by a run with other settings.
         """
         folders = _gather([folder.name for folder in files.checkpoints(self._root)], self._topology)[0]
+        damaged: list[Path] = []
         for name in folders:
             folder = self._root / name
             damage = self._damages(folder)
             if not damage:
-                return self._restore(folder)
+                restored = self._restore(folder)
+                _agree(self._topology, lambda: self._set_aside(damaged), self._root)
+                return restored
+            damaged.append(folder)
             tell(f"checkpoint {folder} is damaged ({'; '.join(damage)}): it is passed over")
         if folders:
             raise CheckpointError(f"no checkpoint in {self._root} is whole: move the folder away to start anew")
         return None
+
+    def _set_aside(self, damaged: list[Path]) -> None:
+        if self._topology.is_first:
+            for folder in damaged:
+                files.set_aside(folder)
 
     def _damages(self, folder: Path) -> list[str]:
         try:
@@ -146,7 +156,9 @@ class Checkpointer:
             ffn.bank.neuron_ids.copy_(shared[f"{name}.bank.neuron_ids"])
         self._trained.coordinator.load_state_dict(values["coordinator"], shared)
         if values["ranks"] == self._topology.world_size:
-            _set_rng(files.read_tensors(folder, files.rank_file(self._topology.rank)))
+            _set_rng(files.read_tensors(folder, files.rank_file(self._topology.rank), prefix=RNG))
+        else:
+            torch.manual_seed(hash((torch.initial_seed(), index.step, self._topology.rank)))
         return index.step, values["counters"]
 
     def _shared_tensors(self) -> dict[str, Tensor]:
@@ -188,35 +200,23 @@ class _Writing:
         in_background: bool,
     ) -> None:
         self.step, self.pieces, self.values = step, pieces, values
-        self._folder = folder
-        self._records: list[FileRecord] = []
-        self._error: Exception | None = None
-        self._contents = {
-            name: {key: tensor.cpu().clone() if in_background else tensor.cpu() for key, tensor in tensors.items()}
+        # Copies, also of what is on the CPU already, if training goes on while they are written.
+        copies = {
+            name: {key: tensor.detach().to("cpu", copy=in_background) for key, tensor in tensors.items()}
             for name, tensors in contents.items()
         }
-        self._thread = threading.Thread(target=self._write)
-        self._thread.start()
-        if not in_background:
-            self._thread.join()
+        with ThreadPoolExecutor(1) if not in_background else nullcontext(ThreadPoolExecutor(1)) as pool:
+            self._written = pool.submit(
+                lambda: [files.write_tensors(folder, name, tensors) for name, tensors in copies.items()]
+            )
 
     @property
     def is_done(self) -> bool:
-        return not self._thread.is_alive()
+        return self._written.done()
 
     def result(self) -> list[FileRecord]:
         """The files, once written. Raises what went wrong while writing."""
-        self._thread.join()
-        if self._error is not None:
-            raise self._error
-        return self._records
-
-    def _write(self) -> None:
-        try:
-            for name, tensors in self._contents.items():
-                self._records.append(files.write_tensors(self._folder, name, tensors))
-        except (OSError, SafetensorError) as error:
-            self._error = error
+        return self._written.result()
 
 
 def _agree(topology: Topology, action: Callable[[], T], root: Path) -> list[T]:

@@ -27,7 +27,7 @@ from ssd_megatron.files import sha256_of
 FORMAT_VERSION = 1
 INDEX = "index.json"
 SHARED = "shared.safetensors"
-FOLDER, TEMPORARY = "step_", ".tmp-step_"
+FOLDER, TEMPORARY, DAMAGED = "step_", ".tmp-step_", "damaged-"
 
 
 class CheckpointError(RuntimeError):
@@ -108,13 +108,21 @@ def checkpoints(root: Path) -> list[Path]:
     return sorted(root.glob(f"{FOLDER}*"), reverse=True) if root.exists() else []
 
 
-def remove_old(root: Path, keep_last: int | None) -> None:
-    """Delete checkpoints beyond the newest `keep_last`, and what an interrupted save left."""
+def remove_old(root: Path, step: int, keep_last: int | None) -> None:
+    """Delete checkpoints beyond the newest `keep_last` up to that of `step`, and what an interrupted save left."""
     for left_over in root.glob(f"{TEMPORARY}*"):
         shutil.rmtree(left_over)
     if keep_last is not None:
-        for folder in checkpoints(root)[keep_last:]:
+        up_to_step = [folder for folder in checkpoints(root) if folder.name <= folder_name(step)]
+        for folder in up_to_step[keep_last:]:
             shutil.rmtree(folder)
+
+
+def set_aside(folder: Path) -> None:
+    """Take a damaged checkpoint out of the way, but keep it."""
+    aside = folder.with_name(f"{DAMAGED}{folder.name}")
+    shutil.rmtree(aside, ignore_errors=True)
+    folder.rename(aside)
 
 
 def read_index(folder: Path) -> Index:
@@ -150,11 +158,11 @@ def damages(folder: Path, index: Index, rank: int, ranks: int) -> list[str]:
     return found
 
 
-def read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
-    """All tensors of one file."""
+def read_tensors(folder: Path, name: str, prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of one file whose key begins with `prefix`."""
     with safe_open(folder / name, framework="pt") as file:
         keys: list[str] = list(file.keys())
-        return {key: file.get_tensor(key) for key in keys}
+        return {key: file.get_tensor(key) for key in keys if key.startswith(prefix)}
 
 
 def read_interval(folder: Path, index: Index, key: str, start: int, numel: int) -> Tensor:

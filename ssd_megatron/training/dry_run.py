@@ -42,6 +42,8 @@ def run_memory(config: RunConfig) -> Memory:
         dtype=config.dtype,
         micro_batch_size=config.micro_batch_size,
         data_parallel_size=config.data_parallel_size,
+        zero_stage=config.zero_stage,
+        reduce_bucket_size=config.deepspeed["zero_optimization"]["reduce_bucket_size"],
         recompute=section.training.recompute == "full",
     )
 

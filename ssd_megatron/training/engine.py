@@ -3,8 +3,9 @@
 `train_step(microbatches)` is what the trainer knows of the engine; without pipeline it is DeepSpeedEngine (ZeRO 1, 2).
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import deepspeed
 import torch
@@ -12,6 +13,7 @@ from deepspeed.runtime.engine import DeepSpeedEngine
 from torch import Tensor, nn
 from torch.optim.lr_scheduler import LambdaLR
 
+from ssd_megatron.config.deepspeed_keys import WSDParams
 from ssd_megatron.config.load import RunConfig
 from ssd_megatron.model.gpt import GPT
 from ssd_megatron.parallel.logical_state import LogicalState
@@ -43,12 +45,11 @@ class DataParallelEngine:
         self._topology = topology
         self._accumulation = config.gradient_accumulation_steps
         weight_decay = config.deepspeed["optimizer"]["params"]["weight_decay"]
-        scheduler = None if config.scheduler is None else lambda optimizer: wsd_scheduler(optimizer, config)
         engine, optimizer, _, lr_scheduler = deepspeed.initialize(
             model=model,
             model_parameters=parameter_groups(model, weight_decay),
             config=config.deepspeed,
-            lr_scheduler=scheduler,
+            lr_scheduler=own_scheduler(config),
         )
         assert isinstance(engine, DeepSpeedEngine)
         self.deepspeed = engine
@@ -67,16 +68,16 @@ class DataParallelEngine:
         scale = self._accumulation * self._topology.data_parallel_size / valid[0]
         lr = float(self._optimizer.param_groups[0]["lr"])
         self._model.train()
-        total = 0.0
+        total = torch.zeros((), dtype=torch.float64, device=self._topology.device)
         for batch in microbatches:
             losses = self.deepspeed(batch["tokens"], batch["position_ids"], batch["labels"])
             loss_sum = (losses * batch["loss_mask"]).sum()
             self.deepspeed.backward(loss_sum * scale)
             self.deepspeed.step()
-            total += float(loss_sum.detach())
+            total += loss_sum.detach()
         skipped = bool(self._optimizer.overflow)
         grad_norm = float("nan") if skipped else float(self.deepspeed.get_global_grad_norm())
-        return StepResult(self._topology.sum([total])[0] / valid[0], grad_norm, lr, skipped)
+        return StepResult(self._topology.sum([float(total)])[0] / valid[0], grad_norm, lr, skipped)
 
     @torch.no_grad()
     def token_losses(self, batch: Batch) -> Tensor:
@@ -105,15 +106,19 @@ def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, ob
     ]
 
 
-def wsd_scheduler(optimizer: torch.optim.Optimizer, config: RunConfig) -> LambdaLR:
-    """Warm-up, stable, decay: linear up, constant, linear down to min_lr_ratio of the rate."""
+def own_scheduler(config: RunConfig) -> Callable[[torch.optim.Optimizer], LambdaLR] | None:
+    """The learning rate where DeepSpeed has no scheduler for it: WSD, or constant without a scheduler."""
+    if "scheduler" in config.deepspeed:
+        return None
     wsd = config.scheduler
-    assert wsd is not None and isinstance(wsd.total_num_steps, int)
-    total = wsd.total_num_steps
+    factor = (lambda _step: 1.0) if wsd is None else partial(wsd_factor, wsd)
+    return lambda optimizer: LambdaLR(optimizer, factor)
 
-    def factor(step: int) -> float:
-        rise = (step + 1) / wsd.warmup_num_steps
-        fall = wsd.min_lr_ratio + (1 - wsd.min_lr_ratio) * (total - step) / wsd.decay_num_steps
-        return max(0.0, min(1.0, rise, fall))
 
-    return LambdaLR(optimizer, factor)
+def wsd_factor(wsd: WSDParams, step: int) -> float:
+    """Warm-up, stable, decay: share of the peak rate after `step` steps; linear up, 1, linear down to min_lr_ratio."""
+    assert isinstance(wsd.total_num_steps, int)
+    rise = (step + 1) / wsd.warmup_num_steps
+    left = max(0, wsd.total_num_steps - step)
+    fall = wsd.min_lr_ratio + (1 - wsd.min_lr_ratio) * left / wsd.decay_num_steps
+    return min(1.0, rise, fall)

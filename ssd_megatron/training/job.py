@@ -28,7 +28,7 @@ from ssd_megatron.training.run_folder import RunFolder, versions
 from ssd_megatron.training.run_log import RunLog
 from ssd_megatron.training.signals import StopRequests
 from ssd_megatron.training.summary import build_summary, print_summary, write_summary
-from ssd_megatron.training.trainer import Counters, Trainer
+from ssd_megatron.training.trainer import Counters, Status, Trainer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -62,13 +62,26 @@ def run_job(config: RunConfig, folder: RunFolder, tokenizer: Tokenizer, topology
         ConfigError: the newest checkpoint was made with other settings.
         TrainingError, SwitchError, CheckpointError: the run cannot go on.
     """
+    console = _console(config) if topology.is_first else None
+    try:
+        done, status = _train(config, folder, tokenizer, topology, console)
+    finally:
+        if console is not None:
+            console.close()
+    if topology.is_first:
+        finish(config, folder, {"status": status, "steps": done})
+
+
+def _train(
+    config: RunConfig, folder: RunFolder, tokenizer: Tokenizer, topology: Topology, console: Console | None
+) -> tuple[int, Status]:
+    """Build everything and train. Returns the steps done in all, and whether the run is finished."""
     section = config.ssd_megatron
     share_cores()
     keep_freed_memory()
     torch.manual_seed(section.seed + topology.data_parallel_rank)
     stop = StopRequests(folder.path, launched=topology.launched)
     stop.install()
-    console = _console(config) if topology.is_first else None
     backend, reason = choose_backend(section.ssd.backend, device=topology.device, dtype=DTYPES[config.dtype])
     if console is not None:
         for line in (*config.notes, *missing_packages(), reason):
@@ -90,16 +103,20 @@ def run_job(config: RunConfig, folder: RunFolder, tokenizer: Tokenizer, topology
     )
     restored = checkpointer.restore_newest(tell=console.event if console is not None else _silent)
     done, counters = restored or (0, vars(Counters()))
+    if topology.is_first:
+        folder.write_config(config.resolved())
+    if done == section.training.train_steps:
+        if console is not None:
+            console.event(f"{folder.path} is finished: all {done} steps are trained")
+        engine.close()
+        return done, "finished"
     log = RunLog(
         metrics=MetricsLog(folder.path, last_step=done) if topology.is_first else None,
         monitor=Monitor(engine.deepspeed.monitor) if topology.is_first else None,
         console=console,
     )
     if restored is not None:
-        if log.monitor is not None:
-            log.monitor.resume(done)
-        log.record("resume", done, checkpoint=str(folder.checkpoints))
-        log.event(f"resuming after step {done} of {section.training.train_steps}")
+        log.resumed(done, section.training.train_steps, folder.checkpoints)
     trainer = Trainer(
         config,
         topology,
@@ -109,6 +126,7 @@ def run_job(config: RunConfig, folder: RunFolder, tokenizer: Tokenizer, topology
         checkpointer=checkpointer,
         batches=_train_batches(config, datasets, topology, first_step=done + 1),
         eval_batches=_eval_batches(config, datasets, topology),
+        partitions=folder.path / "partitions",
         log=log,
         stop=stop,
         counters=Counters(**counters),
@@ -119,10 +137,9 @@ def run_job(config: RunConfig, folder: RunFolder, tokenizer: Tokenizer, topology
         status = trainer.run()
         stop.clear_stop_file()
     finally:
-        log.close()
+        log.flush()
         engine.close()
-    if topology.is_first:
-        finish(config, folder, {"status": status, "steps": trainer.done_steps})
+    return trainer.done_steps, status
 
 
 def finish(config: RunConfig, folder: RunFolder, state: dict[str, Any]) -> None:
@@ -179,9 +196,14 @@ def _eval_batches(config: RunConfig, datasets: Datasets, topology: Topology) -> 
 
 
 def _probe_batches(config: RunConfig, datasets: Datasets, topology: Topology) -> list[Batch]:
-    """This rank's part of the first validation samples."""
+    """This rank's part of the first validation samples: all ranks together have them in order."""
     assert isinstance(datasets.valid, SampleDataset)
-    mine = range(topology.data_parallel_rank, config.ssd_megatron.ssd.probe_samples, topology.data_parallel_size)
+    samples, rank, ranks = (
+        config.ssd_megatron.ssd.probe_samples,
+        topology.data_parallel_rank,
+        topology.data_parallel_size,
+    )
+    mine = range(samples * rank // ranks, samples * (rank + 1) // ranks)
     micro = config.micro_batch_size
     return [
         to_device(collate([datasets.valid[i] for i in mine[start : start + micro]]), topology.device)

@@ -25,7 +25,6 @@ class RunFolder:
         self.path = path
         self.checkpoints = path / "checkpoints"
         self.config = path / "config.json"
-        self.summary = path / "summary.json"
         self._lock: IO[str] | None = None
 
     def create_and_lock(self) -> None:
@@ -37,7 +36,12 @@ class RunFolder:
             raise ConfigError(f"ssd_megatron.run_dir ({self.path}) cannot be written: {error.strerror}") from error
         try:
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
+        except OSError as error:
+            if not isinstance(error, BlockingIOError):
+                raise ConfigError(
+                    f"ssd_megatron.run_dir ({self.path}) lies on a file system without locks ({error.strerror}), "
+                    "so that two runs could train in it unseen: use another folder"
+                ) from error
             raise ConfigError(
                 f"ssd_megatron.run_dir ({self.path}) is in use by another running process: wait for it, stop it with "
                 f"the file {self.path / 'STOP'}, or use another run_dir"

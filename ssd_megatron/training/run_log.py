@@ -1,9 +1,11 @@
 """Everything a run says: metrics.jsonl, DeepSpeed's monitors and the console. Rank 0 speaks; the others are silent."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 from ssd_megatron.switching.coordinator import CheckReport, SwitchReport
+from ssd_megatron.training.checkpoint_files import folder_name
 from ssd_megatron.training.console import Console, StepLine, short_number
 from ssd_megatron.training.metrics import MetricsLog
 from ssd_megatron.training.monitor import Monitor, layer_tag
@@ -34,6 +36,13 @@ class RunLog:
     def step(self, line: StepLine) -> None:
         if self.console is not None:
             self.console.step(line)
+
+    def resumed(self, step: int, train_steps: int, checkpoints: Path) -> None:
+        """The run goes on after `step`; what an earlier process wrote for later steps is forgotten."""
+        if self.monitor is not None:
+            self.monitor.resume(step)
+        self.record("resume", step, checkpoint=str(checkpoints / folder_name(step)))
+        self.event(f"resuming after step {step} of {train_steps}")
 
     def switch(self, step: int, report: SwitchReport) -> None:
         self.record(
@@ -90,8 +99,3 @@ class RunLog:
         if self.metrics is not None and self.monitor is not None:
             self.metrics.flush()
             self.monitor.close()
-
-    def close(self) -> None:
-        self.flush()
-        if self.console is not None:
-            self.console.close()

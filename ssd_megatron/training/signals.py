@@ -40,13 +40,11 @@ class StopRequests:
             signal.signal(number, self._receive)
         if self._launched:
             ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-        launchers = _launchers() if self._launched else []
-        if launchers:
-            threading.Thread(target=_watch, args=(launchers,), daemon=True).start()
+            threading.Thread(target=_watch, args=(_launchers(),), daemon=True).start()
 
-    def reason(self) -> str | None:
-        """Why this process was asked to stop; None if it was not."""
-        if self._received is None and self._stop_file.exists():
+    def reason(self, *, look_for_file: bool) -> str | None:
+        """Why this process was asked to stop; None if it was not. One rank of a job looks for the file."""
+        if self._received is None and look_for_file and self._stop_file.exists():
             return f"the file {STOP_FILE} in the run folder"
         return self._received
 
@@ -65,14 +63,19 @@ def _launchers() -> list[psutil.Process]:
     parent = psutil.Process().parent()
     if parent is None:
         return []
-    if any("deepspeed.launcher.launch" in word for word in parent.cmdline()):
-        command = parent.parent()
-        return [parent] if command is None else [parent, command]
-    return []
+    command = parent.parent() if any("deepspeed.launcher.launch" in word for word in parent.cmdline()) else None
+    return [parent] if command is None else [parent, command]
+
+
+def _is_alive(process: psutil.Process) -> bool:
+    try:
+        return bool(process.is_running() and process.status() != psutil.STATUS_ZOMBIE)
+    except psutil.NoSuchProcess:
+        return False
 
 
 def _watch(launchers: list[psutil.Process]) -> None:
-    while all(launcher.is_running() and launcher.status() != psutil.STATUS_ZOMBIE for launcher in launchers):
+    while all(_is_alive(launcher) for launcher in launchers):
         threading.Event().wait(1.0)
     os.kill(os.getpid(), signal.SIGTERM)
     threading.Event().wait(ORPHAN_GRACE_SECONDS)

@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 import torch
@@ -15,6 +16,7 @@ from ssd_megatron.model.cost import flops_per_token
 from ssd_megatron.model.gpt import GPT
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.switching.coordinator import Coordinator
+from ssd_megatron.switching.partition import save_partition
 from ssd_megatron.training.checkpoint import Checkpointer
 from ssd_megatron.training.console import StepLine
 from ssd_megatron.training.engine import Batch, DataParallelEngine, StepResult
@@ -43,6 +45,7 @@ class Trainer:
     Args:
         batches: this rank's microbatches from that step on.
         eval_batches: this rank's part of the fixed evaluation batches.
+        partitions: folder where each switch records its experts, for ssd.partition.
         peak_flops: peak FLOP/s of one device, or None where it is not known.
     """
 
@@ -57,6 +60,7 @@ class Trainer:
         checkpointer: Checkpointer,
         batches: Iterator[Batch],
         eval_batches: list[Batch],
+        partitions: Path,
         log: RunLog,
         stop: StopRequests,
         counters: Counters,
@@ -72,6 +76,7 @@ class Trainer:
         self._checkpointer = checkpointer
         self._batches = batches
         self._eval_batches = eval_batches
+        self._partitions = partitions
         self._log = log
         self._stop = stop
         self._counters = counters
@@ -93,6 +98,9 @@ class Trainer:
             CheckpointError: a checkpoint could not be written.
         """
         training, interval = self._section.training, self._section.checkpoint.interval
+        if training.stop_after_step is not None and self._done >= training.stop_after_step:
+            self._log.event(f"step {self._done}: training.stop_after_step ({training.stop_after_step}) is reached")
+            return "stopped"
         while self._done < training.train_steps:
             self._train_step(self._done + 1)
             step = self._done
@@ -115,6 +123,8 @@ class Trainer:
         switch = self._coordinator.before_step(step)
         if switch is not None:
             self._log.switch(step, switch)
+            if switch.to_mode == "sparse" and self._topology.is_first:
+                save_partition(self._partitions / f"step_{step:08d}.safetensors", self._coordinator.partition())
         mode = self._coordinator.mode
         started = time.perf_counter()
         batch = [next(self._batches) for _ in range(self._config.gradient_accumulation_steps)]
@@ -200,7 +210,7 @@ class Trainer:
         """Why all ranks stop after this step; None if they go on. One rank that was asked is enough."""
         if step == self._section.training.stop_after_step:
             return f"training.stop_after_step ({step})"
-        mine = self._stop.reason()
+        mine = self._stop.reason(look_for_file=self._topology.is_first)
         if self._topology.max([int(mine is not None)])[0] == 0:
             return None
         return mine or "a request to another rank"

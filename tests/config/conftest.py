@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from ssd_megatron.config import Hardware, RunConfig, load_config
+from ssd_megatron.config.load import Hardware, RunConfig, load_config
 
 CPU = Hardware(device="cpu", bf16=False, name="plain CPU")
 GPU = Hardware(device="cuda", bf16=True, name="H200")

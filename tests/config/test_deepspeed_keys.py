@@ -9,8 +9,8 @@ from deepspeed.runtime.precision_config import DeepSpeedBF16Config
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import BaseModel
 
-from ssd_megatron.config import Hardware, load_config
 from ssd_megatron.config.deepspeed_keys import Bf16Keys, CometKeys, CsvKeys, TensorBoardKeys, WandbKeys, ZeroKeys
+from ssd_megatron.config.load import Hardware, load_config
 from ssd_megatron.config.refused import reason_for
 from tests.config.conftest import CPU, GPU, Load
 

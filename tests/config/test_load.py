@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from pydantic import ValidationError
 
-from ssd_megatron.config import Hardware, load_config
+from ssd_megatron.config.load import Hardware, load_config
 from ssd_megatron.errors import ConfigError
 from tests.config.conftest import CPU, DROP, GPU, Load
 
@@ -59,12 +59,6 @@ def test_optimizer_implementation(load: Load, hardware: Hardware, fused: bool) -
     params = load(hardware=hardware).deepspeed["optimizer"]["params"]
     assert (params["torch_adam"], params["fused"]) == (True, fused)
     assert "adam_w_mode" not in params
-
-
-def test_deepspeeds_own_adam_takes_no_torch_arguments(load: Load) -> None:
-    params = load({"optimizer.params.torch_adam": False}, hardware=GPU).deepspeed["optimizer"]["params"]
-    assert params["torch_adam"] is False
-    assert "fused" not in params
 
 
 @pytest.mark.parametrize(

@@ -159,8 +159,16 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
         "scheduler.params.warmup_max_lr (0.1) contradicts optimizer.params.lr (0.001)",
     ),
     (
-        {"optimizer.params.torch_adam": False, "optimizer.params.fused": True},
-        "optimizer.params.fused (true) is for torch's optimizer",
+        {"optimizer.params.torch_adam": False},
+        "optimizer.params.torch_adam (false) is not supported: a switch moves the moments of torch's; leave it out",
+    ),
+    (
+        {"ssd_megatron.model.position_embedding": "rope", f"{DATA}.reset_position_ids": True},
+        "data.reset_position_ids (true) has no effect with rope: use false, or learned positions",
+    ),
+    (
+        {"zero_optimization.allgather_bucket_size": 101},
+        "zero_optimization.allgather_bucket_size (101) must be even: try 102",
     ),
     # Data.
     ({f"{DATA}.paths": DROP}, "data.paths is missing: one path or a weighted blend, or train_paths and valid_paths"),

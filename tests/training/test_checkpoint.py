@@ -95,8 +95,18 @@ def test_other_settings_are_refused_with_field_and_both_values(run: Path) -> Non
 
 
 def test_what_may_change_on_resume_does(run: Path) -> None:
+    shutil.rmtree(checkpoints(run)[0])
     output = train(run, "ssd_megatron.logging.log_interval=1", "ssd_megatron.checkpoint.keep_last=1")
-    assert "resuming after step 16 of 16" in output
+    assert "resuming after step 12 of 16" in output
+    assert [folder.name for folder in checkpoints(run)] == ["step_00000016"]
+
+
+def test_a_damaged_checkpoint_does_not_crowd_out_good_ones(run: Path) -> None:
+    flip_bit(checkpoints(run)[0] / "rank_00000.safetensors")
+    train(run, "ssd_megatron.checkpoint.keep_last=1", "ssd_megatron.training.stop_after_step=14")
+    assert [folder.name for folder in checkpoints(run)] == ["step_00000014"]
+    assert (run.parent / "run" / "checkpoints" / "damaged-step_00000016").exists()
+    assert "resuming after step 14 of 16" in train(run)
 
 
 def test_keep_last_keeps_the_newest(corpus: Corpus, tmp_path: Path) -> None:

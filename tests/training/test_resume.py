@@ -3,7 +3,10 @@
 from pathlib import Path
 
 import pytest
+import torch
 
+from ssd_megatron.parallel.zero import MASTER
+from ssd_megatron.training.checkpoint_files import checkpoints, read_index, read_interval
 from tests.small_run import Corpus, curve, records, small_config, train, write_config
 
 
@@ -72,5 +75,26 @@ def test_a_finished_run_is_not_trained_again(corpus: Corpus, tmp_path: Path) -> 
     train(config)
     before = curve(run_dir)
     output = train(config)
-    assert "resuming after step 16 of 16" in output
-    assert curve(run_dir) == before
+    assert "is finished: all 16 steps are trained" in output
+    assert curve(run_dir) == before and not records(run_dir, "resume")
+
+
+def test_a_run_that_stopped_where_it_was_told_does_not_go_on_unasked(corpus: Corpus, tmp_path: Path) -> None:
+    config, run_dir = start(corpus, tmp_path, "run")
+    for _ in range(2):
+        output = train(config, "ssd_megatron.training.stop_after_step=6")
+    assert "training.stop_after_step (6) is reached" in output
+    assert curve(run_dir)[-1][0] == 6
+
+
+def test_a_constant_learning_rate_is_one_and_reaches_the_router(corpus: Corpus, tmp_path: Path) -> None:
+    settings = small_config(corpus, tmp_path / "run")
+    del settings["scheduler"]
+    config = write_config(settings, tmp_path / "run.json")
+    train(config, "ssd_megatron.training.stop_after_step=7")
+    train(config)
+    assert {record["lr"] for record in records(tmp_path / "run", "train")} == {0.01}
+    newest = checkpoints(tmp_path / "run" / "checkpoints")
+    router = [read_interval(f, read_index(f), f"blocks.0.layer.mlp.router.weight|{MASTER}", 0, 256) for f in newest]
+    assert len(router) == 2 and not torch.equal(*router)
+    assert read_index(newest[1]).values["adam_steps"]["router"] == 3  # steps 5, 6, 7 since the switch

@@ -6,6 +6,7 @@ Buckets of neighbouring experts that are about equally full form a *segment* wit
 matmul. An even load gives few large segments, a skewed one many small ones, and padding stays under a quarter.
 """
 
+import sys
 from typing import NamedTuple
 
 import torch
@@ -92,7 +93,8 @@ def dispatch(expert_ids_TK: Tensor, num_experts: int, row_bytes: int) -> Dispatc
     expert_KT = expert_ids_TK.T
     chosen_ET = torch.zeros(num_experts, num_tokens, dtype=torch.int32, device=device).scatter_(0, expert_KT, 1)
     place_KT = chosen_ET.cumsum(1, dtype=torch.int32).gather(0, expert_KT) - 1
-    segments = plan_segments(chosen_ET.sum(1).tolist(), SEGMENT_BYTES // row_bytes)
+    max_slots = SEGMENT_BYTES // row_bytes if device.type == "cpu" else sys.maxsize
+    segments = plan_segments(chosen_ET.sum(1).tolist(), max_slots)
     first_slot_E = torch.tensor([s.first_slot + i * s.capacity for s in segments for i in range(s.num_experts)])
     slot_TK = first_slot_E.to(device)[expert_ids_TK] + place_KT.T
     token_S = torch.full((segments[-1].slots.stop,), num_tokens, dtype=torch.int64, device=device)
