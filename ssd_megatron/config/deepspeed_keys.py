@@ -26,9 +26,7 @@ class AdamParams(Section):
     eps: PositiveFloat = optional(1e-8, "Added to the root of the second moment.")
     weight_decay: NonNegativeFloat = optional(0.01, "Decay of matrices; norms, biases and routers have none.")
     adam_w_mode: bool = optional(True, "`Adam` only: decay the weights (AdamW, as DeepSpeed does), not the gradient.")
-    torch_adam: bool | Auto = optional(
-        "auto", "torch's optimizer; `auto`: true, nothing else is accepted."
-    )
+    torch_adam: bool | Auto = optional("auto", "torch's optimizer; `auto`: true, nothing else is accepted.")
     fused: bool | Auto = optional("auto", "torch's fused kernel; `auto`: true on CUDA.")
 
 

@@ -1,7 +1,9 @@
 """Puts a run together from its configuration and sees it through: data, model, engine, coordinator, trainer."""
 
+import importlib.util
 import math
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,6 +12,7 @@ from ssd_megatron.config.load import RunConfig
 from ssd_megatron.data.checks import check_data
 from ssd_megatron.data.datasets import Datasets, SampleDataset, build_datasets
 from ssd_megatron.data.tokenizers import Tokenizer, load_tokenizer
+from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.kernels import choose_backend
 from ssd_megatron.model.gpt import GPT
 from ssd_megatron.parallel.device import detect_hardware, keep_freed_memory, missing_packages, peak_tflops, share_cores
@@ -30,6 +33,7 @@ from ssd_megatron.training.signals import StopRequests
 from ssd_megatron.training.summary import build_summary, print_summary, write_summary
 from ssd_megatron.training.trainer import Counters, Status, Trainer
 
+MONITOR_PACKAGES = {"wandb": "wandb", "comet": "comet_ml"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -38,7 +42,9 @@ def check_run_data(config: RunConfig, tell: Callable[[str], None]) -> Tokenizer:
 
     Raises:
         DataError: see data.checks.
+        ConfigError: a monitor's package is missing.
     """
+    _check_monitors(config)
     section = config.ssd_megatron
     tokenizer = load_tokenizer(section.data.tokenizer)
     check_data(
@@ -96,7 +102,7 @@ def _train(
     coordinator = Coordinator(section.ssd, model.ffns, engine.state, probe, schedule, topology, section.seed)
     checkpointer = Checkpointer(
         folder.checkpoints,
-        Trained(engine, model, coordinator, config.identity()),
+        Trained(engine, model, coordinator, _identity(config)),
         topology,
         keep_last=section.checkpoint.keep_last,
         async_save=section.checkpoint.async_save,
@@ -156,6 +162,21 @@ def finish(config: RunConfig, folder: RunFolder, state: dict[str, Any]) -> None:
 
 def _silent(_text: str) -> None:
     pass
+
+
+def _identity(config: RunConfig) -> dict[str, Any]:
+    """What must not change when the run is resumed: settings, and the corpora behind their paths."""
+    data = config.ssd_megatron.data
+    blends = (data.paths, data.train_paths, data.valid_paths, data.test_paths)
+    prefixes = sorted({entry for blend in blends if blend is not None for entry in blend if isinstance(entry, str)})
+    return config.identity() | {f"bytes of {p}.bin": Path(f"{p}.bin").stat().st_size for p in prefixes}
+
+
+def _check_monitors(config: RunConfig) -> None:
+    """Monitors of DeepSpeed that need a package fail only once the model is built, and with a traceback."""
+    for monitor, package in MONITOR_PACKAGES.items():
+        if config.deepspeed.get(monitor, {}).get("enabled") and importlib.util.find_spec(package) is None:
+            raise ConfigError(f"{monitor}.enabled (true) needs the package {package}: pip install {package}")
 
 
 def _console(config: RunConfig) -> Console:

@@ -1,5 +1,6 @@
 """Checkpoints that were damaged, belong to another run, or cannot be written: really caused, on real files."""
 
+import io
 import json
 import resource
 import shutil
@@ -8,7 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from rich.console import Console
 
+from ssd_megatron.data.documents import DocumentReader, find_inputs
+from ssd_megatron.data.preprocess import preprocess
 from ssd_megatron.training import checkpoint_files
 from tests.ranks import free_port, start_process
 from tests.small_run import Corpus, Ranks, curve, small_config, train, write_config
@@ -92,6 +96,31 @@ def test_other_settings_are_refused_with_field_and_both_values(run: Path) -> Non
     ranks = Ranks(run, "ssd_megatron.model.ffn_hidden_size=128", "optimizer.params.lr=0.02")
     assert ranks.wait() == [2]
     assert "model.ffn_hidden_size was 64 and is 128; optimizer.params.lr was 0.01 and is 0.02" in ranks.output()
+
+
+def test_another_corpus_behind_the_same_path_is_refused(corpus: Corpus, tmp_path: Path) -> None:
+    def write_corpus(sources: list[Path]) -> None:
+        reader = DocumentReader(find_inputs(sources, "text"))
+        preprocess(
+            reader,
+            tokenizer_path=corpus.tokenizer,
+            prefix=tmp_path / "mine",
+            total_bytes=reader.total_bytes,
+            workers=1,
+            overwrite=True,
+            console=Console(file=io.StringIO()),
+        )
+
+    sources = sorted(Path(json.__file__).parent.glob("*.py")) + sorted(Path(__file__).parent.glob("*.py"))
+    write_corpus(sources)
+    config = write_config(
+        small_config(Corpus(tmp_path / "mine", corpus.tokenizer), tmp_path / "run"), tmp_path / "a.json"
+    )
+    train(config, "ssd_megatron.training.stop_after_step=2")
+    write_corpus(sources[1:])
+    ranks = Ranks(config)
+    assert ranks.wait() == [2]
+    assert f"bytes of {tmp_path / 'mine'}.bin was" in ranks.output()
 
 
 def test_what_may_change_on_resume_does(run: Path) -> None:
