@@ -67,10 +67,10 @@ def main(argv: Sequence[str] | None = None) -> int:
             print_dry_run(config)
         return EXIT_OK
     try:
-        tokenizer = check_run_data(config, tell)
         folder = RunFolder(config.ssd_megatron.run_dir)
         if is_first:
             folder.create_and_lock()
+        tokenizer = check_run_data(config, tell)
         run_job(config, folder, tokenizer, initialize_topology())
         leave_topology()
     except (ConfigError, DataError) as error:

@@ -16,6 +16,9 @@ from ssd_megatron.config.schema import SPARSE_ACTIVATIONS, SsdMegatronConfig
 from ssd_megatron.config.source import assign, parse_assignment, read_json
 from ssd_megatron.errors import ConfigError
 
+# Below run_dir, for monitors whose output_path is "auto".
+FOLDERS = {"tensorboard": "tensorboard", "csv_monitor": "csv"}
+
 
 @dataclass(frozen=True)
 class Hardware:
@@ -50,6 +53,10 @@ class RunConfig:
         ours: dict[str, Any] = {}
         if self.scheduler is not None:
             ours["scheduler"] = {"type": "WSD", "params": self.scheduler.model_dump(mode="json")}
+        for monitor, folder in FOLDERS.items():
+            if self.deepspeed[monitor]["output_path"] == str(self.ssd_megatron.run_dir / folder):
+                # With another run_dir, the same config logs into that one.
+                ours[monitor] = {**self.deepspeed[monitor], "output_path": "auto"}
         return {**self.deepspeed, **ours, SECTION: section}
 
     def identity(self) -> dict[str, Any]:
@@ -153,8 +160,8 @@ def _resolve(keys: DsJson, batch: Batch, world_size: int, hardware: Hardware) ->
         "optimizer": _optimizer(keys, hardware),
         "zero_optimization": keys.zero_optimization.model_dump(mode="json"),
         "gradient_clipping": keys.gradient_clipping,
-        "tensorboard": _monitor(keys.tensorboard, section.run_dir / "tensorboard"),
-        "csv_monitor": _monitor(keys.csv_monitor, section.run_dir / "csv"),
+        "tensorboard": _monitor(keys.tensorboard, section.run_dir / FOLDERS["tensorboard"]),
+        "csv_monitor": _monitor(keys.csv_monitor, section.run_dir / FOLDERS["csv_monitor"]),
     }
     scheduler = _scheduler(keys)
     if scheduler is not None and scheduler["type"] != "WSD":
