@@ -4,10 +4,11 @@ Every rank decides the same: what is decided on (clusterings, statistics, losses
 schedule is a pure function of it.
 """
 
+import math
 import time
 from collections import deque
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -37,6 +38,7 @@ class CheckReport:
         similarity: structure similarity to the look before, mean over layers (adjusted Rand index); None at the first.
         overlap: share of a probe token's experts that it also had at the look before; None at the first after a switch.
         active_fraction: share of firing neurons by layer.
+        stable: similar looks in a row, this one included.
     """
 
     similarity: float | None
@@ -44,6 +46,7 @@ class CheckReport:
     overlap: float | None
     active_fraction: list[float]
     seconds: float
+    stable: int = 0
 
     @property
     def agreement(self) -> float | None:
@@ -130,8 +133,8 @@ class Coordinator:
         """
         report = self._check(step) if step % self._ssd.check_interval == 0 else None
         spike = loss is not None and self._watch(step, loss) and self._ssd.on_spike == "dense"
-        self.schedule.after_step(step, similarity=None if report is None else report.agreement, spike=spike)
-        return report
+        stable = self.schedule.after_step(step, similarity=None if report is None else report.agreement, spike=spike)
+        return None if report is None else replace(report, stable=stable)
 
     @property
     def spiking(self) -> bool:
@@ -248,6 +251,8 @@ class Coordinator:
         dtype = next(iter(self._ffns.values())).bank.w_in.dtype
         automatic = self._ssd.switch_tolerance == "auto"
         tolerance = SWITCH_TOLERANCE[dtype] if automatic else float(self._ssd.switch_tolerance)
+        if not math.isfinite(before):
+            raise SwitchError(f"the dense loss of the probe batch was {before} before a switch: training has diverged")
         if not abs(after - before) <= tolerance * abs(before):
             raise SwitchError(
                 f"the dense loss of the probe batch went from {before:.6f} to {after:.6f} in a switch; "

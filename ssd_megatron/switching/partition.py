@@ -172,7 +172,7 @@ def structure_similarity(labels_a: Tensor, labels_b: Tensor) -> float:
 
 def save_partition(path: Path, labels_by_layer: Sequence[Tensor]) -> None:
     """Record labels [N] of every layer as `layers.0`, `layers.1`, ... of a safetensors file (appears atomically)."""
-    write_atomically(path, save({f"layers.{i}": labels.cpu() for i, labels in enumerate(labels_by_layer)}))
+    write_atomically(path, save({f"layers.{i}": labels.cpu().clone() for i, labels in enumerate(labels_by_layer)}))
 
 
 def load_partition(path: Path, num_experts: int | None = None) -> list[Tensor]:

@@ -31,8 +31,9 @@ class Schedule:
     """Phases of a run of `train_steps` steps (the first is 1).
 
     `adaptive`: dense for warmup_fraction of the steps; once `stable_checks` checks in a row are similar, sparse for
-    sparse_phase_fraction of the steps or what is left of sparse_fraction, whichever is less; then dense for at least
-    min_dense_steps until stable again; dense for the last final_dense_fraction.
+    sparse_phase_fraction of the steps or what is left of sparse_fraction, whichever is less, but not for less than
+    min_dense_steps; then dense for at least min_dense_steps until stable again; dense for the last
+    final_dense_fraction.
     """
 
     def __init__(self, ssd: SSDConfig, train_steps: int) -> None:
@@ -49,11 +50,6 @@ class Schedule:
     @property
     def decisions(self) -> tuple[Decision, ...]:
         return tuple(self._decisions)
-
-    @property
-    def stable_checks(self) -> int:
-        """Similar checks in a row so far."""
-        return self._stable
 
     def decision(self, step: int) -> Decision:
         """The decision in force at `step`."""
@@ -72,25 +68,27 @@ class Schedule:
         ends = [d.step - 1 for d in begun[1:]] + [until]
         return [PhaseSpan(d.step, end, d.mode) for d, end in zip(begun, ends, strict=True)]
 
-    def after_step(self, step: int, *, similarity: float | None = None, spike: bool = False) -> None:
-        """Decide the mode of step + 1, once step is done.
+    def after_step(self, step: int, *, similarity: float | None = None, spike: bool = False) -> int:
+        """Decide the mode of step + 1, once step is done. Returns the similar checks in a row that it was decided on.
 
         Args:
             similarity: of a check made after `step` to the one before; None if there was none to compare.
             spike: the loss rose after a switch and the run shall go back to dense.
         """
         if self._ssd.schedule != "adaptive":
-            return
+            return 0
         current = self.decision(step)
         if similarity is not None and current.mode == "dense":
             self._stable = self._stable + 1 if similarity >= self._ssd.similarity_threshold else 0
+        stable = self._stable
         if current.mode == "sparse":
             if spike:
                 self._decide(step + 1, "dense", "the loss rose after the switch")
             elif step + 1 >= current.step + self._phase_length(current.step - 1):
                 self._decide(step + 1, "dense", "the sparse phase has its length")
         elif self._may_go_sparse(step, current):
-            self._decide(step + 1, "sparse", f"{self._stable} similar checks in a row")
+            self._decide(step + 1, "sparse", f"{stable} similar checks in a row")
+        return stable
 
     def state_dict(self) -> dict[str, object]:
         """What a checkpoint keeps, ready for JSON."""
@@ -119,4 +117,6 @@ class Schedule:
         warm = step >= round(self._ssd.warmup_fraction * self._train_steps)
         rested = current.step == 1 or step + 1 - current.step >= self._ssd.min_dense_steps
         stable = self._stable >= self._ssd.stable_checks
-        return warm and rested and stable and self._phase_length(step) > 0
+        # What is left of the share may be a few steps, which are not worth a switch.
+        worth = min(self._ssd.min_dense_steps, max(1, round(self._ssd.sparse_phase_fraction * self._train_steps)))
+        return warm and rested and stable and self._phase_length(step) >= worth

@@ -6,8 +6,10 @@ Every line has `step` (the first step is 1) and `kind`:
 |--------|-----------------------------------------------------------------------------------------------------------|
 | train  | loss, grad_norm, lr, mode, tokens_per_second, seconds, flops, flops_dense (cumulative), skipped; every step |
 | eval   | loss_dense, loss_sparse (null before the first partition)                                                 |
-| check  | similarity, similarity_layers, overlap (null at the first check), active_fraction (per layer), stable     |
-| switch | from, to, seconds, bytes_moved, loss_before, loss_after, loss_sparse, reason, similarity                  |
+| check  | similarity, similarity_layers, overlap (null at the first check), active_fraction (per layer), stable,    |
+|        | seconds                                                                                                   |
+| switch | from, to, seconds, seconds_cluster, seconds_transfer, seconds_verify, bytes_moved, loss_before,           |
+|        | loss_after, loss_sparse, reason, similarity, top_k (the last two by layer)                                |
 | load   | expert_load: per layer, tokens of the busiest expert over the mean                                        |
 | resume | checkpoint                                                                                                |
 | fault  | what                                                                                                      |

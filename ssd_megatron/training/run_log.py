@@ -67,8 +67,7 @@ class RunLog:
             f"experts by layer {report.top_k}, {short_number(report.bytes_moved)}B between ranks"
         )
 
-    def check(self, step: int, report: CheckReport, stable: int) -> None:
-        """A look at the activation pattern; `stable` similar ones in a row so far."""
+    def check(self, step: int, report: CheckReport) -> None:
         self.record(
             "check",
             step,
@@ -76,7 +75,7 @@ class RunLog:
             similarity_layers=report.similarity_layers,
             overlap=report.overlap,
             active_fraction=report.active_fraction,
-            stable=stable,
+            stable=report.stable,
             seconds=report.seconds,
         )
         similarity = "first look"
@@ -85,7 +84,9 @@ class RunLog:
         if report.overlap is not None:
             similarity += f", expert overlap {report.overlap:.3f}"
         active = sum(report.active_fraction) / len(report.active_fraction)
-        self.event(f"step {step}: {similarity}, {active:.1%} of neurons active, {stable} similar checks in a row")
+        self.event(
+            f"step {step}: {similarity}, {active:.1%} of neurons active, {report.stable} similar checks in a row"
+        )
 
     def loads(self, step: int, loads: list[list[int]]) -> None:
         """Tokens per expert by layer, of the last sparse step."""

@@ -108,7 +108,8 @@ class Trainer:
             if last or step % training.eval_interval == 0:
                 self._evaluate(step)
             reason = self._stop_reason(step)
-            if last or reason is not None or step % interval == 0:
+            due = step % interval == 0 and self._counters.bad_steps == 0  # bad ones must not crowd out good checkpoints
+            if last or reason is not None or due:
                 self._save(step)
             elif self._checkpointer.poll() is not None:
                 self._log.event(f"step {step}: the checkpoint in the background is complete")
@@ -141,7 +142,7 @@ class Trainer:
             self._counters.bad_steps = 0
         check = self._coordinator.after_step(step, None if bad else result.loss)
         if check is not None:
-            self._log.check(step, check, self._coordinator.schedule.stable_checks)
+            self._log.check(step, check)
         if self._coordinator.spiking:
             self._log.record("fault", step, what="the loss rose after the last switch")
             self._log.event(f"step {step}: the loss rose after the last switch")
@@ -181,7 +182,7 @@ class Trainer:
             raise TrainingError(
                 f"{in_a_row} steps in a row up to step {step} had a loss or gradients that are not finite "
                 f"(training.max_bad_steps is {limit}); first not finite: {where}. "
-                "Resume from the last checkpoint with a lower learning rate, or look at the data"
+                "Look at the data, or start in another run_dir with a lower learning rate"
             )
 
     def _evaluate(self, step: int) -> None:

@@ -294,17 +294,17 @@ def test_losses_or_gradients_that_are_not_finite_are_skipped_and_end_the_run(
     ] * 3
 
 
-def test_the_checkpoint_from_before_is_whole_and_bad_steps_are_counted_on(corpus: Corpus, tmp_path: Path) -> None:
+def test_bad_steps_write_no_checkpoints_and_the_one_from_before_is_whole(corpus: Corpus, tmp_path: Path) -> None:
     ranks = blown_up(corpus, tmp_path, 8e37)
     assert ranks.wait() == [1]
     folders = checkpoint_files.checkpoints(tmp_path / "run" / "checkpoints")
-    assert [folder.name for folder in folders] == ["step_00000004", "step_00000002"]
+    assert [folder.name for folder in folders] == ["step_00000002"]  # every 2 steps, but 4 to 6 are bad
     for folder in folders:
         assert checkpoint_files.damages(folder, checkpoint_files.read_index(folder), rank=0, ranks=1) == []
     again = Ranks(tmp_path / "run.json")
     assert again.wait() == [1]
-    assert "resuming after step 4 of 16" in again.output()
-    assert "error: 3 steps in a row up to step 6" in again.output()  # the first of them before the checkpoint
+    assert "resuming after step 2 of 16" in again.output()
+    assert "error: 3 steps in a row up to step 6" in again.output()
     assert [record["step"] for record in records(tmp_path / "run", "train")] == [1, 2, 3, 4, 5, 6]
 
 
