@@ -151,6 +151,7 @@ def _main(rank: int, world_size: int, port: int, arguments: list[str], output: P
     os.dup2(file, 2)
     sys.stdout = os.fdopen(1, "w", buffering=1, closefd=False)
     sys.stderr = os.fdopen(2, "w", buffering=1, closefd=False)
-    os.environ.update(rank_environment(rank, world_size, port))
+    # One thread, whatever the machine: sums by several threads differ in the last bit.
+    os.environ.update(rank_environment(rank, world_size, port), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
     sys.exit(pretrain_ssd.main(arguments))

@@ -15,6 +15,12 @@ class Clock:
         return self.now
 
 
+@pytest.fixture(autouse=True)
+def able_terminal(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the tests run in may be a dumb one."""
+    monkeypatch.setenv("TERM", "xterm")
+
+
 def line(step: int, seconds: float = 1.0, mode: str = "dense", mfu: float | None = None) -> StepLine:
     return StepLine(step=step, loss=3.14159, mode=mode, tokens_per_second=12345.6, tflops=0.5, seconds=seconds, mfu=mfu)
 
