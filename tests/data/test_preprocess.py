@@ -168,6 +168,7 @@ def test_a_tokenizer_that_changed_is_read_again(
 
 
 def test_speed_is_reported(tmp_path: Path, sentencepiece_model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("TERM", "xterm")  # what the tests run in may be a dumb one
     monkeypatch.setattr(preprocess_module, "SECONDS_BETWEEN_LINES", 0.0)
     lines, bar = io.StringIO(), io.StringIO()
     for name, file in (("a", lines), ("b", bar)):
