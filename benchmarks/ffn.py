@@ -23,6 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.row import Row
 from ssd_megatron.ffn.kernels import sparse_ffn
 from ssd_megatron.ffn.kernels.dispatch import dispatch
 from ssd_megatron.ffn.routers import router_weights_from_bank
@@ -74,20 +75,6 @@ CASES = (
     Case(torch.float32, 512, 2048, 16, goal=0.50, activation="reglu"),
     Case(torch.bfloat16, 512, 2048, 16, goal=0.55, activation="reglu"),
 )
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measurement; `ideal` is what nothing could beat."""
-
-    name: str
-    value: float
-    goal: float
-    ideal: float
-
-    @property
-    def ok(self) -> bool:
-        return self.value <= self.goal
 
 
 def build(case: Case) -> SwitchableFFN:

@@ -11,13 +11,14 @@ import platform
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.row import Row
 from ssd_megatron.switching import partition as partitions
 from ssd_megatron.switching.assignment import balanced_assignment
 from tests.switching.exact import exact_assignment, exact_kmeans
@@ -26,20 +27,6 @@ SHAPES = ((2048, 512, 32), (8192, 2048, 32), (16384, 4096, 64))  # neurons, hidd
 QUICK_SHAPES = ((2048, 512, 32), (4096, 1024, 64))
 TOKENS = 4096
 KMEANS_GOAL, ASSIGNMENT_GOAL, PASS_GOAL = 60.0, 1.0, 2.0  # seconds
-
-
-@dataclass(frozen=True)
-class Row:
-    """One measurement; `ideal` is what nothing could beat, or for ratios what the exact method gives."""
-
-    name: str
-    value: float
-    goal: float
-    ideal: float
-
-    @property
-    def ok(self) -> bool:
-        return self.value <= self.goal
 
 
 def make_rows(num_neurons: int, hidden: int, seed: int) -> Tensor:

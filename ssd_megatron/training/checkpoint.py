@@ -4,7 +4,6 @@ identities, the coordinator's memory, and the trainer's counters. How it lies on
 import shutil
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -205,10 +204,11 @@ class _Writing:
             name: {key: tensor.detach().to("cpu", copy=in_background) for key, tensor in tensors.items()}
             for name, tensors in contents.items()
         }
-        with ThreadPoolExecutor(1) if not in_background else nullcontext(ThreadPoolExecutor(1)) as pool:
-            self._written = pool.submit(
-                lambda: [files.write_tensors(folder, name, tensors) for name, tensors in copies.items()]
-            )
+        pool = ThreadPoolExecutor(1)
+        self._written = pool.submit(
+            lambda: [files.write_tensors(folder, name, tensors) for name, tensors in copies.items()]
+        )
+        pool.shutdown(wait=not in_background)
 
     @property
     def is_done(self) -> bool:
