@@ -46,7 +46,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # After the arguments: importing torch and DeepSpeed takes seconds.
     from ssd_megatron.parallel.device import detect_hardware
-    from ssd_megatron.parallel.topology import initialize_topology, leave_topology, world_size_of_launch
+    from ssd_megatron.parallel.launch import world_size_of_launch
+    from ssd_megatron.parallel.topology import initialize_topology, leave_topology
     from ssd_megatron.switching.switch import SwitchError
     from ssd_megatron.training.checkpoint_files import CheckpointError
     from ssd_megatron.training.dry_run import print_dry_run

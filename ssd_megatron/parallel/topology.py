@@ -2,8 +2,6 @@
 torch.distributed, DeepSpeed's and megatron-core's process groups."""
 
 import logging
-import os
-import socket
 from dataclasses import dataclass
 from datetime import timedelta
 
@@ -12,12 +10,8 @@ import torch
 import torch.distributed as dist
 from megatron.core import parallel_state
 
-from ssd_megatron.errors import ConfigError
 from ssd_megatron.parallel.device import IS_CUDA, local_device
-
-# Variables that say how many processes these launchers started.
-OTHER_LAUNCHERS = {"OMPI_COMM_WORLD_SIZE": "mpirun", "PMI_SIZE": "an MPI launcher", "SLURM_STEP_NUM_TASKS": "srun"}
-
+from ssd_megatron.parallel.launch import join_launch
 
 @dataclass(frozen=True)
 class Topology:
@@ -57,28 +51,9 @@ class Topology:
         return [int(value) for value in largest.tolist()]
 
 
-def world_size_of_launch() -> int:
-    """Number of processes that the launcher started, before any process group exists.
-
-    Raises:
-        ConfigError: several were started by a launcher that does not give torch's variables.
-    """
-    if "WORLD_SIZE" in os.environ:
-        return int(os.environ["WORLD_SIZE"])
-    for variable, launcher in OTHER_LAUNCHERS.items():
-        if int(os.environ.get(variable, "1")) > 1:
-            raise ConfigError(
-                f"{launcher} started {os.environ[variable]} processes without RANK and WORLD_SIZE ({variable} is set): "
-                "it is not supported yet; start with deepspeed or torchrun"
-            )
-    return 1
-
-
 def initialize_topology(*, timeout: timedelta = timedelta(minutes=30)) -> Topology:
     """Join the job and build its groups; reads the launcher's environment (deepspeed, torchrun, or none)."""
-    launched = "RANK" in os.environ
-    if not launched:
-        os.environ.update(RANK="0", WORLD_SIZE="1", LOCAL_RANK="0", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    launched = join_launch()
     if IS_CUDA:
         torch.cuda.set_device(local_device())
     deepspeed.init_distributed(
@@ -104,9 +79,3 @@ def leave_topology() -> None:
     """Leave the job: destroy every group, so that the process can end (or join another job)."""
     parallel_state.destroy_model_parallel()
     deepspeed.comm.destroy_process_group()
-
-
-def _free_port() -> str:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return str(probe.getsockname()[1])
