@@ -13,6 +13,7 @@ from megatron.core import parallel_state
 from ssd_megatron.parallel.device import IS_CUDA, local_device
 from ssd_megatron.parallel.launch import join_launch
 
+
 @dataclass(frozen=True)
 class Topology:
     """Where this process stands.
