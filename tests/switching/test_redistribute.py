@@ -2,7 +2,6 @@
 
 import pytest
 import torch
-import torch.distributed as dist
 
 from ssd_megatron.parallel.logical_state import Interval
 from ssd_megatron.parallel.topology import Topology
@@ -57,7 +56,7 @@ def move_on_ranks(topology: Topology, stops: tuple[int, ...], seed: int, row_siz
     storage = torch.cat([torch.full((3,), -1.0), whole[mine.start : mine.stop], torch.full((2,), -1.0)])
     values = storage[3 : 3 + mine.stop - mine.start]
     plan = plan_move(random_order(seed, rows), row_size, owners)
-    apply_move(plan, mine.start, values, topology.rank, dist.group.WORLD)
+    apply_move(plan, mine.start, values, topology.world)
     assert storage[:3].eq(-1).all() and storage[-2:].eq(-1).all(), "wrote outside of its own elements"
     result: list[float] = values.tolist()
     return result
