@@ -31,8 +31,8 @@ KEYS = {
     "train": "loss grad_norm lr mode tokens_per_second seconds flops flops_dense skipped",
     "eval": "loss_dense loss_sparse",
     "check": "similarity similarity_layers overlap active_fraction stable seconds",
-    "switch": "from to seconds seconds_statistics seconds_cluster seconds_transfer seconds_verify bytes_moved loss_before loss_after "
-    "loss_sparse reason similarity top_k imbalance_before imbalance_after",
+    "switch": "from to seconds seconds_statistics seconds_cluster seconds_transfer seconds_verify bytes_moved "
+    "loss_before loss_after loss_sparse reason similarity top_k imbalance_before imbalance_after",
     "load": "expert_load home_load",
     "resume": "checkpoint",
     "fault": "what",
