@@ -53,7 +53,7 @@ class Coordinator:
         seed: int,
     ) -> None:
         self._ssd = ssd
-        self._networks = networks
+        self.networks = networks
         self._state = state
         self._probe = probe
         self._clustering = Clustering(ssd, networks, seed)
@@ -98,7 +98,7 @@ class Coordinator:
         Raises:
             SwitchError: the move could not be verified; the run must end.
         """
-        limit, networks = self._ssd.rebalance_limit, self._networks
+        limit, networks = self._ssd.rebalance_limit, self.networks
         if limit is None or self.mode == "dense" or networks.homes == 1 or not self._is_due(step):
             return None
         started = time.perf_counter()
@@ -127,16 +127,16 @@ class Coordinator:
         """Experts of the last switch by neuron identity, [F] int64 for each layer of all stages: what ssd.partition can
         replay (collective)."""
         layers = {}
-        for name, ffn in self._networks.local.items():
+        for name, ffn in self.networks.local.items():
             identities = ffn.bank.neuron_ids.cpu()
             layers[name] = torch.empty_like(identities)
             layers[name][identities] = contiguous_labels(len(identities), self._ssd.num_experts)
-        return self._networks.all_stages("partition", layers)
+        return self.networks.all_stages("partition", layers)
 
     def set_mode(self, mode: Mode) -> None:
         """Compute in `mode` from now on; nothing else changes."""
         self.mode = mode
-        for ffn in self._networks.local.values():
+        for ffn in self.networks.local.values():
             ffn.mode = mode
 
     def state_dict(self) -> tuple[dict[str, object], dict[str, Tensor]]:
@@ -145,19 +145,19 @@ class Coordinator:
             "mode": self.mode,
             "schedule": self.schedule.state_dict(),
             "loss_watch": self._watch.state_dict(),
-            "top_k": self._networks.top_k(),
+            "top_k": self.networks.top_k(),
             "has_partition": self.has_partition,
         }
         tensors = {f"labels/{name}": labels for name, labels in self._labels.items()}
         tensors |= {f"expert_ids/{name}": ids for name, ids in self._expert_ids.items()}
-        stages = self._networks.topology.pipeline.gather_objects("the coordinator's state", tensors)
+        stages = self.networks.topology.pipeline.gather_objects("the coordinator's state", tensors)
         return values, {name: tensor for stage in stages for name, tensor in stage.items()}
 
     def load_state_dict(self, values: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
         mode, schedule, watch, top_k = (values[key] for key in ("mode", "schedule", "loss_watch", "top_k"))
         assert mode in ("dense", "sparse") and isinstance(schedule, dict)
         assert isinstance(watch, dict) and isinstance(top_k, list)
-        self._networks.set_top_k(top_k)
+        self.networks.set_top_k(top_k)
         self.has_partition = bool(values["has_partition"])
         self.set_mode("sparse" if mode == "sparse" else "dense")
         self.schedule.load_state_dict(schedule)
@@ -165,7 +165,7 @@ class Coordinator:
         for prefix, kept in (("labels/", self._labels), ("expert_ids/", self._expert_ids)):
             kept.clear()
             found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-            kept.update({name: tensor for name, tensor in found.items() if name in self._networks.local})
+            kept.update({name: tensor for name, tensor in found.items() if name in self.networks.local})
 
     def _is_due(self, step: int) -> bool:
         return step % self._ssd.check_interval == 0
@@ -205,7 +205,7 @@ class Coordinator:
             loss_after=loss_after,
             loss_sparse=loss_sparse,
             similarity=similarity,
-            top_k=self._networks.top_k(),
+            top_k=self.networks.top_k(),
             imbalance_before=plan.imbalance_before,
             imbalance_after=plan.imbalance_after,
         )
@@ -216,36 +216,36 @@ class Coordinator:
         Raises:
             CollectiveError: the ranks do not have the same plan.
         """
-        topology = self._networks.topology
+        topology = self.networks.topology
         topology.stage.agree(f"plan of step {step}", {"step": step, "to": wanted, "plan": plan.digest()})
         topology.world.agree(f"switch at step {step}", {"step": step, "to": wanted})
 
     def _apply(self, plan: Plan) -> Applied:
         experts = self._ssd.num_experts
-        applied = regroup_neurons(self._networks, plan.labels, experts, self._state)
-        set_routers(self._networks, experts, self._state)
+        applied = regroup_neurons(self.networks, plan.labels, experts, self._state)
+        set_routers(self.networks, experts, self._state)
         self._labels = {name: contiguous_labels(label.numel(), experts) for name, label in plan.labels.items()}
         self._expert_ids = {}
-        self._networks.set_top_k(self._allocate())
+        self.networks.set_top_k(self._allocate())
         self.has_partition = True
         return applied
 
     def _similarity(self, labels: Mapping[str, Tensor]) -> list[float]:
         """Structure similarity by layer to the labels known before, where there are any."""
         known = {name: structure_similarity(old, labels[name]) for name, old in self._labels.items() if name in labels}
-        return self._networks.all_stages("similarity", known)
+        return self.networks.all_stages("similarity", known)
 
     def _allocate(self) -> list[int]:
         """Experts per token of each layer in the phase that begins."""
         ssd = self._ssd
         if ssd.top_k_allocation == "equal":
-            return [ssd.top_k] * len(self._networks.names)
+            return [ssd.top_k] * len(self.networks.names)
         # With a single expert the straight-through router would not learn.
         least = min(ssd.top_k, 2 if ssd.router_update == "straight_through" else 1)
-        return allocate_experts(sparsity_costs(self._networks, self._probe, ssd.num_experts, least), ssd.top_k, least)
+        return allocate_experts(sparsity_costs(self.networks, self._probe, ssd.num_experts, least), ssd.top_k, least)
 
     def _verify_loss(self, before: float, after: float) -> None:
-        dtype = next(iter(self._networks.local.values())).bank.w_in.dtype
+        dtype = next(iter(self.networks.local.values())).bank.w_in.dtype
         automatic = self._ssd.switch_tolerance == "auto"
         tolerance = SWITCH_TOLERANCE[dtype] if automatic else float(self._ssd.switch_tolerance)
         if not abs(after - before) <= tolerance * abs(before):
@@ -257,7 +257,7 @@ class Coordinator:
     @torch.no_grad()
     def _check(self, step: int) -> CheckReport:
         started = time.perf_counter()
-        networks, ssd = self._networks, self._ssd
+        networks, ssd = self.networks, self._ssd
         names = [name for name in networks.names[: ssd.check_layers] if name in networks.local]
         groupings = self._clustering.follow(names, self._labels, step)
         labels = {name: grouping.labels for name, grouping in groupings.items()}
