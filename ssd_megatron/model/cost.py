@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from ssd_megatron.config.schema import ModelConfig, SSDConfig
 
-BYTES = {"float32": 4, "bfloat16": 2}
+BYTES = {"float32": 4, "bfloat16": 2, "float16": 2}
 
 
 @dataclass(frozen=True)

@@ -36,7 +36,7 @@ from ssd_megatron.training.summary import build_summary, print_summary, write_su
 from ssd_megatron.training.trainer import Counters, Status, Trainer
 
 MONITOR_PACKAGES = {"wandb": "wandb", "comet": "comet_ml"}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def check_run_data(config: RunConfig, tell: Callable[[str], None]) -> Tokenizer:

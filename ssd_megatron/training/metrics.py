@@ -4,7 +4,8 @@ Every line has `step` (the first step is 1) and `kind`:
 
 | kind   | further keys                                                                                              |
 |--------|-----------------------------------------------------------------------------------------------------------|
-| train  | loss, grad_norm, lr, mode, tokens_per_second, seconds, flops, flops_dense (cumulative), skipped; every step |
+| train  | loss, grad_norm, lr, mode, tokens_per_second, seconds, flops, flops_dense (cumulative), skipped,    |
+|        | loss_scale; every step                                                                                    |
 | eval   | loss_dense, loss_sparse (null before the first partition)                                                 |
 | check  | similarity, similarity_layers, overlap (null at the first check), active_fraction (per layer), stable,    |
 |        | seconds                                                                                                   |

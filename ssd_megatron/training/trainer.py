@@ -137,8 +137,12 @@ class Trainer:
         self._counters.flops += self._flops.of(mode) * self._tokens_per_step
         self._counters.flops_dense += self._flops.dense * self._tokens_per_step
         self._record_step(step, mode, result, seconds)
-        bad = result.skipped or not math.isfinite(result.loss)
-        if bad:
+        bad = (result.skipped and not result.rescaled) or not math.isfinite(result.loss)
+        if result.rescaled:
+            self._log.event(
+                f"step {step}: gradients overflow fp16, the update is skipped: loss scale {result.loss_scale:g}"
+            )
+        elif bad:
             self._bad_step(step, result, batch)
         else:
             self._counters.bad_steps = 0
@@ -166,6 +170,7 @@ class Trainer:
             flops=self._counters.flops,
             flops_dense=self._counters.flops_dense,
             skipped=result.skipped,
+            loss_scale=result.loss_scale,
         )
         mfu = None
         if self._peak_flops is not None:
