@@ -45,6 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(text, file=sys.stderr, flush=True)
 
     # After the arguments: importing torch and DeepSpeed takes seconds.
+    from ssd_megatron.parallel.collectives import CollectiveError
     from ssd_megatron.parallel.device import detect_hardware
     from ssd_megatron.parallel.launch import world_size_of_launch
     from ssd_megatron.parallel.topology import initialize_topology, leave_topology
@@ -72,12 +73,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_first:
             folder.create_and_lock()
         tokenizer = check_run_data(config, tell)
-        run_job(config, folder, tokenizer, initialize_topology())
+        run_job(config, folder, tokenizer, initialize_topology(config.ssd_megatron.parallel))
         leave_topology()
     except (ConfigError, DataError) as error:
         print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
         return EXIT_UNUSABLE
-    except (SwitchError, CheckpointError, TrainingError, OSError) as error:  # OSError: a full disk, a removed folder
+    # OSError: a full disk, a removed folder
+    except (SwitchError, CheckpointError, TrainingError, CollectiveError, OSError) as error:
         print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
         return EXIT_FAILED
     return EXIT_OK

@@ -11,6 +11,8 @@ from collections.abc import Callable
 from multiprocessing.connection import Connection
 from typing import Any
 
+from ssd_megatron.config.schema import ParallelConfig
+
 PRELOADED = [
     "ssd_megatron.training.job",
     "ssd_megatron.training.dry_run",
@@ -31,13 +33,19 @@ def forkserver() -> multiprocessing.context.ForkServerContext:
     return context
 
 
-def run_ranks(world_size: int, function: Callable[..., Any], *arguments: Any) -> list[Any]:
-    """Run `function(topology, *arguments)` on `world_size` gloo ranks and return their results by rank."""
+def run_ranks(
+    world_size: int, function: Callable[..., Any], *arguments: Any, parallel: ParallelConfig | None = None
+) -> list[Any]:
+    """Run `function(topology, *arguments)` on `world_size` gloo ranks and return their results by rank.
+
+    Args:
+        parallel: sizes of the model-parallel groups; data parallel only without it.
+    """
     context = forkserver()
     port = free_port()
     pipes = [context.Pipe(duplex=False) for _ in range(world_size)]
     processes = [
-        context.Process(target=_rank, args=(pipes[rank][1], rank, world_size, port, function, arguments))
+        context.Process(target=_rank, args=(pipes[rank][1], rank, world_size, port, parallel, function, arguments))
         for rank in range(world_size)
     ]
     for process in processes:
@@ -77,7 +85,13 @@ def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
 
 
 def _rank(
-    pipe: Connection, rank: int, world_size: int, port: int, function: Callable[..., Any], arguments: tuple[Any, ...]
+    pipe: Connection,
+    rank: int,
+    world_size: int,
+    port: int,
+    parallel: ParallelConfig | None,
+    function: Callable[..., Any],
+    arguments: tuple[Any, ...],
 ) -> None:
     import torch
 
@@ -86,7 +100,7 @@ def _rank(
     os.environ.update(rank_environment(rank, world_size, port))
     torch.set_num_threads(1)
     try:
-        topology = initialize_topology()
+        topology = initialize_topology(parallel)
         result = function(topology, *arguments)
         leave_topology()
         pipe.send((True, result))

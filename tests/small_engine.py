@@ -11,7 +11,8 @@ from torch import Tensor
 from ssd_megatron.config.load import Hardware, RunConfig, load_config
 from ssd_megatron.model.gpt import GPT
 from ssd_megatron.parallel.topology import Topology
-from ssd_megatron.training.engine import DataParallelEngine
+from ssd_megatron.training.engine import Engine
+from ssd_megatron.training.job import make_engine
 from tests.small_run import Corpus, small_config
 
 NOWHERE = Corpus(Path("corpus"), Path("tokenizer.model"))
@@ -32,9 +33,9 @@ def run_config(world_size: int = 1, **model: Any) -> RunConfig:
         return load_config(path, world_size=world_size, hardware=Hardware("cpu", False, "test"))
 
 
-def build(topology: Topology, config: RunConfig, backend: str = "torch") -> tuple[GPT, DataParallelEngine]:
-    model = GPT(config.ssd_megatron, backend)
-    return model, DataParallelEngine(model, config, topology)
+def build(topology: Topology, config: RunConfig, backend: str = "torch") -> tuple[GPT, Engine]:
+    model = GPT(config.ssd_megatron, backend, topology)
+    return model, make_engine(model, config, topology)
 
 
 def random_batch(config: RunConfig, seed: int) -> dict[str, Tensor]:
@@ -49,7 +50,7 @@ def random_batch(config: RunConfig, seed: int) -> dict[str, Tensor]:
     }
 
 
-def train_steps(engine: DataParallelEngine, config: RunConfig, steps: range) -> None:
+def train_steps(engine: Engine, config: RunConfig, steps: range) -> None:
     """Some optimizer steps on random batches, other ones on each rank."""
     ranks = config.data_parallel_size
     for step in steps:

@@ -107,6 +107,65 @@ def _experts(neurons: int, experts: int) -> Iterator[str]:
         yield problem("ssd.num_experts", experts, f"must divide model.ffn_hidden_size ({neurons}): try {hint}")
 
 
+@checks("parallel.tensor_parallel_size", "model.num_attention_heads", "model.num_query_groups")
+def _heads_by_tensor(tensor: int, heads: int, groups: int) -> Iterator[str]:
+    for name, value in (("num_attention_heads", heads), ("num_query_groups", groups)):
+        if value % tensor:
+            hint = divisors_near(value, tensor)
+            yield problem("parallel.tensor_parallel_size", tensor, f"must divide model.{name} ({value}): try {hint}")
+            return
+
+
+@checks("parallel.tensor_parallel_size", "model.vocab_size", "model.make_vocab_size_divisible_by")
+def _vocabulary_by_tensor(tensor: int, vocab_size: int, multiple: int) -> Iterator[str]:
+    padded = math.ceil(vocab_size / multiple) * multiple
+    if padded % tensor:
+        yield problem(
+            "parallel.tensor_parallel_size",
+            tensor,
+            f"must divide the padded vocabulary ({padded}): try model.make_vocab_size_divisible_by "
+            f"{math.lcm(multiple, tensor)}",
+        )
+
+
+@checks("parallel.pipeline_parallel_size", "model.num_layers")
+def _layers_by_pipeline(stages: int, layers: int) -> Iterator[str]:
+    if layers % stages:
+        hint = divisors_near(layers, stages)
+        yield problem("parallel.pipeline_parallel_size", stages, f"must divide model.num_layers ({layers}): try {hint}")
+
+
+@checks("parallel.tensor_parallel_size", "parallel.expert_parallel_size", "ssd.num_experts")
+def _experts_by_homes(tensor: int, expert: int, num_experts: int) -> Iterator[str]:
+    if num_experts % (tensor * expert):
+        hint = divisors_near(num_experts // math.gcd(num_experts, tensor), expert)
+        yield problem(
+            "parallel.expert_parallel_size",
+            expert,
+            f"* parallel.tensor_parallel_size ({tensor}) must divide ssd.num_experts ({num_experts}): try "
+            f"expert_parallel_size {hint}, or num_experts {math.lcm(num_experts, tensor * expert)}",
+        )
+
+
+@checks("parallel.pipeline_parallel_size", "zero_optimization.stage")
+def _zero_with_pipeline(stages: int, stage: int) -> Iterator[str]:
+    if stages > 1 and stage != 1:
+        yield problem(
+            "zero_optimization.stage", stage, f"does not work with pipeline_parallel_size ({stages}): use stage 1"
+        )
+
+
+@checks(
+    "parallel.expert_parallel_size",
+    "zero_optimization.contiguous_gradients",
+    "zero_optimization.reduce_scatter",
+)
+def _zero_with_experts(expert: int, contiguous: bool, scatter: bool) -> Iterator[str]:
+    for name, value in (("contiguous_gradients", contiguous), ("reduce_scatter", scatter)):
+        if expert > 1 and not value:
+            yield problem(f"zero_optimization.{name}", value, f"must be true with expert_parallel_size ({expert})")
+
+
 @checks("ssd.num_experts", "ssd.top_k", "ssd.router_update")
 def _top_k(experts: int, top_k: int, router_update: str) -> Iterator[str]:
     if top_k > experts:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -73,6 +74,7 @@ class RunConfig:
         return hashlib.sha256(json.dumps(self.identity(), sort_keys=True).encode()).hexdigest()[:16]
 
 
+PARALLEL_SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "expert_parallel_size")
 BATCH_KEYS = ("train_batch_size", MICRO, ACCUMULATION)
 _DEEPSPEED_IDENTITY = ("train_batch_size", "optimizer", "scheduler", "gradient_clipping")
 _IDENTITY = frozenset({"model", "data", "ssd", "seed", "training", *_DEEPSPEED_IDENTITY})
@@ -119,7 +121,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, world_size: int, h
     if problems or batch is None:
         count = "1 problem" if len(problems) == 1 else f"{len(problems)} problems"
         raise ConfigError("\n".join([f"{count} in {path}:", *(f"  - {line}" for line in problems)]))
-    return _resolve(DsJson.model_validate(raw), batch, world_size, hardware)
+    return _resolve(DsJson.model_validate(raw), batch, hardware)
 
 
 def _override(raw: dict[str, Any], assignments: Sequence[str]) -> list[str]:
@@ -138,17 +140,40 @@ def _override(raw: dict[str, Any], assignments: Sequence[str]) -> list[str]:
 
 
 def _batch(values: dict[str, Any], world_size: int, hardware: Hardware) -> tuple[Batch | None, list[str]]:
-    if not all(name in values for name in (*BATCH_KEYS, "model.seq_length")):
+    needed = (*BATCH_KEYS, "model.seq_length", *(f"parallel.{name}" for name in PARALLEL_SIZES))
+    if not all(name in values for name in needed):
         return None, []
     train, micro, accumulation = (values[name] for name in BATCH_KEYS)
     limit = TOKENS_PER_MICRO_BATCH[hardware.device] // values["model.seq_length"]
     try:
-        return resolve_batch(train, micro, accumulation, data_parallel=world_size, micro_limit=limit), []
+        data_parallel = data_parallel_size(world_size, *(values[f"parallel.{name}"] for name in PARALLEL_SIZES))
+        return resolve_batch(train, micro, accumulation, data_parallel=data_parallel, micro_limit=limit), []
     except ConfigError as error:
         return None, [str(error)]
 
 
-def _resolve(keys: DsJson, batch: Batch, world_size: int, hardware: Hardware) -> RunConfig:
+def data_parallel_size(world_size: int, tensor: int, pipeline: int, expert: int) -> int:
+    """Ranks that hold the same layers and see different samples.
+
+    Raises:
+        ConfigError: the sizes do not fit the number of processes.
+    """
+    data_parallel, rest = divmod(world_size, tensor * pipeline)
+    if rest:
+        raise ConfigError(
+            f"parallel.tensor_parallel_size ({tensor}) * pipeline_parallel_size ({pipeline}) = {tensor * pipeline} "
+            f"must divide the number of processes ({world_size}): start {math.lcm(world_size, tensor * pipeline)}, or "
+            "use smaller sizes"
+        )
+    if data_parallel % expert:
+        raise ConfigError(
+            f"parallel.expert_parallel_size ({expert}) must divide the data parallel size ({data_parallel} = "
+            f"{world_size} processes / {tensor} tensor / {pipeline} pipeline): try {math.gcd(data_parallel, expert)}"
+        )
+    return data_parallel
+
+
+def _resolve(keys: DsJson, batch: Batch, hardware: Hardware) -> RunConfig:
     section = keys.ssd_megatron
     bf16 = hardware.bf16 if keys.bf16.enabled == "auto" else keys.bf16.enabled
     deepspeed = keys.model_dump(mode="json", exclude_unset=True, exclude={SECTION, "scheduler"})
@@ -174,7 +199,7 @@ def _resolve(keys: DsJson, batch: Batch, world_size: int, hardware: Hardware) ->
         train_batch_size=batch.train,
         micro_batch_size=batch.micro,
         gradient_accumulation_steps=batch.accumulation,
-        data_parallel_size=world_size,
+        data_parallel_size=batch.train // (batch.micro * batch.accumulation),
         dtype="bfloat16" if bf16 else "float32",
         zero_stage=keys.zero_optimization.stage,
         notes=tuple(_notes(keys, batch, bf16, hardware)),

@@ -109,17 +109,22 @@ class DataConfig(Section):
     num_workers: NonNegative = optional(0, "Loader processes per rank; 0 reads in the training process.")
 
 
-OneForNow = Annotated[
-    int, only(1, "is not supported yet; use 1, data parallelism follows from the number of processes")
-]
-
-
 class ParallelConfig(Section):
     """Sizes of the model-parallel groups; data parallelism follows from the number of processes."""
 
-    tensor_parallel_size: OneForNow = optional(1, "Ranks that share each layer; only 1 in this version.")
-    pipeline_parallel_size: OneForNow = optional(1, "Pipeline stages; only 1 in this version.")
-    expert_parallel_size: OneForNow = optional(1, "Ranks that share the experts; only 1 in this version.")
+    tensor_parallel_size: Positive = optional(1, "Ranks that share each layer; best within a node.")
+    pipeline_parallel_size: Positive = optional(1, "Pipeline stages; must divide `num_layers`.")
+    expert_parallel_size: Positive = optional(
+        1, "Data-parallel ranks that share the neurons of each feed-forward network; divides the data parallel size."
+    )
+    timeout_seconds: Positive = optional(
+        1800, "Longest wait for another rank; then the job ends and says which operation waited."
+    )
+
+    @property
+    def homes(self) -> int:
+        """Ranks over which the neurons of one feed-forward network are split."""
+        return self.tensor_parallel_size * self.expert_parallel_size
 
 
 class PhaseConfig(Section):

@@ -1,6 +1,6 @@
 """The neuron bank: the parameters of one feed-forward network, one row per neuron.
 
-Shapes: T tokens, H hidden, F neurons of the network.
+Shapes: T tokens, H hidden, F neurons of the network, of which this rank holds F / homes.
 
 Everything of a neuron lies in the same row of every tensor, so expert e of E is the slice
 [e * F/E, (e + 1) * F/E) of all of them, and dense and sparse mode read the very same memory.
@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssd_megatron.ffn.activations import ACTIVATIONS
+from ssd_megatron.parallel.sharding import shard_rows
 
 
 class NeuronTensors(NamedTuple):
@@ -52,16 +53,17 @@ NEURON_TENSORS = NeuronTensors._fields
 
 
 class NeuronBank(nn.Module):
-    """Parameters of one feed-forward network and the identity of the neuron at each position.
+    """This home's parameters of one feed-forward network, and the identity of the neuron at each position of all homes.
 
     y = sum over neurons of act(x . w_gate + b_gate) * (x . w_in + b_in) * w_out + b_out for gated activations, and
     act(x . w_in + b_in) * w_out + b_out for the others. Values are left uninitialised.
 
     Args:
         hidden_size: H.
-        num_neurons: F.
+        num_neurons: F, of all homes together.
         activation: a name in ACTIVATIONS.
         add_bias: whether b_in, b_gate (gated only) and b_out exist.
+        home, homes: this rank holds the home-th of `homes` equal parts of the neurons.
     """
 
     neuron_ids: Tensor  # [F] int64, saved with the state: which neuron lies at each position, arange at the start
@@ -73,22 +75,27 @@ class NeuronBank(nn.Module):
         activation: str,
         add_bias: bool,
         *,
+        home: int = 0,
+        homes: int = 1,
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
+        assert num_neurons % homes == 0, (num_neurons, homes)
         self.activation = ACTIVATIONS[activation]
 
         def parameter(*shape: int) -> nn.Parameter:
             return nn.Parameter(torch.empty(*shape, dtype=dtype, device=device))
 
-        gated = self.activation.gated
-        self.w_in = parameter(num_neurons, hidden_size)
-        self.w_gate = parameter(num_neurons, hidden_size) if gated else None
-        self.b_in = parameter(num_neurons) if add_bias else None
-        self.b_gate = parameter(num_neurons) if add_bias and gated else None
-        self.w_out = parameter(num_neurons, hidden_size)
+        gated, rows = self.activation.gated, num_neurons // homes
+        self.w_in = parameter(rows, hidden_size)
+        self.w_gate = parameter(rows, hidden_size) if gated else None
+        self.b_in = parameter(rows) if add_bias else None
+        self.b_gate = parameter(rows) if add_bias and gated else None
+        self.w_out = parameter(rows, hidden_size)
         self.b_out = parameter(hidden_size) if add_bias else None
+        for neuron_parameter in self.neuron_parameters().values():
+            shard_rows(neuron_parameter, home, homes)
         self.register_buffer("neuron_ids", torch.arange(num_neurons, device=device))
 
     def tensors(self) -> NeuronTensors:
@@ -101,5 +108,11 @@ class NeuronBank(nn.Module):
         return {name: parameters[name] for name in NEURON_TENSORS if name in parameters}
 
     def rows(self) -> Tensor:
-        """The rows [F, H] that decide firing and so the clustering: the gate's, or w_in without a gate."""
+        """This home's rows [F / homes, H] that decide firing and so the clustering: the gate's, or w_in without one."""
         return self.tensors().firing[0]
+
+    def expert_means(self, num_experts: int) -> Tensor:
+        """Mean row of each of this home's `num_experts` experts, in at least fp32, without gradients."""
+        rows_FH = self.rows().detach()
+        dtype = torch.promote_types(rows_FH.dtype, torch.float32)
+        return rows_FH.view(num_experts, -1, rows_FH.shape[1]).mean(dim=1, dtype=dtype)

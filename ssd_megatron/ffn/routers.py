@@ -91,41 +91,51 @@ class Router(nn.Module):
         self.router_update = router_update
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=dtype, device=device))
 
-    def route(self, x_TH: Tensor, rows_FH: Tensor | None = None) -> Routing:
+    @property
+    def reads_bank(self) -> bool:
+        """Scores come from the bank's current rows instead of `weight`."""
+        return self.router_update == "avg_k"
+
+    def route(self, x_TH: Tensor, means_EH: Tensor | None = None) -> Routing:
         """Choose experts for each token.
 
         Args:
             x_TH: inputs of the feed-forward network.
-            rows_FH: `bank.rows()`; only avg_k reads it.
+            means_EH: mean row of each expert; given if and only if `reads_bank`.
         """
+        assert (means_EH is not None) == self.reads_bank, self.router_update
         if self.router_update == "straight_through":
             return Routing(*_straight_through(x_TH, self.weight, self.top_k))
         with torch.no_grad():
-            return Routing(expert_scores(x_TH, self._rows(rows_FH)).topk(self.top_k, dim=1).indices, None)
-
-    def _rows(self, rows_FH: Tensor | None) -> Tensor:
-        if self.router_update != "avg_k":
-            return self.weight
-        assert rows_FH is not None, "avg_k scores from the bank's rows"
-        rows_ENH = rows_FH.view(self.num_experts, -1, rows_FH.shape[1])
-        return rows_ENH.mean(dim=1, dtype=torch.promote_types(rows_FH.dtype, torch.float32))
+            scores_TE = expert_scores(x_TH, self.weight if means_EH is None else means_EH)
+            return Routing(scores_TE.topk(self.top_k, dim=1).indices, None)
 
 
 @torch.no_grad()
-def router_weights_from_bank(rows_FH: Tensor, num_experts: int) -> Tensor:
-    """Router rows at a switch: the mean of each expert's L2-normalised rows, all brought to one common norm.
+def expert_directions(rows_FH: Tensor, num_experts: int) -> tuple[Tensor, Tensor]:
+    """What routers are made of: the unit mean direction of each expert's L2-normalised rows, and every row's norm.
+
+    Args:
+        rows_FH: `bank.rows()` of one home or of all, any float dtype, expert e in rows [e * F/E, (e + 1) * F/E).
+    Returns:
+        [E, H] and [F], fp32.
+    """
+    rows_FH = rows_FH.float()
+    directions_EH = F.normalize(rows_FH, dim=1).view(num_experts, -1, rows_FH.shape[1]).mean(dim=1)
+    return F.normalize(directions_EH, dim=1), torch.linalg.vector_norm(rows_FH, dim=1)
+
+
+def router_weights(directions_EH: Tensor, norms_F: Tensor) -> Tensor:
+    """Router rows [E, H] at a switch: the directions of all experts, brought to one common norm.
 
     The common norm makes the top-k a top-k by cosine (SSD, arXiv 2410.03440); its value, which the paper does not
     give, only sets the temperature of the straight-through softmax. Ours is the mean norm of the bank's rows: a score
     is then what a typical neuron pointing the expert's way would see, so the temperature follows the layer's own
     scale as training goes on, and an Adam step turns a router row about as far as a neuron's row.
-
-    Args:
-        rows_FH: `bank.rows()`, any float dtype, expert e in rows [e * F/E, (e + 1) * F/E).
-    Returns:
-        [E, H] fp32.
     """
-    rows_FH = rows_FH.float()
-    directions_EH = F.normalize(rows_FH, dim=1).view(num_experts, -1, rows_FH.shape[1]).mean(dim=1)
-    common_norm: Tensor = torch.linalg.vector_norm(rows_FH, dim=1).mean()
-    return F.normalize(directions_EH, dim=1) * common_norm
+    return directions_EH * norms_F.mean()
+
+
+def router_weights_from_bank(rows_FH: Tensor, num_experts: int) -> Tensor:
+    """Router rows [E, H] fp32 from the rows [F, H] of all homes."""
+    return router_weights(*expert_directions(rows_FH, num_experts))

@@ -10,15 +10,21 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from ssd_megatron.config.schema import ModelConfig, SSDConfig
+from ssd_megatron.ffn.homes import Homes
 from ssd_megatron.ffn.switchable import FFNSettings, SwitchableFFN
-from ssd_megatron.model.attention import ScaledDotProductCore
+from ssd_megatron.model.attention import OutputProjection, ScaledDotProductCore
+from ssd_megatron.parallel.sharding import shard_rows
+from ssd_megatron.parallel.topology import Topology
 
 NORMALIZATION = {"layernorm": "LayerNorm", "rmsnorm": "RMSNorm"}
 
 
-def transformer_config(model: ModelConfig) -> TransformerConfig:
+def transformer_config(model: ModelConfig, topology: Topology) -> TransformerConfig:
     """What megatron-core needs to know of the model. Initial values are set afterwards, by name."""
     return TransformerConfig(
+        tensor_model_parallel_size=topology.tensor.size,
+        pipeline_model_parallel_size=topology.pipeline.size,
+        pipeline_dtype=torch.float32,
         num_layers=model.num_layers,
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
@@ -59,10 +65,19 @@ class TransformerBlock(nn.Module):
     """
 
     def __init__(
-        self, config: TransformerConfig, model: ModelConfig, ffn: FFNSettings, layer_index: int, recompute: bool
+        self,
+        config: TransformerConfig,
+        model: ModelConfig,
+        ffn: FFNSettings,
+        layer_index: int,
+        recompute: bool,
+        topology: Topology,
     ) -> None:
         super().__init__()
-        self.layer = TransformerLayer(config, _submodules(model, ffn), layer_number=layer_index + 1)
+        homes = Homes(topology, gather_again=not recompute)
+        self.layer = TransformerLayer(config, _submodules(model, ffn, homes), layer_number=layer_index + 1)
+        for parameter in self.layer.self_attention.linear_qkv.parameters():
+            shard_rows(parameter, topology.tensor.rank, topology.tensor.size)
         self.recompute = recompute
         self.seq_length = model.seq_length
         self.rotary = None
@@ -92,8 +107,9 @@ class TransformerBlock(nn.Module):
         return y_sbh
 
 
-def _submodules(model: ModelConfig, ffn: FFNSettings) -> TransformerLayerSubmodules:
+def _submodules(model: ModelConfig, ffn: FFNSettings, homes: Homes) -> TransformerLayerSubmodules:
     submodules = get_gpt_layer_local_spec(normalization=NORMALIZATION[model.normalization]).submodules
     submodules.self_attention.submodules.core_attention = ModuleSpec(module=ScaledDotProductCore)
-    submodules.mlp = ModuleSpec(module=SwitchableFFN, params={"settings": ffn})
+    submodules.self_attention.submodules.linear_proj = ModuleSpec(module=OutputProjection)
+    submodules.mlp = ModuleSpec(module=SwitchableFFN, params={"settings": ffn, "homes": homes})
     return submodules

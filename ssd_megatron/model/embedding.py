@@ -7,16 +7,19 @@ from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
 from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.parallel.sharding import shard_rows
+from ssd_megatron.parallel.topology import Topology
 
 
 class Embedding(nn.Module):
     """Vocabulary-parallel token embedding, plus learned positions where the model has them."""
 
-    def __init__(self, config: TransformerConfig, model: ModelConfig) -> None:
+    def __init__(self, config: TransformerConfig, model: ModelConfig, topology: Topology) -> None:
         super().__init__()
         self.word = VocabParallelEmbedding(
             model.padded_vocab_size, model.hidden_size, init_method=torch.nn.init.normal_, config=config
         )
+        shard_rows(self.word.weight, topology.tensor.rank, topology.tensor.size)
         self.position = None
         if model.position_embedding == "learned":
             self.position = nn.Embedding(model.seq_length, model.hidden_size)

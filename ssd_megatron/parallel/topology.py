@@ -1,5 +1,10 @@
 """The processes of a job and their groups, held by one object that is passed in. The only file that sets up
-torch.distributed, DeepSpeed's and megatron-core's process groups."""
+torch.distributed, DeepSpeed's and megatron-core's process groups.
+
+Ranks are numbered tensor parallel first, then data parallel, then pipeline stages:
+rank = (stage * data + d) * tensor + t. Expert-parallel ranks are neighbours among the data-parallel ones:
+e = d mod expert.
+"""
 
 import logging
 from dataclasses import dataclass
@@ -8,8 +13,11 @@ from datetime import timedelta
 import deepspeed
 import torch
 import torch.distributed as dist
+from deepspeed.utils import groups as deepspeed_groups
 from megatron.core import parallel_state
 
+from ssd_megatron.config.schema import ParallelConfig
+from ssd_megatron.parallel.collectives import Group
 from ssd_megatron.parallel.device import IS_CUDA, local_device
 from ssd_megatron.parallel.launch import join_launch
 
@@ -19,64 +27,165 @@ class Topology:
     """Where this process stands.
 
     Attributes:
-        rank, world_size: in the whole job.
-        data_parallel_rank, data_parallel_size: among the processes that hold the same parameters.
-        data_parallel_group: their process group.
+        world: the whole job.
+        tensor: ranks that share each layer.
+        pipeline: ranks that hold the stages of one copy of the model.
+        data: ranks that hold the same shard of the same layers and see different samples.
+        expert: those of `data` that share the neurons of each feed-forward network.
+        expert_data: those of `data` that hold the same neurons.
+        bank: ranks that hold one copy of every neuron bank of the stage together (tensor x expert); index is
+            e * tensor + t, see `bank_home`.
+        stage: all ranks that hold layers of this stage (tensor x data).
+        embedding: first and last stage of one copy of the model, which share tied embeddings; None on the others.
         device: where this process computes.
         launched: a launcher started this process, with which it ends; False for plain python.
     """
 
-    rank: int
-    world_size: int
-    data_parallel_rank: int
-    data_parallel_size: int
-    data_parallel_group: dist.ProcessGroup
+    world: Group
+    tensor: Group
+    pipeline: Group
+    data: Group
+    expert: Group
+    expert_data: Group
+    bank: Group
+    stage: Group
+    embedding: Group | None
     device: torch.device
     launched: bool
 
     @property
+    def rank(self) -> int:
+        return self.world.rank
+
+    @property
     def is_first(self) -> bool:
         """True on the one process that speaks, decides and writes for the job."""
-        return self.rank == 0
+        return self.world.rank == 0
 
-    def sum(self, values: list[float]) -> list[float]:
-        """Sum of small numbers over the data-parallel group, in float64, the same on every rank."""
-        total = torch.tensor(values, dtype=torch.float64, device=self.device)
-        dist.all_reduce(total, group=self.data_parallel_group)
-        return [float(value) for value in total.tolist()]
+    @property
+    def homes(self) -> int:
+        """Ranks over which the neurons of one feed-forward network are split."""
+        return self.tensor.size * self.expert.size
 
-    def max(self, values: list[int]) -> list[int]:
-        """Largest of small integers over all processes: how they agree on flags."""
-        largest = torch.tensor(values, dtype=torch.int64, device=self.device)
-        dist.all_reduce(largest, op=dist.ReduceOp.MAX)
-        return [int(value) for value in largest.tolist()]
+    @property
+    def home(self) -> int:
+        """Which of the homes this rank is: neurons of one tensor rank's expert-parallel group follow each other."""
+        return self.tensor.rank * self.expert.size + self.expert.rank
+
+    def bank_home(self, bank_rank: int) -> int:
+        """Home of a rank of the bank group."""
+        e, t = divmod(bank_rank, self.tensor.size)
+        return t * self.expert.size + e
+
+    @property
+    def is_first_stage(self) -> bool:
+        return self.pipeline.rank == 0
+
+    @property
+    def is_last_stage(self) -> bool:
+        return self.pipeline.rank == self.pipeline.size - 1
 
 
-def initialize_topology(*, timeout: timedelta = timedelta(minutes=30)) -> Topology:
-    """Join the job and build its groups; reads the launcher's environment (deepspeed, torchrun, or none)."""
+def initialize_topology(sizes: ParallelConfig | None = None) -> Topology:
+    """Join the job and build its groups; reads the launcher's environment. `sizes` defaults to data parallel only."""
+    sizes = sizes or ParallelConfig()
+    timeout = timedelta(seconds=sizes.timeout_seconds)
     launched = join_launch()
     if IS_CUDA:
         torch.cuda.set_device(local_device())
     deepspeed.init_distributed(
-        dist_backend="nccl" if IS_CUDA else "gloo",
-        auto_mpi_discovery=False,
-        timeout=timeout,
-        verbose=False,
+        dist_backend="nccl" if IS_CUDA else "gloo", auto_mpi_discovery=False, timeout=timeout, verbose=False
     )
     deepspeed.utils.logger.setLevel(logging.ERROR)  # its warnings speak to those who program it
-    parallel_state.initialize_model_parallel(order="tp-dp-pp", create_gloo_process_groups=False)
-    return Topology(
-        rank=dist.get_rank(),
-        world_size=dist.get_world_size(),
-        data_parallel_rank=parallel_state.get_data_parallel_rank(),
-        data_parallel_size=parallel_state.get_data_parallel_world_size(),
-        data_parallel_group=parallel_state.get_data_parallel_group(),
+    parallel_state.initialize_model_parallel(
+        tensor_model_parallel_size=sizes.tensor_parallel_size,
+        pipeline_model_parallel_size=sizes.pipeline_parallel_size,
+        expert_model_parallel_size=sizes.expert_parallel_size,
+        expert_tensor_parallel_size=sizes.tensor_parallel_size,
+        order="tp-cp-ep-dp-pp",
+        create_gloo_process_groups=False,
+        distributed_timeout_minutes=sizes.timeout_seconds / 60,
+    )
+    ps = parallel_state
+    ends = ps.get_embedding_group(check_initialized=False)
+    topology = Topology(
+        world=_group("all", dist.group.WORLD),
+        tensor=_group("tensor-parallel", ps.get_tensor_model_parallel_group()),
+        pipeline=_group("pipeline", ps.get_pipeline_model_parallel_group()),
+        data=_group("data-parallel", ps.get_data_parallel_group()),
+        expert=_group("expert-parallel", ps.get_expert_model_parallel_group()),
+        expert_data=_group("expert-data-parallel", ps.get_expert_data_parallel_group()),
+        bank=_group("bank", ps.get_expert_tensor_and_model_parallel_group()),
+        stage=_group("stage", ps.get_tensor_and_data_parallel_group()),
+        embedding=_group("embedding", ends) if ends is not None else None,
         device=local_device(),
         launched=launched,
     )
+    _tell_deepspeed(topology)
+    return topology
 
 
 def leave_topology() -> None:
     """Leave the job: destroy every group, so that the process can end (or join another job)."""
+    for known in _DEEPSPEED_EXPERT_GROUPS:
+        known.clear()
+    deepspeed_groups.mpu = None
     parallel_state.destroy_model_parallel()
     deepspeed.comm.destroy_process_group()
+
+
+def expert_group_name(topology: Topology) -> str:
+    """DeepSpeed's name of the expert-parallel groups."""
+    return f"ep_size_{topology.expert.size}"
+
+
+class ModelParallelUnit:
+    """What DeepSpeedEngine asks about tensor parallelism (it calls the object `mpu`)."""
+
+    def __init__(self, topology: Topology) -> None:
+        self._topology = topology
+
+    def get_data_parallel_group(self) -> dist.ProcessGroup:
+        return self._topology.data.handle
+
+    def get_data_parallel_world_size(self) -> int:
+        return self._topology.data.size
+
+    def get_data_parallel_rank(self) -> int:
+        return self._topology.data.rank
+
+    def get_tensor_model_parallel_group(self) -> dist.ProcessGroup:
+        return self._topology.tensor.handle
+
+    def get_tensor_model_parallel_world_size(self) -> int:
+        return self._topology.tensor.size
+
+    def get_tensor_model_parallel_rank(self) -> int:
+        return self._topology.tensor.rank
+
+    # Ranks over which gradient norms and overflows are summed up beside the data-parallel ones.
+    get_model_parallel_group = get_tensor_model_parallel_group
+    get_model_parallel_world_size = get_tensor_model_parallel_world_size
+    get_model_parallel_rank = get_tensor_model_parallel_rank
+
+
+_DEEPSPEED_EXPERT_GROUPS: tuple[dict[str, object], ...] = (
+    deepspeed_groups._EXPERT_PARALLEL_GROUP,
+    deepspeed_groups._EXPERT_PARALLEL_GROUP_RANKS,
+    deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP,
+    deepspeed_groups._EXPERT_DATA_PARALLEL_GROUP_RANKS,
+)
+
+
+def _tell_deepspeed(topology: Topology) -> None:
+    """DeepSpeed finds the groups of expert parameters by name, and makes none of its own then."""
+    expert, expert_data = topology.expert, topology.expert_data
+    values = (expert.handle, list(expert.ranks), expert_data.handle, list(expert_data.ranks))
+    for known, value in zip(_DEEPSPEED_EXPERT_GROUPS, values, strict=True):
+        known[expert_group_name(topology)] = value
+
+
+def _group(name: str, handle: dist.ProcessGroup | None) -> Group:
+    assert handle is not None, name
+    ranks = tuple(dist.get_process_group_ranks(handle))
+    return Group(name, dist.get_rank(handle), len(ranks), ranks, handle, local_device())

@@ -5,7 +5,8 @@ every layer the first one alone causes most of what sparsity costs. So the exper
 dealt out by what they save of the probe loss, at the same cost. Not in the SSD paper; docs/log.md has what it gives.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
@@ -17,16 +18,20 @@ Curve = list[tuple[int, float]]
 
 
 @torch.no_grad()
-def sparsity_costs(ffns: Mapping[str, SwitchableFFN], probe: ProbeBatch, least: int) -> dict[str, Curve]:
-    """What the probe loss rises by when one network alone is sparse (collective).
+def sparsity_costs(
+    names: Sequence[str], ffns: Mapping[str, SwitchableFFN], probe: ProbeBatch, num_experts: int, least: int
+) -> list[Curve]:
+    """What the probe loss rises by when one network alone is sparse (collective over the job).
 
     To be called in dense mode, when neurons are grouped and routers are set.
 
+    Args:
+        names: the networks of all stages; `ffns` are those of this stage.
     Returns:
         by network: (experts, rise of the loss) for experts = least, 2 least, 4 least ... and all of them (0).
     """
     dense = probe.loss()
-    return {name: _cost_curve(ffn, probe, dense, least) for name, ffn in ffns.items()}
+    return [_cost_curve(ffns.get(name), probe, dense, num_experts, least) for name in names]
 
 
 def allocate_experts(costs: Sequence[Curve], top_k: int, least: int) -> list[int]:
@@ -48,16 +53,29 @@ def allocate_experts(costs: Sequence[Curve], top_k: int, least: int) -> list[int
     return allocated
 
 
-def _cost_curve(ffn: SwitchableFFN, probe: ProbeBatch, dense: float, least: int) -> Curve:
-    before, all_experts = ffn.router.top_k, ffn.settings.num_experts
+def _cost_curve(ffn: SwitchableFFN | None, probe: ProbeBatch, dense: float, num_experts: int, least: int) -> Curve:
+    """Of a network, which may be another stage's."""
     curve: Curve = []
-    ffn.mode, experts = "sparse", least
-    while experts < all_experts:
-        ffn.router.top_k = experts
-        curve.append((experts, probe.loss() - dense))
+    experts = least
+    while experts < num_experts:
+        with _sparse(ffn, experts):
+            curve.append((experts, probe.loss() - dense))
         experts *= 2
-    ffn.mode, ffn.router.top_k = "dense", before
-    return [*curve, (all_experts, 0.0)]
+    return [*curve, (num_experts, 0.0)]
+
+
+@contextmanager
+def _sparse(ffn: SwitchableFFN | None, experts: int) -> Iterator[None]:
+    """Within: the network is sparse with so many experts per token."""
+    if ffn is None:
+        yield
+        return
+    before = ffn.router.top_k
+    ffn.mode, ffn.router.top_k = "sparse", experts
+    try:
+        yield
+    finally:
+        ffn.mode, ffn.router.top_k = "dense", before
 
 
 def _interpolate(curve: Curve, least: int) -> list[float]:

@@ -1,9 +1,10 @@
-"""Forms experts: each layer's neurons are clustered on one data-parallel rank, a layer each in turn, and every rank
-gets every layer's labels."""
+"""Forms experts: each layer's rows are gathered from their homes to one rank of the stage (layers go round its ranks)
+and clustered there, and every rank gets every layer's labels."""
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from typing import NamedTuple
 
-import torch.distributed as dist
+import torch
 from torch import Tensor
 
 from ssd_megatron.config.schema import SSDConfig
@@ -23,84 +24,126 @@ from ssd_megatron.switching.partition import (
 Labels = dict[str, Tensor]
 
 
-class Clustering:
-    """Labels [N] int64 of the neurons at each position, by the name of their network (every method is collective).
+class Grouping(NamedTuple):
+    """Experts of one layer.
 
+    Attributes:
+        labels: [F] int64, expert of the neuron at each position.
+        centroids: [E, H] fp32, expert scores of a router made from these labels.
+    """
+
+    labels: Tensor
+    centroids: Tensor
+
+
+class Clustering:
+    """Groupings of this stage's layers by the name of their network (every method is collective over the stage).
+
+    Args:
+        ffns: this stage's networks.
+        names: the networks of all stages in order.
     Raises:
         ConfigError: `ssd.partition` names a recorded partition that does not fit the model.
     """
 
-    def __init__(self, ssd: SSDConfig, ffns: Mapping[str, SwitchableFFN], topology: Topology, seed: int) -> None:
+    def __init__(
+        self,
+        ssd: SSDConfig,
+        ffns: Mapping[str, SwitchableFFN],
+        names: Sequence[str],
+        topology: Topology,
+        seed: int,
+    ) -> None:
         self._ssd = ssd
         self._ffns = dict(ffns)
+        self._names = list(names)
         self._topology = topology
         self._seed = seed
         self._recorded = self._load_recorded()
 
-    def form_experts(self, previous: Labels, signatures: Mapping[str, Tensor], step: int) -> Labels:
+    def form_experts(
+        self, previous: Mapping[str, Tensor], signatures: Mapping[str, Tensor], step: int
+    ) -> dict[str, Grouping]:
         """Cluster every layer by ssd.partition.
 
         Args:
             previous: labels to start from, where there are any.
             signatures: bits of each neuron on the probe batch (`coactivation` only).
         """
+
+        def form(name: str, rows: Tensor) -> Tensor:
+            return self._form(name, rows, previous.get(name), signatures.get(name), step)
+
+        return self._spread(self._ffns, form)
+
+    def follow(self, names: Iterable[str], previous: Mapping[str, Tensor], step: int) -> dict[str, Grouping]:
+        """The cheap look between switches: where the current weights take the previous labels in one pass."""
+        return self._spread(names, lambda name, rows: self._follow(name, rows, previous.get(name), step))
+
+    def _form(self, name: str, rows: Tensor, previous: Tensor | None, signatures: Tensor | None, step: int) -> Tensor:
+        experts, seed = self._ssd.num_experts, self._clustering_seed(name, step)
         if self._recorded is not None:
             # A recorded partition labels neurons by identity; a bank may have been reordered before.
-            return {name: self._recorded[name][ffn.bank.neuron_ids.cpu()] for name, ffn in self._ffns.items()}
-        return self._spread(self._ffns, lambda name: self._form(name, previous.get(name), signatures.get(name), step))
-
-    def follow(self, names: Iterable[str], previous: Labels, step: int) -> Labels:
-        """The cheap look between switches: where the current weights take the previous labels in one pass."""
-        return self._spread(names, lambda name: self._follow(name, previous.get(name), step))
-
-    def centroids(self, name: str, labels: Tensor) -> Tensor:
-        """Expert scores [E, H] that a router made from these labels would have."""
-        rows = self._rows(name)
-        order = partition_order(labels, self._ssd.num_experts)
-        return router_weights_from_bank(rows[order.to(rows.device)], self._ssd.num_experts)
-
-    def _form(self, name: str, previous: Tensor | None, signatures: Tensor | None, step: int) -> Tensor:
-        experts, seed = self._ssd.num_experts, self._clustering_seed(name, step)
+            return self._recorded[name][self._ffns[name].bank.neuron_ids.cpu()]
         if self._ssd.partition == "random":
-            return random_partition(self._ffns[name].bank.w_in.shape[0], experts, seed).labels
+            return random_partition(rows.shape[0], experts, seed).labels
         if self._ssd.partition == "coactivation":
             assert signatures is not None
             return coactivation_partition(signatures, signatures.shape[1] * 8, experts, seed, previous).labels
-        return kmeans_partition(self._rows(name), experts, previous, seed, max_rounds=self._ssd.kmeans_rounds).labels
+        return kmeans_partition(rows, experts, previous, seed, max_rounds=self._ssd.kmeans_rounds).labels
 
-    def _follow(self, name: str, previous: Tensor | None, step: int) -> Tensor:
-        rows, experts = self._rows(name), self._ssd.num_experts
+    def _follow(self, name: str, rows: Tensor, previous: Tensor | None, step: int) -> Tensor:
+        experts = self._ssd.num_experts
         if previous is not None:
             return warm_assignment_pass(rows, previous.to(rows.device), experts)
         seed = self._clustering_seed(name, step)
         return kmeans_partition(rows, experts, None, seed, max_rounds=self._ssd.kmeans_rounds).labels
 
-    def _spread(self, names: Iterable[str], compute: Callable[[str], Tensor]) -> Labels:
-        """Each layer computed on one rank, known to all."""
-        topology, names = self._topology, list(names)
-        mine = names[topology.data_parallel_rank :: topology.data_parallel_size]
-        labels = {name: compute(name).cpu() for name in mine}
-        if topology.data_parallel_size > 1:
-            parts: list[Labels] = [{}] * topology.data_parallel_size
-            dist.all_gather_object(parts, labels, group=topology.data_parallel_group)
-            labels = {name: label for part in parts for name, label in part.items()}
-        return {name: labels[name] for name in names}
+    def _spread(self, names: Iterable[str], label: Callable[[str, Tensor], Tensor]) -> dict[str, Grouping]:
+        """Each layer labelled on one rank of the stage, known to all of them."""
+        names = list(names)
+        mine = {name: self._group(rows, label(name, rows)) for name, rows in self._rows_by_turns(names)}
+        parts = self._topology.stage.gather_objects("labels of the neurons", mine)
+        groupings = {name: grouping for part in parts for name, grouping in part.items()}
+        return {name: groupings[name] for name in names}
 
-    def _rows(self, name: str) -> Tensor:
-        return self._ffns[name].bank.rows().detach().float()
+    def _group(self, rows: Tensor, labels: Tensor) -> Grouping:
+        order = partition_order(labels.cpu(), self._ssd.num_experts)
+        centroids = router_weights_from_bank(rows[order.to(rows.device)], self._ssd.num_experts)
+        return Grouping(labels.cpu(), centroids.cpu())
+
+    def _rows_by_turns(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
+        """The layers that this rank labels, with all their rows [F, H] in fp32; at most one such matrix at a time.
+
+        Layers go round the copies of the banks, and in each of them round its homes.
+        """
+        topology, homes = self._topology, self._topology.homes
+        copies = topology.expert_data.size
+        for first in range(0, len(names), copies * homes):
+            mine: tuple[str, Tensor] | None = None
+            for turn, name in enumerate(names[first : first + copies * homes]):
+                if turn % copies != topology.expert_data.rank:
+                    continue
+                rows = self._ffns[name].bank.rows().detach().float()
+                parts = topology.bank.gather_to(f"rows of {name}", rows, turn // copies)
+                if parts:
+                    by_home = sorted(range(homes), key=topology.bank_home)
+                    mine = name, torch.cat([parts[rank] for rank in by_home])
+            if mine is not None:
+                yield mine
 
     def _clustering_seed(self, name: str, step: int) -> int:
-        return self._seed + 1_000_003 * step + list(self._ffns).index(name)
+        return self._seed + 1_000_003 * step + self._names.index(name)
 
     def _load_recorded(self) -> Labels | None:
         if isinstance(self._ssd.partition, str):
             return None
         layers = load_partition(self._ssd.partition, self._ssd.num_experts)
-        neurons = next(iter(self._ffns.values())).bank.w_in.shape[0]
+        neurons = next(iter(self._ffns.values())).bank.neuron_ids.numel()
         sizes = sorted({labels.numel() for labels in layers})
-        if len(layers) != len(self._ffns) or sizes != [neurons]:
+        if len(layers) != len(self._names) or sizes != [neurons]:
             raise ConfigError(
                 f"ssd.partition ({self._ssd.partition}) has {len(layers)} layers of {sizes} neurons; "
-                f"the model has {len(self._ffns)} of {neurons}"
+                f"the model has {len(self._names)} of {neurons}"
             )
-        return dict(zip(self._ffns, layers, strict=True))
+        return dict(zip(self._names, layers, strict=True))

@@ -4,11 +4,13 @@ Every rank decides the same: what is decided on (clusterings, statistics, losses
 schedule is a pure function of it.
 """
 
+import hashlib
 import math
 import time
 from collections import deque
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
+from typing import TypeVar
 
 import torch
 from torch import Tensor
@@ -18,16 +20,19 @@ from ssd_megatron.ffn.switchable import SwitchableFFN
 from ssd_megatron.parallel.logical_state import LogicalState
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.switching.allocation import allocate_experts, sparsity_costs
-from ssd_megatron.switching.clustering import Clustering
+from ssd_megatron.switching.clustering import Clustering, Grouping
 from ssd_megatron.switching.partition import structure_similarity
+from ssd_megatron.switching.placement import balanced_numbering, imbalance
 from ssd_megatron.switching.schedule import Schedule
 from ssd_megatron.switching.statistics import ProbeBatch, collect_statistics, expert_overlap
 from ssd_megatron.switching.switch import ROUTER_GROUP, Applied, SwitchError, regroup_neurons
 
 # Relative change of the dense probe loss that a permutation of the neurons may cause: sums in another order.
-SWITCH_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-3}
+SWITCH_TOLERANCE = {torch.float32: 1e-5, torch.bfloat16: 2e-3, torch.float16: 1e-3}
 # Steps before a switch whose mean loss is the level, steps after it that are watched, and spikes in a row that count.
 LOSS_WINDOW, WATCHED_STEPS, SPIKES_IN_A_ROW = 20, 50, 3
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -64,12 +69,15 @@ class SwitchReport:
         loss_before, loss_after, loss_sparse: of the probe batch: dense before and after, sparse after.
         similarity: structure similarity by layer of the new partition to the labels known before.
         top_k: experts that a token computes in each layer.
+        imbalance_before, imbalance_after: tokens of the busiest home over the mean on the probe batch, worst layer,
+            with the experts as clustered and as placed; None with a single home.
     """
 
     from_mode: Mode
     to_mode: Mode
     reason: str
     seconds: float
+    seconds_statistics: float
     seconds_cluster: float
     seconds_transfer: float
     seconds_verify: float
@@ -79,11 +87,27 @@ class SwitchReport:
     loss_sparse: float
     similarity: list[float]
     top_k: list[int]
+    imbalance_before: float | None
+    imbalance_after: float | None
+
+
+@dataclass(frozen=True)
+class _Plan:
+    """Where every neuron of this stage goes: labels by network, numbered by placement, and what the placement gains."""
+
+    labels: dict[str, Tensor]
+    imbalance_before: float | None = None
+    imbalance_after: float | None = None
+    seconds_statistics: float = 0.0
+    seconds_cluster: float = 0.0
 
 
 class Coordinator:
-    """Switches `ffns` (by the name of their module, in order) between dense and sparse.
+    """Switches feed-forward networks between dense and sparse; one object on every rank, all of them alike.
 
+    Args:
+        ffns: this stage's networks by the name of their module, in order.
+        names: the networks of all stages, in order.
     Raises:
         ConfigError: `ssd.partition` names a recorded partition that does not fit.
     """
@@ -92,6 +116,7 @@ class Coordinator:
         self,
         ssd: SSDConfig,
         ffns: Mapping[str, SwitchableFFN],
+        names: Sequence[str],
         state: LogicalState,
         probe: ProbeBatch,
         schedule: Schedule,
@@ -100,15 +125,16 @@ class Coordinator:
     ) -> None:
         self._ssd = ssd
         self._ffns = dict(ffns)
+        self._names = list(names)
         self._state = state
         self._probe = probe
         self._topology = topology
-        self._clustering = Clustering(ssd, ffns, topology, seed)
+        self._clustering = Clustering(ssd, ffns, names, topology, seed)
         self.schedule = schedule
         self.mode: Mode = "dense"
         self.has_partition = False  # once a switch has formed experts, the model can be evaluated in both modes
-        self._labels: dict[str, Tensor] = {}
-        self._expert_ids: dict[str, Tensor] = {}
+        self._labels: dict[str, Tensor] = {}  # of this stage
+        self._expert_ids: dict[str, Tensor] = {}  # of this stage
         self._losses: deque[float] = deque(maxlen=LOSS_WINDOW)
         self._level: float | None = None
         self._spikes = 0
@@ -142,14 +168,14 @@ class Coordinator:
         return self._spikes == SPIKES_IN_A_ROW
 
     def partition(self) -> list[Tensor]:
-        """Experts of the last switch by neuron identity, [N] int64 for each layer: what ssd.partition can replay."""
-        layers = []
-        for ffn in self._ffns.values():
+        """Experts of the last switch by neuron identity, [F] int64 for each layer of all stages: what ssd.partition can
+        replay (collective)."""
+        layers = {}
+        for name, ffn in self._ffns.items():
             identities = ffn.bank.neuron_ids.cpu()
-            labels = torch.empty_like(identities)
-            labels[identities] = _contiguous(len(identities), self._ssd.num_experts)
-            layers.append(labels)
-        return layers
+            layers[name] = torch.empty_like(identities)
+            layers[name][identities] = _contiguous(len(identities), self._ssd.num_experts)
+        return self._of_all_stages("partition", layers)
 
     def set_mode(self, mode: Mode) -> None:
         """Compute in `mode` from now on; nothing else changes."""
@@ -158,7 +184,7 @@ class Coordinator:
             ffn.mode = mode
 
     def state_dict(self) -> tuple[dict[str, object], dict[str, Tensor]]:
-        """What a checkpoint keeps: plain values, ready for JSON, and tensors."""
+        """What a checkpoint keeps of all stages: plain values, ready for JSON, and tensors (collective)."""
         values: dict[str, object] = {
             "mode": self.mode,
             "schedule": self.schedule.state_dict(),
@@ -170,7 +196,8 @@ class Coordinator:
         }
         tensors = {f"labels/{name}": labels for name, labels in self._labels.items()}
         tensors |= {f"expert_ids/{name}": ids for name, ids in self._expert_ids.items()}
-        return values, tensors
+        stages = self._topology.pipeline.gather_objects("the coordinator's state", tensors)
+        return values, {name: tensor for stage in stages for name, tensor in stage.items()}
 
     def load_state_dict(self, values: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
         mode, schedule, losses, level, spikes, top_k = (
@@ -187,25 +214,22 @@ class Coordinator:
         self._level, self._spikes = level, spikes
         for prefix, kept in (("labels/", self._labels), ("expert_ids/", self._expert_ids)):
             kept.clear()
-            kept.update({k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)})
+            found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+            kept.update({name: tensor for name, tensor in found.items() if name in self._ffns})
 
     def _switch(self, step: int, wanted: Mode) -> SwitchReport:
+        """Plan -> check -> apply -> verify -> commit. Nothing is changed before all ranks have the same plan."""
         started = time.perf_counter()
         before_mode, reason = self.mode, self.schedule.decision(step).reason
         self.set_mode("dense")
         loss_before = self._probe.loss()
-        similarity: list[float] = []
-        applied = Applied(0, 0.0, 0.0)
-        clustered = started
+        plan, applied, similarity = _Plan({}), Applied(0, 0.0, 0.0), []
         if wanted == "sparse":
-            labels = self._clustering.form_experts(self._labels, self._signatures(), step)
-            similarity = [structure_similarity(old, labels[name]) for name, old in self._labels.items()]
-            clustered = time.perf_counter()
-            applied = regroup_neurons(self._ffns, labels, self._ssd.num_experts, self._state, self._topology)
-            self._labels = {name: _contiguous(label.numel(), self._ssd.num_experts) for name, label in labels.items()}
-            self._expert_ids = {}
-            self._set_top_k(self._allocate())
-            self.has_partition = True
+            plan = self._plan(step)
+            similarity = self._similarity(plan.labels)
+        self._check_plan(step, wanted, plan, loss_before)
+        if wanted == "sparse":
+            applied = self._apply(plan)
         loss_after = self._probe.loss()
         self._verify_loss(loss_before, loss_after)
         self.set_mode("sparse")
@@ -219,7 +243,8 @@ class Coordinator:
             to_mode=wanted,
             reason=reason,
             seconds=time.perf_counter() - started,
-            seconds_cluster=clustered - started,
+            seconds_statistics=plan.seconds_statistics,
+            seconds_cluster=plan.seconds_cluster,
             seconds_transfer=applied.transfer_seconds,
             seconds_verify=applied.verify_seconds,
             bytes_moved=applied.bytes_moved,
@@ -228,31 +253,92 @@ class Coordinator:
             loss_sparse=loss_sparse,
             similarity=similarity,
             top_k=self._top_k(),
+            imbalance_before=plan.imbalance_before,
+            imbalance_after=plan.imbalance_after,
         )
+
+    def _plan(self, step: int) -> _Plan:
+        started = time.perf_counter()
+        signatures = self._signatures()
+        observed = time.perf_counter()
+        groupings = self._clustering.form_experts(self._labels, signatures, step)
+        clustered = time.perf_counter()
+        plan = self._place(groupings)
+        statistics = observed - started + time.perf_counter() - clustered
+        return replace(plan, seconds_statistics=statistics, seconds_cluster=clustered - observed)
+
+    def _place(self, groupings: Mapping[str, Grouping]) -> _Plan:
+        """Number the experts so that every home has as many tokens, as the probe batch chooses them."""
+        homes, num_experts = self._topology.homes, self._ssd.num_experts
+        labels = {name: grouping.labels for name, grouping in groupings.items()}
+        if homes == 1:
+            return _Plan(labels)
+        centroids = {name: grouping.centroids for name, grouping in groupings.items()}
+        statistics = collect_statistics(self._ffns, self._probe, centroids, self._ssd.top_k, signatures=False)
+        before, after = {}, {}
+        for name, layer in statistics.items():
+            load = torch.bincount(layer.expert_ids.flatten(), minlength=num_experts)
+            numbers = balanced_numbering(load, homes)
+            labels[name] = numbers[labels[name]]
+            before[name] = imbalance(load, homes)
+            after[name] = imbalance(load[numbers.argsort()], homes)
+        return _Plan(labels, max(self._of_all_stages("loads", before)), max(self._of_all_stages("placed loads", after)))
+
+    def _check_plan(self, step: int, wanted: Mode, plan: _Plan, loss: float) -> None:
+        """The last moment at which nothing has changed.
+
+        Raises:
+            SwitchError: training has diverged.
+            CollectiveError: the ranks do not have the same plan.
+        """
+        if not math.isfinite(loss):
+            raise SwitchError(f"the dense loss of the probe batch was {loss} before a switch: training has diverged")
+        digests = {name: hashlib.sha256(labels.numpy().tobytes()).hexdigest() for name, labels in plan.labels.items()}
+        self._topology.stage.agree(f"plan of the switch at step {step}", {"step": step, "to": wanted, "plan": digests})
+        self._topology.world.agree(f"switch at step {step}", {"step": step, "to": wanted, "loss": loss})
+
+    def _apply(self, plan: _Plan) -> Applied:
+        experts = self._ssd.num_experts
+        applied = regroup_neurons(self._ffns, plan.labels, experts, self._state, self._topology)
+        self._labels = {name: _contiguous(label.numel(), experts) for name, label in plan.labels.items()}
+        self._expert_ids = {}
+        self._set_top_k(self._allocate())
+        self.has_partition = True
+        return applied
+
+    def _similarity(self, labels: Mapping[str, Tensor]) -> list[float]:
+        """Structure similarity by layer to the labels known before, where there are any."""
+        known = {name: structure_similarity(old, labels[name]) for name, old in self._labels.items() if name in labels}
+        return self._of_all_stages("similarity", known)
 
     def _allocate(self) -> list[int]:
         """Experts per token of each layer in the phase that begins."""
         ssd = self._ssd
         if ssd.top_k_allocation == "equal":
-            return [ssd.top_k] * len(self._ffns)
+            return [ssd.top_k] * len(self._names)
         # With a single expert the straight-through router would not learn.
         least = min(ssd.top_k, 2 if ssd.router_update == "straight_through" else 1)
-        costs = sparsity_costs(self._ffns, self._probe, least)
-        return allocate_experts(list(costs.values()), ssd.top_k, least)
+        costs = sparsity_costs(self._names, self._ffns, self._probe, ssd.num_experts, least)
+        return allocate_experts(costs, ssd.top_k, least)
 
     def _top_k(self) -> list[int]:
-        return [ffn.router.top_k for ffn in self._ffns.values()]
+        return self._of_all_stages("top_k", {name: ffn.router.top_k for name, ffn in self._ffns.items()})
 
     def _set_top_k(self, top_k: list[int]) -> None:
-        for ffn, experts in zip(self._ffns.values(), top_k, strict=True):
-            ffn.router.top_k = experts
+        for name, experts in zip(self._names, top_k, strict=True):
+            if name in self._ffns:
+                self._ffns[name].router.top_k = experts
+
+    def _of_all_stages(self, what: str, mine: Mapping[str, T]) -> list[T]:
+        """What each stage has by network, in the order of the networks; networks without are left out (collective)."""
+        stages = self._topology.pipeline.gather_objects(what, dict(mine))
+        merged = {name: value for stage in stages for name, value in stage.items()}
+        return [merged[name] for name in self._names if name in merged]
 
     def _verify_loss(self, before: float, after: float) -> None:
         dtype = next(iter(self._ffns.values())).bank.w_in.dtype
         automatic = self._ssd.switch_tolerance == "auto"
         tolerance = SWITCH_TOLERANCE[dtype] if automatic else float(self._ssd.switch_tolerance)
-        if not math.isfinite(before):
-            raise SwitchError(f"the dense loss of the probe batch was {before} before a switch: training has diverged")
         if not abs(after - before) <= tolerance * abs(before):
             raise SwitchError(
                 f"the dense loss of the probe batch went from {before:.6f} to {after:.6f} in a switch; "
@@ -262,28 +348,31 @@ class Coordinator:
     @torch.no_grad()
     def _check(self, step: int) -> CheckReport:
         started = time.perf_counter()
-        names = list(self._ffns)[: self._ssd.check_layers]
-        labels = self._clustering.follow(names, self._labels, step)
-        centroids = {name: self._clustering.centroids(name, labels[name]) for name in names}
+        names = [name for name in self._names[: self._ssd.check_layers] if name in self._ffns]
+        groupings = self._clustering.follow(names, self._labels, step)
+        labels = {name: grouping.labels for name, grouping in groupings.items()}
+        centroids = {name: grouping.centroids for name, grouping in groupings.items()}
         statistics = collect_statistics(self._ffns, self._probe, centroids, self._ssd.top_k, signatures=False)
         ids = {name: statistics[name].expert_ids for name in names}
-        known = [name for name in names if name in self._labels]
-        layers = [structure_similarity(self._labels[name], labels[name]) for name in known]
-        overlaps = [
-            expert_overlap(self._expert_ids[name], ids[name], self._ssd.num_experts)
+        layers = self._similarity(labels)
+        known = {
+            name: expert_overlap(self._expert_ids[name], ids[name], self._ssd.num_experts)
             for name in names
             if name in self._expert_ids
-        ]
-        similarity = sum(layers) / len(layers) if layers else None
+        }
+        overlaps = self._of_all_stages("overlap", known)
         self._labels.update(labels)
         self._expert_ids = ids
-        return CheckReport(
-            similarity=similarity,
+        active = {name: layer.active_fraction for name, layer in statistics.items()}
+        report = CheckReport(
+            similarity=sum(layers) / len(layers) if layers else None,
             similarity_layers=layers,
             overlap=sum(overlaps) / len(overlaps) if overlaps else None,
-            active_fraction=[layer.active_fraction for layer in statistics.values()],
+            active_fraction=self._of_all_stages("active fraction", active),
             seconds=time.perf_counter() - started,
         )
+        self._topology.world.agree(f"check at step {step}", [step, report.similarity, report.overlap])
+        return report
 
     def _signatures(self) -> dict[str, Tensor]:
         """Bits of every neuron on the probe batch, if the partition is made from them."""

@@ -9,9 +9,9 @@ import hashlib
 from collections.abc import Sequence
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from ssd_megatron.parallel.collectives import Group
 from ssd_megatron.parallel.logical_state import LogicalState
 from ssd_megatron.parallel.zero import KINDS, MASTER
 
@@ -19,7 +19,7 @@ INTEGER_OF = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.flo
 CHUNK_ELEMENTS = 1 << 22
 
 
-def bank_fingerprints(state: LogicalState, names: Sequence[str], group: dist.ProcessGroup) -> Tensor:
+def bank_fingerprints(state: LogicalState, names: Sequence[str], group: Group) -> Tensor:
     """Fingerprints [neurons] int64 of one bank, by position, over masters and moments (collective over `group`).
 
     Args:
@@ -32,7 +32,7 @@ def bank_fingerprints(state: LogicalState, names: Sequence[str], group: dist.Pro
         for kind in KINDS:
             fragment = state.fragment(name, kind)
             _add_fingerprints(total, fragment.values, fragment.start, row_size, f"{_leaf(name)}/{kind}")
-    dist.all_reduce(total, group=group)
+    group.reduce_("fingerprints", total)
     return total
 
 
@@ -42,7 +42,7 @@ def stale_parameters(state: LogicalState, names: Sequence[str]) -> list[str]:
     for name in names:
         fragment = state.fragment(name, MASTER)
         parameter = state.parameter(name).detach()
-        part = parameter.reshape(-1).narrow(0, fragment.start, fragment.values.numel())
+        part = parameter.reshape(-1).narrow(0, fragment.start - state.offset(name), fragment.values.numel())
         if not torch.equal(part, fragment.values.to(parameter.dtype)):
             stale.append(name)
     return stale

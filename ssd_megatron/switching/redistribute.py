@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
+from ssd_megatron.parallel.collectives import Group
 from ssd_megatron.parallel.logical_state import Interval, LogicalState
 from ssd_megatron.parallel.zero import KINDS
 
@@ -83,25 +83,21 @@ def plan_move(order: Tensor, row_size: int, owners: Sequence[Interval]) -> MoveP
     return MovePlan(order, row_size, tuple(segments))
 
 
-def apply_move(plan: MovePlan, start: int, values: Tensor, rank: int, group: dist.ProcessGroup) -> None:
+def apply_move(plan: MovePlan, start: int, values: Tensor, group: Group) -> None:
     """Permute the rows of a distributed tensor in place (collective over `group`, one all-to-all).
 
     Args:
         start, values: this rank's elements [start, start + numel) of the flattened tensor, written in place.
     """
-    ranks = range(dist.get_world_size(group))
-    sent = [_pack(plan, start, values, rank, other) for other in ranks]
-    received = sent
-    if len(ranks) > 1:
-        sizes = [plan.elements_between(other, rank) for other in ranks]
-        whole = torch.empty(sum(sizes), dtype=values.dtype, device=values.device)
-        dist.all_to_all_single(whole, torch.cat(sent), sizes, [piece.numel() for piece in sent], group=group)
-        received = list(torch.split(whole, sizes))
-    for other, pieces in zip(ranks, received, strict=True):
-        _unpack(plan, start, values, rank, other, pieces)
+    ranks = range(group.size)
+    sent = [_pack(plan, start, values, group.rank, other) for other in ranks]
+    sizes = [plan.elements_between(other, group.rank) for other in ranks]
+    received = group.exchange("moving neurons", torch.cat(sent), [piece.numel() for piece in sent], sizes)
+    for other, pieces in zip(ranks, torch.split(received, sizes), strict=True):
+        _unpack(plan, start, values, group.rank, other, pieces)
 
 
-def move_neurons(state: LogicalState, names: Sequence[str], order: Tensor, rank: int, group: dist.ProcessGroup) -> int:
+def move_neurons(state: LogicalState, names: Sequence[str], order: Tensor, group: Group) -> int:
     """Give one bank's tensors (one row per neuron) a new order, masters and moments alike, one tensor at a time.
 
     The model's own parameters follow with `LogicalState.publish`.
@@ -114,7 +110,7 @@ def move_neurons(state: LogicalState, names: Sequence[str], order: Tensor, rank:
         plan = plan_move(order, spec.numel // spec.shape[0], state.owners(name))
         for kind in KINDS:
             fragment = state.fragment(name, kind)
-            apply_move(plan, fragment.start, fragment.values, rank, group)
+            apply_move(plan, fragment.start, fragment.values, group)
             moved += plan.bytes_sent(fragment.values.element_size())
     return moved
 

@@ -3,12 +3,11 @@
 Shapes: T probe tokens, N neurons of one feed-forward network, H hidden, E experts, K experts per token.
 """
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from ssd_megatron.ffn.switchable import SwitchableFFN
@@ -37,25 +36,19 @@ class LayerStatistics:
 
 @dataclass(frozen=True)
 class ProbeBatch:
-    """This rank's part of the probe samples (possibly nothing) and the forward pass over a batch of them.
+    """This rank's part of the probe samples (possibly empty batches) and the forward pass over them.
 
     Attributes:
-        token_losses: losses [b, s] of a batch in the mode that the networks have.
+        mean_loss: mean loss of all ranks' batches in the mode that the networks have (collective over the job).
     """
 
     batches: list[Batch]
-    token_losses: Callable[[Batch], Tensor]
+    mean_loss: Callable[[Sequence[Batch]], float]
     topology: Topology
 
     def loss(self) -> float:
-        """Mean loss over all probe tokens of all ranks (collective)."""
-        loss = count = 0.0
-        for batch in self.batches:
-            losses, mask = self.token_losses(batch), batch["loss_mask"]
-            loss += float((losses * mask).sum(dtype=torch.float64))
-            count += float(mask.sum(dtype=torch.float64))
-        loss, count = self.topology.sum([loss, count])
-        return loss / count
+        """Mean loss over all probe tokens of all ranks (collective over the job)."""
+        return self.mean_loss(self.batches)
 
 
 @dataclass
@@ -90,18 +83,20 @@ def collect_statistics(
     *,
     signatures: bool = True,
 ) -> dict[str, LayerStatistics]:
-    """Run the probe batch densely and gather every network's statistics over the ranks (collective).
+    """Run the probe batch densely and gather the statistics of this stage's networks over its ranks (collective over
+    the job: the forward pass needs all stages).
 
     Args:
         centroids: [E, H] expert scores by network name, for those whose expert choice is wanted.
         signatures: whether the bits are wanted, a byte per neuron and eight probe tokens of every rank.
     """
+    tensor = probe.topology.tensor
     recorders = {
-        name: _Recorder(ffn.bank.w_in.shape[0], centroids.get(name), top_k, signatures) for name, ffn in ffns.items()
+        name: _Recorder(ffn.bank.neuron_ids.numel() // tensor.size, centroids.get(name), top_k, signatures)
+        for name, ffn in ffns.items()
     }
     with observed(ffns, recorders):
-        for batch in probe.batches:
-            probe.token_losses(batch)
+        probe.loss()
     return {name: _gather(recorder, probe.topology) for name, recorder in recorders.items()}
 
 
@@ -135,15 +130,14 @@ def observed(ffns: Mapping[str, SwitchableFFN], observers: Mapping[str, Observer
 
 
 def _gather(recorder: _Recorder, topology: Topology) -> LayerStatistics:
-    """Bits and choices of all ranks side by side; a rank without batches adds nothing."""
+    """Data-parallel ranks saw other tokens, tensor-parallel ones other neurons."""
     signatures = torch.cat([torch.zeros(recorder.neurons, 0, dtype=torch.uint8), *(f.cpu() for f in recorder.fired)], 1)
     chosen = torch.cat([torch.zeros(0, recorder.top_k, dtype=torch.int64), *(c.cpu() for c in recorder.chosen)])
     mine = (signatures, chosen, recorder.fired_count, recorder.pairs)
-    parts = [mine] * topology.data_parallel_size
-    if topology.data_parallel_size > 1:
-        dist.all_gather_object(parts, mine, group=topology.data_parallel_group)
+    parts = topology.stage.gather_objects("activation statistics", mine)
+    tensor = topology.tensor.size
     return LayerStatistics(
         active_fraction=sum(part[2] for part in parts) / sum(part[3] for part in parts),
-        signatures=torch.cat([part[0] for part in parts], 1),
-        expert_ids=torch.cat([part[1] for part in parts]),
+        signatures=torch.cat([torch.cat([part[0] for part in parts[rank::tensor]], 1) for rank in range(tensor)]),
+        expert_ids=torch.cat([part[1] for part in parts[::tensor]]),
     )

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssd_megatron.ffn.routers import router_weights_from_bank
+from ssd_megatron.ffn.routers import expert_directions, router_weights
 from ssd_megatron.ffn.switchable import SwitchableFFN
 from ssd_megatron.parallel.logical_state import LogicalState
 from ssd_megatron.parallel.topology import Topology
@@ -44,7 +44,9 @@ def regroup_neurons(
     state: LogicalState,
     topology: Topology,
 ) -> Applied:
-    """Reorder every bank by its labels, set the routers, and verify neuron by neuron (collective).
+    """Reorder every bank of this stage by its labels, set the routers, and verify neuron by neuron (collective).
+
+    Banks move one after the other, so that what is in flight is a part of one tensor of one bank.
 
     Args:
         labels: expert of the neuron at each position, [N] int64, by network name; the same on every rank.
@@ -57,10 +59,10 @@ def regroup_neurons(
     for name, ffn in ffns.items():
         names = neuron_tensor_names(name, ffn)
         started = time.perf_counter()
-        expected[name] = fingerprints_by_identity(ffn, bank_fingerprints(state, names, topology.data_parallel_group))
+        expected[name] = fingerprints_by_identity(ffn, bank_fingerprints(state, names, topology.stage))
         fingerprinted = time.perf_counter()
         order = partition_order(labels[name], num_experts)
-        moved += move_neurons(state, names, order, topology.data_parallel_rank, topology.data_parallel_group)
+        moved += move_neurons(state, names, order, topology.stage)
         ffn.bank.neuron_ids.copy_(ffn.bank.neuron_ids[order.to(ffn.bank.neuron_ids.device)])
         verify += fingerprinted - started
         transfer += time.perf_counter() - fingerprinted
@@ -84,10 +86,10 @@ def verify_bank(name: str, ffn: SwitchableFFN, expected: Tensor, state: LogicalS
         SwitchError: on every rank alike.
     """
     names = neuron_tensor_names(name, ffn)
-    now = fingerprints_by_identity(ffn, bank_fingerprints(state, names, topology.data_parallel_group))
+    now = fingerprints_by_identity(ffn, bank_fingerprints(state, names, topology.stage))
     wrong = int((now != expected).sum())
     stale = stale_parameters(state, names)
-    if topology.max([len(stale)])[0]:
+    if topology.stage.max("stale parameters", [len(stale)])[0]:
         raise SwitchError(f"{name}: the model's parameters are not their fp32 masters after a switch: {stale}")
     if wrong:
         raise SwitchError(
@@ -99,7 +101,8 @@ def set_routers(ffns: Mapping[str, SwitchableFFN], num_experts: int, state: Logi
     """Give every router its experts' centroids, without moments, as if its optimizer had just begun (collective)."""
     for name, ffn in ffns.items():
         router = f"{name}.router.weight"
-        weights = router_weights_from_bank(ffn.bank.rows().detach().float(), num_experts)
+        directions_EH, norms_F = expert_directions(ffn.bank.rows().detach(), num_experts // ffn.homes.count)
+        weights = router_weights(ffn.homes.all_rows(directions_EH), ffn.homes.all_rows(norms_F))
         state.write(router, MASTER, weights)
         for kind in (EXP_AVG, EXP_AVG_SQ):
             state.write(router, kind, torch.zeros_like(weights))

@@ -9,18 +9,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
-import torch.distributed as dist
 from safetensors import SafetensorError
 from torch import Tensor
 
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.model.gpt import GPT
-from ssd_megatron.parallel.logical_state import LogicalState
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.switching.coordinator import Coordinator
 from ssd_megatron.training import checkpoint_files as files
 from ssd_megatron.training.checkpoint_files import CheckpointError, FileRecord, Index, Piece, key_of
-from ssd_megatron.training.engine import DataParallelEngine
+from ssd_megatron.training.engine import Engine
 
 RNG = "rng/"
 
@@ -31,7 +29,7 @@ T = TypeVar("T")
 class Trained:
     """What holds the state of a run; `identity` are the settings that must not change on resume."""
 
-    engine: DataParallelEngine
+    engine: Engine
     model: GPT
     coordinator: Coordinator
     identity: dict[str, Any]
@@ -64,18 +62,19 @@ class Checkpointer:
         _agree(topology, lambda: folder.mkdir(parents=True) if topology.is_first else None, self._root)
         owned = {
             key_of(name, kind): (fragment.start, fragment.values.detach())
-            for name, kind, fragment in self._trained.engine.state.local()
+            for name, kind, fragment in self._trained.engine.state.owned()
         }
         contents = {files.rank_file(topology.rank): {key: values for key, (_, values) in owned.items()} | _rng()}
+        values, shared = self._values(counters), self._shared_tensors()
         if topology.is_first:
-            contents[files.SHARED] = self._shared_tensors()
+            contents[files.SHARED] = shared
         pieces = {key: (start, values.numel()) for key, (start, values) in owned.items()}
-        self._writing = _Writing(step, folder, contents, pieces, self._values(counters), in_background=self._async)
+        self._writing = _Writing(step, folder, contents, pieces, values, in_background=self._async)
         return None if self._async else self.finish()
 
     def poll(self) -> Path | None:
         """Finish a background save once every rank has written its part; to be called between steps."""
-        if self._writing is None or self._topology.max([int(not self._writing.is_done)])[0]:
+        if self._writing is None or self._topology.world.max("saving", [int(not self._writing.is_done)])[0]:
             return None
         return self.finish()
 
@@ -85,12 +84,13 @@ class Checkpointer:
         if writing is None:
             return None
         records = _agree(self._topology, writing.result, self._root)
-        pieces = _gather(writing.pieces, self._topology)
+        pieces = self._topology.world.gather_objects("pieces of a checkpoint", writing.pieces)
+        shapes = self._topology.world.gather_objects("shapes of a checkpoint", self._shapes())
         final = self._root / files.folder_name(writing.step)
 
         def commit() -> None:
             if self._topology.is_first:
-                index = self._index(writing, [record for part in records for record in part], pieces)
+                index = _index(writing, [record for part in records for record in part], pieces, shapes)
                 files.commit(self._root, index)
                 files.remove_old(self._root, writing.step, self._keep_last)
 
@@ -106,7 +106,8 @@ class Checkpointer:
             CheckpointError: there are checkpoints, and none is whole.
             ConfigError: it was made by a run with other settings.
         """
-        folders = _gather([folder.name for folder in files.checkpoints(self._root)], self._topology)[0]
+        found = [folder.name for folder in files.checkpoints(self._root)]
+        folders = self._topology.world.gather_objects("checkpoints", found)[0]
         damaged: list[Path] = []
         for name in folders:
             folder = self._root / name
@@ -129,18 +130,19 @@ class Checkpointer:
     def _damages(self, folder: Path) -> list[str]:
         try:
             index = files.read_index(folder)
-            found = files.damages(folder, index, self._topology.rank, self._topology.world_size)
+            found = files.damages(folder, index, self._topology.rank, self._topology.world.size)
         except CheckpointError as error:
             found = [str(error)]
-        return sorted({line for part in _gather(found, self._topology) for line in part})
+        parts = self._topology.world.gather_objects("damages of a checkpoint", found)
+        return sorted({line for part in parts for line in part})
 
     def _restore(self, folder: Path) -> tuple[int, dict[str, float]]:
         index = files.read_index(folder)
         values = index.values
         _check_identity(folder, values["identity"], self._trained.identity)
         state = self._trained.engine.state
-        _check_tensors(folder, index, state)
-        for name, kind, fragment in state.local():
+        self._check_tensors(folder, index)
+        for name, kind, fragment in state.held():
             key = key_of(name, kind)
             fragment.values.copy_(files.read_interval(folder, index, key, fragment.start, fragment.values.numel()))
         state.publish()
@@ -154,20 +156,23 @@ class Checkpointer:
         for name, ffn in self._trained.model.ffns.items():
             ffn.bank.neuron_ids.copy_(shared[f"{name}.bank.neuron_ids"])
         self._trained.coordinator.load_state_dict(values["coordinator"], shared)
-        if values["ranks"] == self._topology.world_size:
+        if values["layout"] == self._layout():
             _set_rng(files.read_tensors(folder, files.rank_file(self._topology.rank), prefix=RNG))
         else:
             torch.manual_seed(hash((torch.initial_seed(), index.step, self._topology.rank)))
         return index.step, values["counters"]
 
     def _shared_tensors(self) -> dict[str, Tensor]:
-        identities = {f"{name}.bank.neuron_ids": ffn.bank.neuron_ids for name, ffn in self._trained.model.ffns.items()}
+        """What all ranks have alike, of all stages (collective)."""
+        mine = {f"{name}.bank.neuron_ids": ffn.bank.neuron_ids.cpu() for name, ffn in self._trained.model.ffns.items()}
+        stages = self._topology.pipeline.gather_objects("neuron identities", mine)
+        identities = {name: ids for stage in stages for name, ids in stage.items()}
         return identities | self._trained.coordinator.state_dict()[1]
 
     def _values(self, counters: Mapping[str, float]) -> dict[str, Any]:
         engine = self._trained.engine
         return {
-            "ranks": self._topology.world_size,
+            "layout": self._layout(),
             "identity": self._trained.identity,
             "adam_steps": engine.state.adam_steps(),
             "learning_rates": engine.state.learning_rates(),
@@ -176,13 +181,37 @@ class Checkpointer:
             "counters": dict(counters),
         }
 
-    def _index(self, writing: "_Writing", records: list[FileRecord], parts: list[dict[str, tuple[int, int]]]) -> Index:
-        pieces: dict[str, list[Piece]] = {}
-        for rank, part in enumerate(parts):
-            for key, (start, numel) in part.items():
-                pieces.setdefault(key, []).append(Piece(files.rank_file(rank), start, numel))
-        shapes = {name: spec.shape for name, spec in self._trained.engine.state.specs.items()}
-        return Index(writing.step, shapes, pieces, writing.values, records)
+    def _layout(self) -> dict[str, int]:
+        """Sizes of the groups: only with the same ones does each rank find its own random state again."""
+        t = self._topology
+        return {group.name: group.size for group in (t.tensor, t.pipeline, t.expert, t.data)}
+
+    def _shapes(self) -> dict[str, tuple[int, ...]]:
+        return {name: spec.shape for name, spec in self._trained.engine.state.specs.items()}
+
+    def _check_tensors(self, folder: Path, index: Index) -> None:
+        """Missing and unused tensors are both errors, and so is another shape (collective)."""
+        stages = self._topology.pipeline.gather_objects("tensors of the model", self._shapes())
+        wanted = {name: shape for stage in stages for name, shape in stage.items()}
+        if index.shapes != wanted:
+            names = sorted(
+                name for name in index.shapes.keys() | wanted.keys() if index.shapes.get(name) != wanted.get(name)
+            )
+            raise CheckpointError(f"{folder} does not hold the tensors of this model: {', '.join(names[:5])} differ")
+
+
+def _index(
+    writing: "_Writing",
+    records: list[FileRecord],
+    parts: list[dict[str, tuple[int, int]]],
+    shapes: list[dict[str, tuple[int, ...]]],
+) -> Index:
+    pieces: dict[str, list[Piece]] = {}
+    for rank, part in enumerate(parts):
+        for key, (start, numel) in part.items():
+            pieces.setdefault(key, []).append(Piece(files.rank_file(rank), start, numel))
+    merged = {name: shape for part in shapes for name, shape in part.items()}
+    return Index(writing.step, merged, pieces, writing.values, records)
 
 
 class _Writing:
@@ -227,18 +256,11 @@ def _agree(topology: Topology, action: Callable[[], T], root: Path) -> list[T]:
         result = action()
     except (OSError, SafetensorError) as failure:
         error = f"rank {topology.rank}: {failure}"
-    gathered = _gather((result, error), topology)
+    gathered = topology.world.gather_objects("agreement on a checkpoint", (result, error))
     errors = [failure for _, failure in gathered if failure is not None]
     if errors:
         raise CheckpointError(f"a checkpoint could not be written to {root}: {'; '.join(errors)}")
     return [value for value, _ in gathered if value is not None]
-
-
-def _gather(mine: T, topology: Topology) -> list[T]:
-    """Every rank's object, on every rank, by rank."""
-    gathered = [mine] * topology.world_size
-    dist.all_gather_object(gathered, mine)
-    return gathered
 
 
 def _check_identity(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
@@ -252,16 +274,6 @@ def _check_identity(folder: Path, saved: Mapping[str, Any], now: Mapping[str, An
             f"{folder} was made with other settings: {'; '.join(changed)}. "
             "Use the settings it was made with, or another run_dir"
         )
-
-
-def _check_tensors(folder: Path, index: Index, state: LogicalState) -> None:
-    """Missing and unused tensors are both errors, and so is another shape."""
-    wanted = {name: spec.shape for name, spec in state.specs.items()}
-    if index.shapes != wanted:
-        names = sorted(
-            name for name in index.shapes.keys() | wanted.keys() if index.shapes.get(name) != wanted.get(name)
-        )
-        raise CheckpointError(f"{folder} does not hold the tensors of this model: {', '.join(names[:5])} differ")
 
 
 def _rng() -> dict[str, Tensor]:

@@ -1,9 +1,11 @@
-"""One optimizer step of a global batch through DeepSpeed's engine.
+"""One optimizer step of a global batch through DeepSpeed's engine, and the forward pass alone.
 
-`train_step(microbatches)` is what the trainer knows of the engine; without pipeline it is DeepSpeedEngine (ZeRO 1, 2).
+`train_step(microbatches)` and `mean_loss(batches)` are what the trainer knows of the engine. Without pipeline it is
+DeepSpeedEngine (ZeRO 1, 2), with one it is PipelineEngine (ZeRO 1, pipeline_engine.py).
 """
 
-from collections.abc import Callable, Mapping, Sequence
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 
@@ -15,9 +17,11 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ssd_megatron.config.deepspeed_keys import WSDParams
 from ssd_megatron.config.load import RunConfig
-from ssd_megatron.model.gpt import GPT
+from ssd_megatron.model.gpt import GPT, WORD_EMBEDDING
+from ssd_megatron.parallel.experts import declare_expert_parallel
 from ssd_megatron.parallel.logical_state import LogicalState
-from ssd_megatron.parallel.topology import Topology
+from ssd_megatron.parallel.sharding import expert_group_of
+from ssd_megatron.parallel.topology import ModelParallelUnit, Topology
 from ssd_megatron.parallel.zero import ZeroAdapter
 from ssd_megatron.switching.switch import ROUTER_GROUP
 
@@ -37,36 +41,101 @@ class StepResult:
     skipped: bool
 
 
-class DataParallelEngine:
-    """The model under DeepSpeedEngine: every process holds all layers and its part of the batch."""
+class Engine(ABC):
+    """A model under a DeepSpeed engine.
+
+    Attributes:
+        deepspeed: the engine; None until a subclass has made it.
+        state: masters and moments by logical name.
+    """
+
+    deepspeed: DeepSpeedEngine
+    state: LogicalState
 
     def __init__(self, model: GPT, config: RunConfig, topology: Topology) -> None:
         self._model = model
         self._topology = topology
         self._accumulation = config.gradient_accumulation_steps
-        weight_decay = config.deepspeed["optimizer"]["params"]["weight_decay"]
-        engine, optimizer, _, lr_scheduler = deepspeed.initialize(
-            model=model,
-            model_parameters=parameter_groups(model, weight_decay),
-            config=config.deepspeed,
-            lr_scheduler=own_scheduler(config),
-        )
-        assert isinstance(engine, DeepSpeedEngine)
-        self.deepspeed = engine
-        self.lr_scheduler = lr_scheduler
-        self._optimizer = optimizer
-        self.state = LogicalState(model, ZeroAdapter(optimizer), topology)
+        self._dtype = getattr(torch, config.dtype)
 
+    @abstractmethod
     def train_step(self, microbatches: Sequence[Batch]) -> StepResult:
         """Forward, backward and update for this rank's microbatches of one global batch (collective).
 
         The loss is the sum over the valid tokens of the global batch divided by their number, which is known before
         backward: it does not depend on how the batch is cut into ranks and microbatches.
         """
-        valid = self._topology.sum([float(sum(batch["loss_mask"].sum(dtype=torch.float64) for batch in microbatches))])
-        # DeepSpeed divides by accumulation steps (backward) and data-parallel size (reduction).
-        scale = self._accumulation * self._topology.data_parallel_size / valid[0]
-        lr = float(self._optimizer.param_groups[0]["lr"])
+
+    @torch.no_grad()
+    def mean_loss(self, batches: Sequence[Batch]) -> float:
+        """Mean loss over the valid tokens of all ranks' batches without dropout, in the mode that the networks have.
+
+        Collective; expert-parallel ranks give the same number of batches. Batches may be empty.
+        """
+        self._model.eval()
+        loss = count = 0.0
+        for batch, losses in self._losses(batches):
+            loss += float((losses * batch["loss_mask"]).sum(dtype=torch.float64))
+            count += float(batch["loss_mask"].sum(dtype=torch.float64))
+        # Each batch counts once: on the last stage, and there on one of the ranks that share its layers.
+        counts = self._topology.is_last_stage and self._topology.tensor.rank == 0
+        loss, count = self._topology.world.sum("mean loss", [loss, count] if counts else [0.0, 0.0])
+        return loss / count
+
+    def close(self) -> None:
+        """Free what the engine holds, so that the process can make another one."""
+        self.deepspeed.destroy()
+
+    @abstractmethod
+    def _losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+        """Batches and their losses [b, s], on the last stage."""
+
+    def _start(self, module: nn.Module, config: RunConfig, mpu: ModelParallelUnit | None) -> None:
+        """Make the DeepSpeed engine around `module`, which holds the model."""
+        topology = self._topology
+        parameters = self._model.logical_parameters()
+        banks = [p for ffn in self._model.ffns.values() for p in ffn.bank.neuron_parameters().values()]
+        declare_expert_parallel(module, banks, topology)
+        weight_decay = config.deepspeed["optimizer"]["params"]["weight_decay"]
+        self.deepspeed, self._optimizer, _, self.lr_scheduler = deepspeed.initialize(
+            model=module,
+            model_parameters=parameter_groups(parameters, weight_decay),
+            config=config.deepspeed,
+            lr_scheduler=own_scheduler(config),
+            mpu=mpu,
+        )
+        tied = self._model.tied_weight
+        copies = frozenset({WORD_EMBEDDING} if tied is not None and topology.is_last_stage else ())
+        self.state = LogicalState(parameters, ZeroAdapter(self._optimizer), topology, kept_elsewhere=copies)
+
+    def _valid_tokens(self, microbatches: Sequence[Batch]) -> float:
+        mine = float(sum(batch["loss_mask"].sum(dtype=torch.float64) for batch in microbatches))
+        return self._topology.data.sum("valid tokens", [mine])[0]
+
+    def _loss_scale(self, valid: float) -> float:
+        """What to multiply a microbatch's sum of losses by: DeepSpeed divides by accumulation steps (backward) and
+        data-parallel size (reduction)."""
+        return self._accumulation * self._topology.data.size / valid
+
+    def _result(self, loss: float, lr: float) -> StepResult:
+        skipped = bool(self._optimizer.overflow)
+        grad_norm = float("nan") if skipped else float(self.deepspeed.get_global_grad_norm())
+        return StepResult(loss, grad_norm, lr, skipped)
+
+    def _learning_rate(self) -> float:
+        return float(self._optimizer.param_groups[0]["lr"])
+
+
+class DataParallelEngine(Engine):
+    """The model under DeepSpeedEngine: every process holds (its shard of) all layers and its part of the batch."""
+
+    def __init__(self, model: GPT, config: RunConfig, topology: Topology) -> None:
+        super().__init__(model, config, topology)
+        self._start(model, config, ModelParallelUnit(topology) if topology.tensor.size > 1 else None)
+
+    def train_step(self, microbatches: Sequence[Batch]) -> StepResult:
+        valid = self._valid_tokens(microbatches)
+        scale, lr = self._loss_scale(valid), self._learning_rate()
         self._model.train()
         total = torch.zeros((), dtype=torch.float64, device=self._topology.device)
         for batch in microbatches:
@@ -75,34 +144,27 @@ class DataParallelEngine:
             self.deepspeed.backward(loss_sum * scale)
             self.deepspeed.step()
             total += loss_sum.detach()
-        skipped = bool(self._optimizer.overflow)
-        grad_norm = float("nan") if skipped else float(self.deepspeed.get_global_grad_norm())
-        return StepResult(self._topology.sum([float(total)])[0] / valid[0], grad_norm, lr, skipped)
+        return self._result(self._topology.data.sum("training loss", [float(total)])[0] / valid, lr)
 
-    @torch.no_grad()
-    def token_losses(self, batch: Batch) -> Tensor:
-        """Losses [b, s] of a batch without dropout and gradients, in the mode that the networks have."""
-        self._model.eval()
-        losses: Tensor = self._model(batch["tokens"], batch["position_ids"], batch["labels"])
-        return losses
-
-    def close(self) -> None:
-        """Free what the engine holds, so that the process can make another one."""
-        self.deepspeed.destroy()
+    def _losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+        for batch in batches:
+            yield batch, self._model(batch["tokens"], batch["position_ids"], batch["labels"])
 
 
-def parameter_groups(model: nn.Module, weight_decay: float) -> list[dict[str, object]]:
-    """Matrices with weight decay, norms and biases without, routers without and with a learning rate of their own."""
-    groups: dict[str, list[nn.Parameter]] = {"decay": [], "no_decay": [], ROUTER_GROUP: []}
-    for name, parameter in model.named_parameters():
-        if name.endswith("router.weight"):
-            groups[ROUTER_GROUP].append(parameter)
-        else:
-            groups["decay" if parameter.dim() > 1 else "no_decay"].append(parameter)
+def parameter_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> list[dict[str, object]]:
+    """Matrices with weight decay, norms and biases without, routers without and with a learning rate of their own.
+
+    `role` says which of these a group is. Expert-parallel parameters have groups of their own, marked as DeepSpeed
+    wants them: `moe`, and the name of the expert-parallel group as `name`.
+    """
+    groups: dict[tuple[str, str | None], list[nn.Parameter]] = {("decay", None): []}  # the first group's rate is shown
+    for name, parameter in parameters.items():
+        role = ROUTER_GROUP if name.endswith("router.weight") else "decay" if parameter.dim() > 1 else "no_decay"
+        groups.setdefault((role, expert_group_of(parameter)), []).append(parameter)
     return [
-        {"name": name, "params": parameters, "weight_decay": weight_decay if name == "decay" else 0.0}
-        for name, parameters in groups.items()
-        if parameters
+        {"role": role, "params": members, "weight_decay": weight_decay if role == "decay" else 0.0}
+        | ({"name": role} if expert_group is None else {"name": expert_group, "moe": True})
+        for (role, expert_group), members in groups.items()
     ]
 
 

@@ -14,7 +14,7 @@ from ssd_megatron.data.datasets import Datasets, SampleDataset, build_datasets
 from ssd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.kernels import choose_backend
-from ssd_megatron.model.gpt import GPT
+from ssd_megatron.model.gpt import GPT, ffn_names
 from ssd_megatron.parallel.device import detect_hardware, keep_freed_memory, missing_packages, peak_tflops, share_cores
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.switching.coordinator import Coordinator
@@ -23,9 +23,10 @@ from ssd_megatron.switching.statistics import ProbeBatch
 from ssd_megatron.training.checkpoint import Checkpointer, Trained
 from ssd_megatron.training.console import Console
 from ssd_megatron.training.data_loader import StepSampler, collate, microbatches, to_device
-from ssd_megatron.training.engine import Batch, DataParallelEngine
+from ssd_megatron.training.engine import Batch, DataParallelEngine, Engine
 from ssd_megatron.training.metrics import MetricsLog
 from ssd_megatron.training.monitor import Monitor, silence_engine_events
+from ssd_megatron.training.pipeline_engine import PipelineParallelEngine
 from ssd_megatron.training.plots import draw_run
 from ssd_megatron.training.run_folder import RunFolder, versions
 from ssd_megatron.training.run_log import RunLog
@@ -85,7 +86,7 @@ def _train(
     section = config.ssd_megatron
     share_cores()
     keep_freed_memory()
-    torch.manual_seed(section.seed + topology.data_parallel_rank)
+    torch.manual_seed(section.seed + topology.data.rank + topology.data.size * topology.pipeline.rank)
     stop = StopRequests(folder.path, launched=topology.launched)
     stop.install()
     backend, reason = choose_backend(section.ssd.backend, device=topology.device, dtype=DTYPES[config.dtype])
@@ -94,12 +95,13 @@ def _train(
             console.note(line)
 
     datasets = _datasets(config, tokenizer)
-    model = GPT(section, backend)
-    engine = DataParallelEngine(model, config, topology)
+    model = GPT(section, backend, topology)
+    engine = make_engine(model, config, topology)
     silence_engine_events(engine.deepspeed.monitor)
-    probe = ProbeBatch(_probe_batches(config, datasets, topology), engine.token_losses, topology)
+    probe = ProbeBatch(_probe_batches(config, datasets, topology), engine.mean_loss, topology)
     schedule = Schedule(section.ssd, section.training.train_steps)
-    coordinator = Coordinator(section.ssd, model.ffns, engine.state, probe, schedule, topology, section.seed)
+    names = ffn_names(section.model.num_layers)
+    coordinator = Coordinator(section.ssd, model.ffns, names, engine.state, probe, schedule, topology, section.seed)
     checkpointer = Checkpointer(
         folder.checkpoints,
         Trained(engine, model, coordinator, _identity(config)),
@@ -146,6 +148,12 @@ def _train(
         log.flush()
         engine.close()
     return trainer.done_steps, status
+
+
+def make_engine(model: GPT, config: RunConfig, topology: Topology) -> Engine:
+    """The engine that fits the layout."""
+    kind = DataParallelEngine if topology.pipeline.size == 1 else PipelineParallelEngine
+    return kind(model, config, topology)
 
 
 def finish(config: RunConfig, folder: RunFolder, state: dict[str, Any]) -> None:
@@ -217,19 +225,19 @@ def _eval_batches(config: RunConfig, datasets: Datasets, topology: Topology) -> 
 
 
 def _probe_batches(config: RunConfig, datasets: Datasets, topology: Topology) -> list[Batch]:
-    """This rank's part of the first validation samples: all ranks together have them in order."""
+    """This rank's part of the first validation samples: all ranks together have them in order, and as many batches, of
+    which some may be empty."""
     assert isinstance(datasets.valid, SampleDataset)
-    samples, rank, ranks = (
-        config.ssd_megatron.ssd.probe_samples,
-        topology.data_parallel_rank,
-        topology.data_parallel_size,
-    )
+    samples, rank, ranks = config.ssd_megatron.ssd.probe_samples, topology.data.rank, topology.data.size
     mine = range(samples * rank // ranks, samples * (rank + 1) // ranks)
-    micro = config.micro_batch_size
-    return [
-        to_device(collate([datasets.valid[i] for i in mine[start : start + micro]]), topology.device)
-        for start in range(0, len(mine), micro)
-    ]
+    micro, most = config.micro_batch_size, -(-samples // ranks)
+    first = to_device(collate([datasets.valid[0]]), topology.device)
+    batches: list[Batch] = []
+    for start in range(0, most, micro):
+        part = [datasets.valid[i] for i in mine[start : start + micro]]
+        empty = {name: values[:0] for name, values in first.items()}
+        batches.append(to_device(collate(part), topology.device) if part else empty)
+    return batches
 
 
 def _sampler(config: RunConfig, topology: Topology, first_step: int, last_step: int) -> StepSampler:
@@ -238,6 +246,6 @@ def _sampler(config: RunConfig, topology: Topology, first_step: int, last_step: 
         last_step=last_step,
         micro_batch_size=config.micro_batch_size,
         accumulation=config.gradient_accumulation_steps,
-        rank=topology.data_parallel_rank,
-        ranks=topology.data_parallel_size,
+        rank=topology.data.rank,
+        ranks=topology.data.size,
     )

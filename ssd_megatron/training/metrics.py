@@ -8,9 +8,10 @@ Every line has `step` (the first step is 1) and `kind`:
 | eval   | loss_dense, loss_sparse (null before the first partition)                                                 |
 | check  | similarity, similarity_layers, overlap (null at the first check), active_fraction (per layer), stable,    |
 |        | seconds                                                                                                   |
-| switch | from, to, seconds, seconds_cluster, seconds_transfer, seconds_verify, bytes_moved, loss_before,           |
+| switch | from, to, seconds, seconds_{statistics, cluster, transfer, verify}, bytes_moved, loss_before,             |
 |        | loss_after, loss_sparse, reason, similarity, top_k (the last two by layer)                                |
-| load   | expert_load: per layer, tokens of the busiest expert over the mean                                        |
+| load   | expert_load: per layer, tokens of the busiest expert over the mean; home_load: per layer, tokens of each  |
+|        | of the tensor x expert parallel ranks that share the experts                                              |
 | resume | checkpoint                                                                                                |
 | fault  | what                                                                                                      |
 

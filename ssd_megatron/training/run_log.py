@@ -50,6 +50,7 @@ class RunLog:
             step,
             **{"from": report.from_mode, "to": report.to_mode},
             seconds=report.seconds,
+            seconds_statistics=report.seconds_statistics,
             seconds_cluster=report.seconds_cluster,
             seconds_transfer=report.seconds_transfer,
             seconds_verify=report.seconds_verify,
@@ -60,6 +61,8 @@ class RunLog:
             reason=report.reason,
             similarity=report.similarity,
             top_k=report.top_k,
+            imbalance_before=report.imbalance_before,
+            imbalance_after=report.imbalance_after,
         )
         self.event(
             f"step {step}: switch {report.from_mode} -> {report.to_mode} in {report.seconds:.2f} s ({report.reason}); "
@@ -88,10 +91,12 @@ class RunLog:
             f"step {step}: {similarity}, {active:.1%} of neurons active, {report.stable} similar checks in a row"
         )
 
-    def loads(self, step: int, loads: list[list[int]]) -> None:
-        """Tokens per expert by layer, of the last sparse step."""
+    def loads(self, step: int, loads: list[list[int]], homes: int) -> None:
+        """Tokens per expert by layer, of the last sparse step; experts of one home follow each other."""
         ratios = [max(layer) * len(layer) / max(1, sum(layer)) for layer in loads]
-        self.record("load", step, expert_load=ratios)
+        size = len(loads[0]) // homes
+        by_home = [[sum(layer[first : first + size]) for first in range(0, len(layer), size)] for layer in loads]
+        self.record("load", step, expert_load=ratios, home_load=by_home)
         if self.monitor is not None:
             for index, layer in enumerate(loads):
                 self.monitor.histogram(step, layer_tag("expert_load", index), [float(tokens) for tokens in layer])

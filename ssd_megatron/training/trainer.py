@@ -8,18 +8,18 @@ from pathlib import Path
 from typing import Literal
 
 import torch
-import torch.distributed as dist
 from torch import Tensor, nn
 
 from ssd_megatron.config.load import RunConfig
 from ssd_megatron.model.cost import flops_per_token
 from ssd_megatron.model.gpt import GPT
+from ssd_megatron.parallel.collectives import CollectiveError
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.switching.coordinator import Coordinator
 from ssd_megatron.switching.partition import save_partition
 from ssd_megatron.training.checkpoint import Checkpointer
 from ssd_megatron.training.console import StepLine
-from ssd_megatron.training.engine import Batch, DataParallelEngine, StepResult
+from ssd_megatron.training.engine import Batch, Engine, StepResult
 from ssd_megatron.training.run_log import RunLog
 from ssd_megatron.training.signals import StopRequests
 
@@ -54,7 +54,7 @@ class Trainer:
         config: RunConfig,
         topology: Topology,
         *,
-        engine: DataParallelEngine,
+        engine: Engine,
         model: GPT,
         coordinator: Coordinator,
         checkpointer: Checkpointer,
@@ -124,8 +124,10 @@ class Trainer:
         switch = self._coordinator.before_step(step)
         if switch is not None:
             self._log.switch(step, switch)
-            if switch.to_mode == "sparse" and self._topology.is_first:
-                save_partition(self._partitions / f"step_{step:08d}.safetensors", self._coordinator.partition())
+            if switch.to_mode == "sparse":
+                partition = self._coordinator.partition()
+                if self._topology.is_first:
+                    save_partition(self._partitions / f"step_{step:08d}.safetensors", partition)
         mode = self._coordinator.mode
         started = time.perf_counter()
         batch = [next(self._batches) for _ in range(self._config.gradient_accumulation_steps)]
@@ -147,7 +149,7 @@ class Trainer:
             self._log.record("fault", step, what="the loss rose after the last switch")
             self._log.event(f"step {step}: the loss rose after the last switch")
         if mode == "sparse" and step % self._section.logging.log_interval == 0:
-            self._log.loads(step, self._expert_loads())
+            self._log.loads(step, self._expert_loads(), self._topology.homes)
 
     def _record_step(self, step: int, mode: str, result: StepResult, seconds: float) -> None:
         speed = self._tokens_per_step / seconds
@@ -167,7 +169,7 @@ class Trainer:
         )
         mfu = None
         if self._peak_flops is not None:
-            mfu = flops_per_second / (self._peak_flops * self._topology.world_size)
+            mfu = flops_per_second / (self._peak_flops * self._topology.world.size)
         self._log.step(StepLine(step, result.loss, mode, speed, flops_per_second / 1e12, seconds, mfu))
 
     def _bad_step(self, step: int, result: StepResult, batch: list[Batch]) -> None:
@@ -178,7 +180,9 @@ class Trainer:
         self._log.record("fault", step, what=what)
         self._log.event(f"step {step}: {what}")
         if in_a_row >= limit:
-            where = first_non_finite(self._model, lambda: self._engine.token_losses(batch[0]))
+            found = first_non_finite(self._model, lambda: self._engine.mean_loss(batch[:1]))
+            stages = self._topology.pipeline.gather_objects("modules that are not finite", found)
+            where = next((f"the output of {name}" for name in stages if name is not None), "the gradients")
             raise TrainingError(
                 f"{in_a_row} steps in a row up to step {step} had a loss or gradients that are not finite "
                 f"(training.max_bad_steps is {limit}); first not finite: {where}. "
@@ -190,29 +194,24 @@ class Trainer:
         mode = self._coordinator.mode
         losses: dict[str, float | None] = {"dense": None, "sparse": None}
         self._coordinator.set_mode("dense")
-        losses["dense"] = self._mean_loss(self._eval_batches)
+        losses["dense"] = self._engine.mean_loss(self._eval_batches)
         if self._coordinator.has_partition:
             self._coordinator.set_mode("sparse")
-            losses["sparse"] = self._mean_loss(self._eval_batches)
+            losses["sparse"] = self._engine.mean_loss(self._eval_batches)
         self._coordinator.set_mode(mode)
         self._log.record("eval", step, loss_dense=losses["dense"], loss_sparse=losses["sparse"])
         shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None)
         self._log.event(f"step {step}: validation loss {shown}")
-
-    def _mean_loss(self, batches: list[Batch]) -> float:
-        total = count = 0.0
-        for batch in batches:
-            total += float((self._engine.token_losses(batch) * batch["loss_mask"]).sum(dtype=torch.float64))
-            count += float(batch["loss_mask"].sum(dtype=torch.float64))
-        total, count = self._topology.sum([total, count])
-        return total / count
 
     def _stop_reason(self, step: int) -> str | None:
         """Why all ranks stop after this step; None if they go on. One rank that was asked is enough."""
         if step == self._section.training.stop_after_step:
             return f"training.stop_after_step ({step})"
         mine = self._stop.reason(look_for_file=self._topology.is_first)
-        if self._topology.max([int(mine is not None)])[0] == 0:
+        asked, latest, earliest = self._topology.world.max(f"end of step {step}", [int(mine is not None), step, -step])
+        if latest != -earliest:
+            raise CollectiveError(f"this rank is at step {step}, others are at steps {-earliest} to {latest}")
+        if not asked:
             return None
         return mine or "a request to another rank"
 
@@ -224,15 +223,15 @@ class Trainer:
             self._log.event(f"step {step}: checkpoint {folder} in {time.perf_counter() - started:.2f} s")
 
     def _expert_loads(self) -> list[list[int]]:
-        """Tokens per expert by layer in the last microbatch, over all data-parallel ranks."""
+        """Tokens per expert by layer of all stages in the last microbatch, over all data-parallel ranks."""
         loads = torch.stack([ffn.expert_load for ffn in self._model.ffns.values()])
-        dist.all_reduce(loads, group=self._topology.data_parallel_group)
+        self._topology.data.reduce_("expert loads", loads)
         counts: list[list[int]] = loads.tolist()
-        return counts
+        return [layer for stage in self._topology.pipeline.gather_objects("expert loads", counts) for layer in stage]
 
 
-def first_non_finite(model: nn.Module, forward: Callable[[], object]) -> str:
-    """Name the first module whose output is not finite in a forward pass, "the gradients" if none is."""
+def first_non_finite(model: nn.Module, forward: Callable[[], object]) -> str | None:
+    """Name the first module whose output is not finite in a forward pass, None if none is."""
     found: list[str] = []
 
     def hook(name: str) -> Callable[[nn.Module, object, object], None]:
@@ -249,4 +248,4 @@ def first_non_finite(model: nn.Module, forward: Callable[[], object]) -> str:
     finally:
         for handle in handles:
             handle.remove()
-    return f"the output of {found[0]}" if found else "the gradients"
+    return found[0] if found else None

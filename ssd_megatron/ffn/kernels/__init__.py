@@ -34,7 +34,7 @@ def sparse_ffn(
 
     Args:
         x_TH: inputs, the bank's dtype.
-        expert_ids_TK: int64, no expert twice for one token.
+        expert_ids_TK: int64, no expert twice for one token; -1 for one that is computed elsewhere.
         gates_TK: any float dtype, or None when the router learns nothing.
         bank: per-neuron tensors; expert e is rows [e * F/E, (e + 1) * F/E).
         num_experts: E, divides F.

@@ -45,13 +45,15 @@ class Dispatch(NamedTuple):
 
     Attributes:
         token_S: int64, the token in each slot; T, which is no token, in padding slots.
-        slot_TK: int64, the slot of each token copy.
+        slot_TK: int64, the slot of each token copy; S, which is no slot, for experts that are computed elsewhere.
         segments: cover all experts and slots in order.
+        complete: every copy has a slot.
     """
 
     token_S: Tensor
     slot_TK: Tensor
     segments: list[Segment]
+    complete: bool
 
 
 def round_capacity(count: int) -> int:
@@ -86,17 +88,21 @@ def dispatch(expert_ids_TK: Tensor, num_experts: int, row_bytes: int) -> Dispatc
     """Give every token copy a slot in its expert's bucket, in the order of tokens. Waits for the device once.
 
     Args:
-        expert_ids_TK: int64 in [0, num_experts), no expert twice for one token.
+        expert_ids_TK: int64 in [0, num_experts), no expert twice for one token; -1 for one that is computed elsewhere.
         row_bytes: size of one gathered row.
     """
     device, (num_tokens, top_k) = expert_ids_TK.device, expert_ids_TK.shape
-    expert_KT = expert_ids_TK.T
-    chosen_ET = torch.zeros(num_experts, num_tokens, dtype=torch.int32, device=device).scatter_(0, expert_KT, 1)
+    # -1 is one more expert, the last, whose bucket is not there.
+    expert_KT = expert_ids_TK.remainder(num_experts + 1).T
+    chosen_ET = torch.zeros(num_experts + 1, num_tokens, dtype=torch.int32, device=device).scatter_(0, expert_KT, 1)
     place_KT = chosen_ET.cumsum(1, dtype=torch.int32).gather(0, expert_KT) - 1
     max_slots = SEGMENT_BYTES // row_bytes if device.type == "cpu" else sys.maxsize
-    segments = plan_segments(chosen_ET.sum(1).tolist(), max_slots)
-    first_slot_E = torch.tensor([s.first_slot + i * s.capacity for s in segments for i in range(s.num_experts)])
-    slot_TK = first_slot_E.to(device)[expert_ids_TK] + place_KT.T
-    token_S = torch.full((segments[-1].slots.stop,), num_tokens, dtype=torch.int64, device=device)
+    *counts, elsewhere = chosen_ET.sum(1).tolist()
+    segments = plan_segments(counts, max_slots)
+    num_slots = segments[-1].slots.stop
+    first_slots = [s.first_slot + i * s.capacity for s in segments for i in range(s.num_experts)]
+    slot_KT = torch.tensor([*first_slots, num_slots]).to(device)[expert_KT] + place_KT
+    slot_TK = slot_KT.T if elsewhere == 0 else slot_KT.clamp_(max=num_slots).T
+    token_S = torch.full((num_slots + 1,), num_tokens, dtype=torch.int64, device=device)
     token_S.index_copy_(0, slot_TK.flatten(), torch.arange(num_tokens, device=device).repeat_interleave(top_k))
-    return Dispatch(token_S, slot_TK, segments)
+    return Dispatch(token_S[:num_slots], slot_TK, segments, elsewhere == 0)

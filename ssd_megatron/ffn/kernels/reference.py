@@ -24,6 +24,7 @@ def sparse_ffn(
     ones_TK = torch.ones_like(expert_ids_TK, dtype=x_TH.dtype)
     if gates_TK is not None:
         ones_TK = ones_TK + (gates_TK - gates_TK.detach()).to(x_TH.dtype)
-    mask_TE = ones_TK.new_zeros(num_tokens, num_experts).scatter(1, expert_ids_TK, ones_TK)
+    column_TK = expert_ids_TK.remainder(num_experts + 1)  # -1 is the last column, which is cut off
+    mask_TE = ones_TK.new_zeros(num_tokens, num_experts + 1).scatter(1, column_TK, ones_TK)[:, :num_experts]
     hidden_TF = bank.hidden(activation.act(F.linear(x_TH, *bank.firing)), x_TH)
     return (hidden_TF * mask_TE.repeat_interleave(num_neurons // num_experts, dim=1)) @ bank.w_out

@@ -54,6 +54,13 @@ def sparse_ffn(
     return _apply(x_TH, expert_ids_TK, gates_TK, activation, num_experts, *bank)
 
 
+def _add_up(slot_TK: Tensor, rows_SH: Tensor, complete: bool) -> Tensor:
+    """Sum of the rows of each token's copies, [T, H]. `rows_SH` has one row more than slots, for copies without one."""
+    if complete:
+        return F.embedding_bag(slot_TK, rows_SH[:-1], mode="sum")
+    return F.embedding_bag(slot_TK, rows_SH, mode="sum", padding_idx=len(rows_SH) - 1)
+
+
 def _by_expert(bank: NeuronTensors, num_experts: int) -> NeuronTensors:
     """Views of [F, ...] tensors as [E, N, ...]."""
     return bank.each(lambda t: t.view(num_experts, -1, *t.shape[1:]))
@@ -99,11 +106,11 @@ class _SparseFFN(torch.autograd.Function):
     ) -> Tensor:
         width = x_TH.shape[1]
         bank = _by_expert(NeuronTensors(*neuron_tensors), num_experts)
-        token_S, slot_TK, segments = dispatch(expert_ids_TK, num_experts, width * x_TH.element_size())
+        token_S, slot_TK, segments, complete = dispatch(expert_ids_TK, num_experts, width * x_TH.element_size())
         token_of_row_S = token_S.clamp(max=len(x_TH) - 1)  # padding slots take any row
         pre_SN = x_TH.new_empty(len(token_S), bank.w_in.shape[1])
         up_SN = None if bank.w_gate is None else torch.empty_like(pre_SN)
-        out_SH = _scratch("out", (len(token_S), width), x_TH)
+        out_SH = _scratch("out", (len(token_S) + 1, width), x_TH)
         for segment in segments:
             expert = _of(segment, bank)
             rows = _gather(x_TH, token_of_row_S, segment)
@@ -113,8 +120,9 @@ class _SparseFFN(torch.autograd.Function):
             torch.bmm(hidden, expert.w_out, out=segment.bucket(out_SH))
         # What a recomputed forward would make again is saved as tensors, so that checkpointing frees it.
         ctx.save_for_backward(x_TH, token_S, slot_TK, pre_SN, up_SN, *neuron_tensors)
-        ctx.segments, ctx.activation, ctx.num_experts = segments, activation, num_experts
-        return F.embedding_bag(slot_TK, out_SH, mode="sum")
+        ctx.segments, ctx.complete = segments, complete
+        ctx.activation, ctx.num_experts = activation, num_experts
+        return _add_up(slot_TK, out_SH, complete)
 
     @staticmethod
     @once_differentiable
@@ -125,12 +133,12 @@ class _SparseFFN(torch.autograd.Function):
         bank = NeuronTensors(*neuron_tensors)
         grads = bank.each(torch.empty_like)
         bank, grads_E = _by_expert(bank, ctx.num_experts), _by_expert(grads, ctx.num_experts)
-        dgate_S = x_TH.new_empty(len(token_S)) if ctx.needs_input_grad[2] else None
+        dgate_S = x_TH.new_zeros(len(token_S) + 1) if ctx.needs_input_grad[2] else None
         token_of_row_S = token_S.clamp(max=len(x_TH) - 1)
         padded_dy = _scratch("dy", (len(x_TH) + 1, x_TH.shape[1]), x_TH)
         padded_dy[:-1] = dy_TH
         padded_dy[-1] = 0  # the row of padding slots, which so add nothing to any gradient
-        dx_SH = _scratch("out", (len(token_S), x_TH.shape[1]), x_TH)
+        dx_SH = _scratch("out", (len(token_S) + 1, x_TH.shape[1]), x_TH)
         for segment in ctx.segments:
             expert, grad = _of(segment, bank), _of(segment, grads_E)
             pre, dx = segment.bucket(pre_SN), segment.bucket(dx_SH)
@@ -153,7 +161,7 @@ class _SparseFFN(torch.autograd.Function):
             if d_up is not None:
                 _linear_grad(d_up, rows, grad.w_in, grad.b_in)
                 dx.baddbmm_(d_up, expert.w_in)
-        dx_TH = F.embedding_bag(slot_TK, dx_SH, mode="sum")
+        dx_TH = _add_up(slot_TK, dx_SH, ctx.complete)
         dgates_TK = None if dgate_S is None else dgate_S[slot_TK]
         return dx_TH, None, dgates_TK, None, None, *grads
 
