@@ -112,7 +112,9 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument(
         "--link", nargs="+", default=[], metavar="NAME=GB/s", help="intra=, inter=: one direction, for each GPU"
     )
-    parser.add_argument("--fraction", type=float, default=0.5, help="of the peak that arithmetic reaches (default: 0.5)")
+    parser.add_argument(
+        "--fraction", type=float, default=0.5, help="of the peak that arithmetic reaches (default: 0.5)"
+    )
     parser.add_argument("--top", type=int, default=5, help="layouts to recommend (default: 5)")
     parser.add_argument("--markdown", action="store_true", help="tables in Markdown")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write everything to a file as well")

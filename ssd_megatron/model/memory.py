@@ -11,9 +11,10 @@ from ssd_megatron.config.load import RunConfig
 from ssd_megatron.config.schema import ModelConfig, SSDConfig
 from ssd_megatron.model.cost import bank_parameters, ffn_matrices, norm_parameters, qkv_size
 
-Dtype = Literal["float32", "bfloat16"]
-BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2}
+Dtype = Literal["float32", "bfloat16", "float16"]
+BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 OPTIMIZER_BYTES = 12  # fp32 master and two fp32 moments (ZeRO, arXiv 1910.02054)
+BUCKET_PADDING = 1.25  # at most, of the slots of sparse networks (ffn/kernels/dispatch.py)
 ROUTING_BYTES = 28  # of a token copy: its expert, its slot and the slot's token (int64), its softmax weight (fp32)
 
 
@@ -123,7 +124,7 @@ class Memory:
 
 
 def rank_parameters(model: ModelConfig, ssd: SSDConfig, layout: Layout, stage: int) -> RankParameters:
-    """Parameters of one rank of a stage. Source: Megatron-LM (arXiv 1909.08053) for what TP splits, and ffn/homes.py."""
+    """Parameters of one rank of a stage. Source: Megatron-LM (arXiv 1909.08053) for what TP splits; ffn/homes.py."""
     h, tp, bias = model.hidden_size, layout.tensor, int(model.add_bias)
     word = model.padded_vocab_size // tp * h
     split = (h + bias) * qkv_size(model) // tp + h * h // tp
@@ -170,8 +171,7 @@ def stage_memory(
     parameters = rank_parameters(model, ssd, layout, stage)
     owned = parameters.owned(layout)
     tokens = layout.micro_batch_size * model.seq_length
-    # ZeRO 2 keeps a sum of its own part and the microbatch's newest; ZeRO 1 sums up all in place.
-    kept = min(2, layout.microbatches) * owned if layout.zero_stage == 2 else parameters.total
+    kept = owned if layout.zero_stage == 2 else parameters.total
     # One buffer; a second one with a pipeline (reduce_gradients makes it beside setup_buckets'); a flattened copy.
     buckets = (2 if layout.pipeline > 1 else 1) * reduce_bucket_size + min(reduce_bucket_size, parameters.total)
     last = stage == layout.pipeline - 1
@@ -205,9 +205,7 @@ def stage_activation_bytes(
     layer = layer_activation_bytes(model, ssd, layout, mode, size)
     inputs = layers * model.hidden_size * size
     head = 2 * model.hidden_size * size if stage == layout.pipeline - 1 else 0  # its norm's input and output
-    # Received activations and gradients have buffers of their own.
-    transfer = 2 * model.hidden_size * size if layout.pipeline > 1 else 0
-    return in_flight * (inputs if layout.recompute else layers * layer) + layout.recompute * layer + head + transfer
+    return in_flight * (inputs if layout.recompute else layers * layer) + layout.recompute * layer + head
 
 
 def layer_activation_bytes(model: ModelConfig, ssd: SSDConfig, layout: Layout, mode: str, size: int) -> float:
@@ -215,12 +213,14 @@ def layer_activation_bytes(model: ModelConfig, ssd: SSDConfig, layout: Layout, m
 
     Whole on every tensor-parallel rank: inputs and outputs of both norms. Split: queries, keys and values, the context,
     and of the feed-forward network its pre-activations and what the activation makes of them. Rotary embeddings keep
-    queries and keys a second time; dropout keeps two masks of a byte.
+    queries and keys a second time, grouped queries without them the queries; dropout keeps two masks of a byte.
     """
     h, tp = model.hidden_size, layout.tensor
     attention = (qkv_size(model) + h) / tp
     if model.position_embedding == "rope":
         attention += (qkv_size(model) + h) / 2 / tp
+    elif model.num_query_groups != model.num_attention_heads:
+        attention += h / tp
     masks = 2 * h if model.dropout else 0
     return size * (4 * h + attention) + masks + _ffn_activation_bytes(model, ssd, layout, mode, size)
 
@@ -231,25 +231,26 @@ def _ffn_activation_bytes(model: ModelConfig, ssd: SSDConfig, layout: Layout, mo
         # relu overwrites its input; the others keep it beside their output. A gate adds the other half and the product.
         tensors = (1 if model.activation in ("relu", "reglu") else 2) + 2 * model.gated
         return size * tensors * neurons
-    copies = ssd.top_k / layout.tensor
     # Pre-activations (and the other half of a gate) of the chosen experts; the rest is computed again.
-    kept = size * (1 + model.gated) * neurons * ssd.top_k / ssd.num_experts + ROUTING_BYTES * copies
+    hidden = size * (1 + model.gated) * neurons * ssd.top_k / ssd.num_experts
+    kept = BUCKET_PADDING * hidden + ROUTING_BYTES * ssd.top_k / layout.tensor
     # With expert parallelism, the rows that arrive.
     arrived = expert_ranks_per_token(ssd, layout) * model.hidden_size * size if layout.expert > 1 else 0
     return kept + arrived
 
 
 def working_bytes(model: ModelConfig, ssd: SSDConfig, layout: Layout, mode: str, size: int) -> float:
-    """Bytes for each token that the backward of one layer needs for a moment.
+    """Bytes for each token that the backward of one layer needs for a moment, and what a pipeline receives and sends.
 
     Dense: gradients of the hidden values before and after the activation, and of the layer's input and output. Sparse
-    (kernels/torch_bmm.py): a row of h for each token copy for x, dy and dx, and two gradients of hidden values.
+    (ffn/kernels/torch_bmm.py): a row of h for each token copy for x, dy and dx, and two gradients of hidden values.
     """
     h, neurons = model.hidden_size, model.ffn_hidden_size / layout.tensor
+    rows = 4 * h if layout.pipeline > 1 else 2 * h
     if mode == "dense":
-        return size * (2 * neurons + 2 * h)
-    copies = ssd.top_k / layout.tensor
-    return size * (3 * copies * h + 2 * neurons * ssd.top_k / ssd.num_experts + 2 * h)
+        return size * (2 * neurons + rows)
+    slots = BUCKET_PADDING * ssd.top_k / layout.tensor
+    return size * (slots * (3 * h + 2 * model.ffn_hidden_size / ssd.num_experts) + rows)
 
 
 def logit_bytes(model: ModelConfig, tensor: int, size: int) -> int:

@@ -16,14 +16,15 @@ from ssd_megatron.planning.traffic import off_node, seconds
 class Table:
     title: str
     columns: tuple[str, ...]
-    rows: list[tuple[str, ...]]
+    rows: Sequence[tuple[str, ...]]
 
     def markdown(self) -> str:
         lines = [f"**{self.title}**", "", self._line(self.columns), "|---" * len(self.columns) + "|"]
         return "\n".join([*lines, *(self._line(row) for row in self.rows), ""])
 
     def show(self, console: rich.console.Console) -> None:
-        table = RichTable(*self.columns, title=self.title, title_justify="left")
+        console.print(self.title)
+        table = RichTable(*self.columns)
         for row in self.rows:
             table.add_row(*row)
         console.print(table)

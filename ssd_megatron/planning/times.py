@@ -8,10 +8,10 @@ from ssd_megatron.config.schema import ModelConfig, SSDConfig
 from ssd_megatron.model.cost import ffn_matrices, forward_flops
 from ssd_megatron.model.memory import BYTES, OPTIMIZER_BYTES, Dtype, Layout, rank_parameters
 from ssd_megatron.planning.cluster import GIGA, Cluster
-from ssd_megatron.planning.traffic import Transfer, all_gather, group_of, seconds, step_traffic
+from ssd_megatron.planning.traffic import Transfer, all_gather, seconds, step_traffic
 
-# A row of every token copy is read or written this often beside the matrix products (kernels/torch_bmm.py): gathered
-# (read, written) for x forward and backward and for dy, and read once each for the sums that make y and dx.
+# A row of every token copy is read or written this often beside the matrix products (ffn/kernels/torch_bmm.py):
+# gathered (read, written) for x forward and backward and for dy, and read once each for the sums that make y and dx.
 ROW_PASSES = 8
 # Bytes of memory traffic for each parameter in the update: gradient read and written in fp32 (8), master and moments
 # read and written (24), the new parameter (2).
@@ -35,7 +35,7 @@ class StepTime:
 
     @property
     def total(self) -> float:
-        return sum(vars(self).values())
+        return float(sum(vars(self).values()))
 
 
 @dataclass(frozen=True)
@@ -124,8 +124,8 @@ def sparse_ffn_seconds(model: ModelConfig, ssd: SSDConfig, layout: Layout, clust
 def switch_time(model: ModelConfig, ssd: SSDConfig, layout: Layout, cluster: Cluster, dtype: Dtype) -> SwitchTime:
     """A switch to sparse with k-means; back to dense nothing moves.
 
-    The layers of a stage are clustered by its ranks, one after the other where there are more layers than ranks. Masters
-    and moments of all banks go to their neurons' new homes within the stage, and parameters are gathered again.
+    The layers of a stage are clustered by its ranks, one after the other where there are more layers than ranks.
+    Masters and moments of all banks go to their neurons' new homes within the stage, and parameters are gathered again.
     """
     stage_ranks = layout.tensor * layout.data
     layers = model.num_layers // layout.pipeline

@@ -149,11 +149,16 @@ def _expert(model: ModelConfig, ssd: SSDConfig, layout: Layout, mode: str, size:
 
 
 def _pipeline(model: ModelConfig, layout: Layout, stage: int, size: int) -> Iterator[Transfer]:
+    """DeepSpeed's PipelineEngine: each tensor-parallel rank sends its part of activations and gradients, and the
+    receivers gather the parts. For the backward they also gather their outputs again."""
     row, times = _tokens(model, layout) * model.hidden_size * size, layout.microbatches
-    if stage < layout.pipeline - 1:
-        yield Transfer("pipeline", "activations", "send", row, times)
-    if stage > 0:
-        yield Transfer("pipeline", "gradients", "send", row, times)
+    first, last = stage == 0, stage == layout.pipeline - 1
+    if not last:
+        yield Transfer("pipeline", "activations", "send", row / layout.tensor, times)
+    if not first:
+        yield Transfer("pipeline", "gradients", "send", row / layout.tensor, times)
+    gathered = (0 if first else 1) + (0 if last else 2)
+    yield Transfer("tensor", "stage inputs", "all-gather", gathered * all_gather(row, layout.tensor), times)
     if model.tie_embeddings and layout.pipeline > 1 and stage in (0, layout.pipeline - 1):
         word = model.padded_vocab_size // layout.tensor * model.hidden_size * size
         yield Transfer("embedding", "tied embedding", "all-reduce", all_reduce(word, 2), 1)

@@ -83,6 +83,15 @@ def test_stages_send_each_microbatch_forth_and_back() -> None:
     assert [t and t.step_bytes for t in back] == [None, 8 * row, 8 * row, 8 * row]
 
 
+def test_tensor_parallel_stages_send_a_part_each_and_gather_what_arrives() -> None:
+    layout = Layout(tensor=4, pipeline=4, micro_batch_size=2, microbatches=8)
+    row = TOKENS * H * BF16
+    stages = [sent("dense", layout, stage) for stage in range(4)]
+    assert stages[1]["pipeline", "activations"].sent == stages[1]["pipeline", "gradients"].sent == row / 4
+    # Inputs, gradients, and outputs again: two, three, three and one of them.
+    assert [s["tensor", "stage inputs"].sent / (row * 3 / 4) for s in stages] == [2, 3, 3, 1]
+
+
 def test_tied_embeddings_of_two_stages_are_added_up() -> None:
     layout = Layout(tensor=2, pipeline=2, data=1, microbatches=2)
     tied = ("embedding", "tied embedding")

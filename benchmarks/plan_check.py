@@ -1,0 +1,332 @@
+"""Predicted memory and bytes beside what small real runs have and send: gloo ranks on this machine.
+
+    python -m benchmarks.plan_check [--quick] [--json FILE]
+
+Every rank of every layout is measured, dense and sparse. Memory: bytes of the tensors that DeepSpeed's optimizer holds
+(parameters, gradients before they are reduced, masters and moments) and of those that autograd keeps at the fullest
+moment of a step. Communication: payloads of torch.distributed's operations by the ranks that take part, turned into
+bytes sent by the formulas of ring collectives. Exit status 1 if a ratio is off by more than a tenth.
+"""
+
+import argparse
+import json
+import os
+import sys
+import tempfile
+from collections import Counter, defaultdict
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import rich.console
+import torch
+import torch.distributed as dist
+from rich.table import Table
+from torch import Tensor
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from ssd_megatron.config.load import Hardware, RunConfig, load_config
+from ssd_megatron.config.schema import ParallelConfig
+from ssd_megatron.ffn import routers
+from ssd_megatron.model.memory import Layout, layout_of, stage_memory
+from ssd_megatron.parallel.topology import Topology
+from ssd_megatron.parallel.zero import KINDS
+from ssd_megatron.planning.traffic import all_gather, all_reduce, step_traffic
+from tests.ranks import run_ranks
+from tests.small_engine import build, random_batch, run_config
+
+LIMIT = 0.1
+LAYOUTS = (
+    Layout(data=2, microbatches=3),
+    Layout(data=2, microbatches=3, zero_stage=2),
+    Layout(data=4, expert=2, microbatches=2),
+    Layout(data=2, expert=2, microbatches=2, zero_stage=2),
+    Layout(tensor=2, microbatches=2),
+    Layout(tensor=2, data=2, expert=2, microbatches=2),
+    Layout(pipeline=2, microbatches=4),
+    Layout(pipeline=4, microbatches=6),
+    Layout(tensor=2, pipeline=2, microbatches=3),
+    Layout(pipeline=2, data=2, expert=2, microbatches=3),
+    Layout(tensor=2, data=2, expert=2, microbatches=2, recompute=True),
+    Layout(pipeline=2, data=2, expert=2, microbatches=3, recompute=True),
+)
+QUICK = (0, 5, 8, 9)
+MODELS: dict[str, dict[str, Any]] = {
+    "GPT": {"activation": "relu"},
+    "gated, rotary, untied": {
+        "activation": "reglu",
+        "position_embedding": "rope",
+        "tie_embeddings": False,
+        "add_bias": False,
+        "num_query_groups": 2,
+    },
+}
+SHAPE = {"num_layers": 8, "hidden_size": 128, "num_attention_heads": 4, "ffn_hidden_size": 512, "seq_length": 128}
+MICRO_BATCH = 4
+
+
+@dataclass(frozen=True)
+class Check:
+    """One number of one rank, measured and predicted, in bytes."""
+
+    model: str
+    layout: str
+    mode: str
+    rank: int
+    what: str
+    measured: float
+    predicted: float
+
+    @property
+    def ratio(self) -> float:
+        return self.measured / self.predicted
+
+    @property
+    def ok(self) -> bool:
+        return abs(self.ratio - 1) <= LIMIT
+
+
+class SentBytes(TorchDispatchMode):
+    """Counts what this rank sends inside, by the ranks that take part."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.by_ranks: Counter[tuple[int, ...]] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if func.namespace == "c10d":
+            self._count(func._opname, args)
+        return func(*args, **(kwargs or {}))
+
+    def _count(self, operation: str, args: Any) -> None:
+        group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
+        ranks = tuple(dist.get_process_group_ranks(group))
+        n = len(ranks)
+        if operation == "allreduce_":
+            sent = all_reduce(_bytes(args[0]), n)
+        elif operation in ("_allgather_base_", "_reduce_scatter_base_"):
+            sent = all_gather(max(_bytes(args[0]), _bytes(args[1])), n)
+        elif operation == "alltoall_base_":
+            row = _bytes(args[1]) / max(1, args[1].shape[0])
+            parts = args[4] or [args[1].shape[0] // n] * n
+            sent = row * sum(size for rank, size in enumerate(parts) if rank != group.rank())
+        elif operation == "send":
+            sent = float(_bytes(args[0]))
+            ranks = tuple(sorted((dist.get_rank(), ranks[args[2]])))
+        elif operation in ("recv_", "barrier", "broadcast_", "allgather_"):
+            return  # received, or small and outside the step
+        else:
+            raise AssertionError(f"an operation that is not counted: {operation}")
+        self.by_ranks[ranks] += int(sent)
+
+
+class KeptBytes:
+    """Bytes of the tensors that autograd keeps, each storage once, without parameters."""
+
+    def __init__(self, parameters: list[Tensor]) -> None:
+        self._parameters = {p.untyped_storage().data_ptr() for p in parameters}
+        self._users: Counter[int] = Counter()
+        self._now = self.peak = 0
+
+    def pack(self, tensor: Tensor) -> "Tensor | _Kept":
+        storage = tensor.untyped_storage()
+        return tensor if storage.data_ptr() in self._parameters else _Kept(self, tensor)
+
+    @staticmethod
+    def unpack(kept: "Tensor | _Kept") -> Tensor:
+        return kept if isinstance(kept, Tensor) else kept.tensor
+
+    def change(self, pointer: int, size: int, by: int) -> None:
+        before = self._users[pointer]
+        self._users[pointer] += by
+        if (before == 0) != (self._users[pointer] == 0):
+            self._now += size * by
+            self.peak = max(self.peak, self._now)
+
+
+class _Kept:
+    def __init__(self, counter: KeptBytes, tensor: Tensor) -> None:
+        self.tensor = tensor
+        self._counter, storage = counter, tensor.untyped_storage()
+        self._storage = (storage.data_ptr(), storage.nbytes())
+        counter.change(*self._storage, 1)
+
+    def __del__(self) -> None:
+        self._counter.change(*self._storage, -1)
+
+
+def configured(model: dict[str, Any], layout: Layout) -> RunConfig:
+    """A bf16 run of this layout."""
+    base = run_config(bf16=True, stage=layout.zero_stage, **SHAPE, **model).resolved()
+    base["train_micro_batch_size_per_gpu"] = MICRO_BATCH
+    base["gradient_accumulation_steps"] = layout.microbatches
+    base["train_batch_size"] = MICRO_BATCH * layout.microbatches * layout.data
+    base["zero_optimization"]["reduce_bucket_size"] = 10_000_000
+    section = base["ssd_megatron"]
+    section["parallel"] = {
+        "tensor_parallel_size": layout.tensor,
+        "pipeline_parallel_size": layout.pipeline,
+        "expert_parallel_size": layout.expert,
+    }
+    section["ssd"] |= {"num_experts": 16, "top_k": 4}
+    section["training"]["recompute"] = "full" if layout.recompute else "none"
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "ds.json"
+        path.write_text(json.dumps(base))
+        return load_config(path, world_size=layout.ranks, hardware=Hardware("cpu", False, "CPU"))
+
+
+def measured(topology: Topology, name: str, layout: Layout) -> list[Check]:
+    """What this rank has and sends, and what was predicted."""
+    config = configured(MODELS[name], layout)
+    model, engine = build(topology, config)
+    optimizer = engine.deepspeed.optimizer
+    checks = []
+    routers.expert_scores = even_scores
+    gradients = GradientBytes(optimizer)
+    for mode in ("dense", "sparse"):
+        for ffn in model.ffns.values():
+            ffn.mode = "sparse" if mode == "sparse" else "dense"
+        kept, sent = KeptBytes(list(model.parameters())), SentBytes()
+        for step in range(2):  # the first makes buffers, and tells neighbours what will be sent
+            first = (2 * topology.data.rank + step) * layout.microbatches
+            batches = [random_batch(config, first + m) for m in range(layout.microbatches)]
+            if step == 0:
+                engine.train_step(batches)
+                continue
+            with sent, saved_tensors_hooks(kept.pack, kept.unpack):
+                engine.train_step(batches)
+        flat = optimizer.single_partition_of_fp32_groups
+        states = [optimizer.optimizer.state[f][kind] for f in flat for kind in KINDS[1:]]
+        memory = stage_memory(
+            config.ssd_megatron.model,
+            config.ssd_megatron.ssd,
+            layout_of(config),
+            topology.pipeline.rank,
+            mode,
+            dtype=config.dtype,
+            reduce_bucket_size=config.deepspeed["zero_optimization"]["reduce_bucket_size"],
+        )
+        numbers = {
+            "parameters": (sum(_bytes(t) for t in optimizer.bit16_groups_flat), memory.parameters),
+            "gradients": (gradients.peak, memory.gradients),
+            "optimizer": (sum(_bytes(t) for t in (*flat, *states)), memory.optimizer),
+        }
+        # What is saved while weights are gathered, or recomputed, is not seen here.
+        if not layout.recompute and (layout.expert == 1 or mode == "sparse"):
+            # The loss keeps its softmax in fp32, a part of `logits`.
+            tokens = MICRO_BATCH * config.ssd_megatron.model.seq_length
+            softmax = tokens * config.ssd_megatron.model.padded_vocab_size // layout.tensor * 4
+            expected = memory.activations + (softmax if topology.is_last_stage else 0)
+            numbers["activations"] = (kept.peak, expected)
+        place = (name, _named(layout), mode, topology.rank)
+        checks += [Check(*place, what, *values) for what, values in numbers.items()]
+        checks += [Check(*place, f"sent to {w}", m, p) for w, m, p in compared(config, topology, mode, sent.by_ranks)]
+    engine.close()
+    return checks
+
+
+def even_scores(x_TH: Tensor, weight_EH: Tensor) -> Tensor:
+    """Scores by which every expert is as likely as any other; of the same tokens, the same."""
+    generator = torch.Generator().manual_seed(int(x_TH.detach().view(torch.int16).sum(dtype=torch.int64)) % 2**32)
+    return torch.rand(len(x_TH), len(weight_EH), generator=generator)
+
+
+class GradientBytes:
+    """Most bytes that gradients have when they are reduced (ZeRO 1) or used (ZeRO 2)."""
+
+    def __init__(self, optimizer: Any) -> None:
+        self.peak = 0
+        name = "step" if optimizer.partition_gradients else "reduce_gradients"
+        original = getattr(optimizer, name)
+
+        def watched(*args: Any, **kwargs: Any) -> Any:
+            tensors = [p.grad for group in optimizer.bit16_groups for p in group if p.grad is not None]
+            for groups in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
+                tensors += [t for group in groups.values() if group is not None for t in group]
+            storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
+            self.peak = max(self.peak, sum(storages.values()))
+            return original(*args, **kwargs)
+
+        setattr(optimizer, name, watched)
+
+
+def compared(
+    config: RunConfig, topology: Topology, mode: str, sent: Counter[tuple[int, ...]]
+) -> Iterator[tuple[str, float, float]]:
+    """Measured and predicted bytes sent, by group; groups of the same ranks are one."""
+    layout, pipeline = layout_of(config), topology.pipeline
+    predicted: Counter[tuple[int, ...]] = Counter()
+    names: dict[tuple[int, ...], list[str]] = defaultdict(list)
+    section = config.ssd_megatron
+    for t in step_traffic(section.model, section.ssd, layout, pipeline.rank, mode, config.dtype):
+        if t.collective == "send":
+            other = pipeline.rank + (1 if t.what == "activations" else -1)
+            ranks = tuple(sorted((topology.rank, pipeline.ranks[other])))
+        else:
+            group = getattr(topology, t.group)
+            ranks = group.ranks
+        predicted[ranks] += int(t.step_bytes)
+        names[ranks].append(t.group)
+    for ranks, expected in predicted.items():
+        yield "+".join(dict.fromkeys(names[ranks])), float(sent.pop(ranks, 0)), float(expected)
+    # Gradient norms and the like.
+    rest = sum(sent.values())
+    assert rest < 0.01 * sum(predicted.values()) + 10_000, f"bytes that nothing predicts: {sent}"
+
+
+def main() -> int:
+    """Run all checks; returns the exit status."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--quick", action="store_true", help="four layouts of one model")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to a file")
+    arguments = parser.parse_args()
+    os.environ["PYTHONWARNINGS"] = "ignore"  # for the ranks
+    checks: list[Check] = []
+    console = rich.console.Console(highlight=False, width=None if sys.stdout.isatty() else 140)
+    for name in list(MODELS)[: 1 if arguments.quick else None]:
+        for layout in [LAYOUTS[i] for i in QUICK] if arguments.quick or name != "GPT" else LAYOUTS:
+            sizes = ParallelConfig(
+                tensor_parallel_size=layout.tensor,
+                pipeline_parallel_size=layout.pipeline,
+                expert_parallel_size=layout.expert,
+            )
+            found = [c for rank in run_ranks(layout.ranks, measured, name, layout, parallel=sizes) for c in rank]
+            console.print(_table(found))
+            checks += found
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps([asdict(check) | {"ratio": check.ratio} for check in checks], indent=1))
+    wrong = [check for check in checks if not check.ok]
+    print(f"{len(checks) - len(wrong)} of {len(checks)} numbers within {LIMIT:.0%}")
+    return 1 if wrong else 0
+
+
+def _table(checks: list[Check]) -> Table:
+    """For each number the rank that is furthest off."""
+    title = f"{checks[0].model}: {checks[0].layout}"
+    table = Table("what", "mode", "rank", "measured", "predicted", "ratio", title=title)
+    worst: dict[tuple[str, str], Check] = {}
+    for check in checks:
+        key = (check.what, check.mode)
+        if key not in worst or abs(check.ratio - 1) > abs(worst[key].ratio - 1):
+            worst[key] = check
+    for (what, mode), c in worst.items():
+        table.add_row(what, mode, str(c.rank), f"{c.measured:,.0f}", f"{c.predicted:,.0f}", f"{c.ratio:.3f}")
+    return table
+
+
+def _named(layout: Layout) -> str:
+    whole = replace(layout, micro_batch_size=MICRO_BATCH)
+    return " ".join(f"{name}={value}" for name, value in asdict(whole).items() if value not in (1, False)) or "one rank"
+
+
+def _bytes(tensors: Any) -> int:
+    if isinstance(tensors, Tensor):
+        return tensors.numel() * tensors.element_size()
+    return sum(_bytes(t) for t in tensors)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
