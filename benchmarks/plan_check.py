@@ -319,7 +319,8 @@ def _table(checks: list[Check]) -> Table:
 
 def _named(layout: Layout) -> str:
     whole = replace(layout, micro_batch_size=MICRO_BATCH)
-    return " ".join(f"{name}={value}" for name, value in asdict(whole).items() if value not in (1, False)) or "one rank"
+    default = asdict(Layout())
+    return " ".join(f"{name}={value}" for name, value in asdict(whole).items() if value != default[name]) or "one rank"
 
 
 def _bytes(tensors: Any) -> int:
