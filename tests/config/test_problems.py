@@ -11,7 +11,6 @@ from tests.config.conftest import DROP, Load, changed
 
 MODEL, DATA, SSD, TRAINING = (f"ssd_megatron.{name}" for name in ("model", "data", "ssd", "training"))
 WSD = {"type": "WSD", "params": {"warmup_num_steps": 100, "decay_num_steps": 200}}
-NOT_PARALLEL = "is not supported yet; use 1, data parallelism follows from the number of processes"
 
 
 def fixed(*phases: tuple[int, str]) -> dict[str, Any]:
@@ -60,9 +59,6 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     # Not in this version, refused by name.
     ({f"{MODEL}.family": "bert"}, 'model.family ("bert") is not in this version: use gpt'),
     ({f"{MODEL}.family": "t5"}, 'model.family ("t5") is not in this version: use gpt'),
-    ({"ssd_megatron.parallel.tensor_parallel_size": 2}, f"parallel.tensor_parallel_size (2) {NOT_PARALLEL}"),
-    ({"ssd_megatron.parallel.pipeline_parallel_size": 2}, f"parallel.pipeline_parallel_size (2) {NOT_PARALLEL}"),
-    ({"ssd_megatron.parallel.expert_parallel_size": 8}, f"parallel.expert_parallel_size (8) {NOT_PARALLEL}"),
     ({"ssd_megatron.parallel.context_parallel_size": 2}, "sequence and context parallelism are not supported yet"),
     ({"ssd_megatron.weight_sparsity": {"sparsity": 0.9}}, "is not in this version (sparse weights): leave it out"),
     ({"ssd_megatron.ffn_expansion": 4}, "ssd_megatron.ffn_expansion (4) is not in this version"),
@@ -191,6 +187,75 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
         "parallel size (1) = 30: try train_batch_size 30, or train_micro_batch_size_per_gpu 4",
     ),
 ]
+
+
+PARALLEL = "ssd_megatron.parallel"
+LAYOUTS: list[tuple[dict[str, Any], int, str]] = [
+    (
+        {f"{PARALLEL}.tensor_parallel_size": 3},
+        3,
+        "parallel.tensor_parallel_size (3) must divide model.num_attention_heads (4): try 2 or 4",
+    ),
+    (
+        {f"{PARALLEL}.tensor_parallel_size": 4, f"{MODEL}.num_query_groups": 2},
+        4,
+        "parallel.tensor_parallel_size (4) must divide model.num_query_groups (2): try 2",
+    ),
+    (
+        {f"{PARALLEL}.tensor_parallel_size": 4, f"{MODEL}.make_vocab_size_divisible_by": 2, f"{MODEL}.vocab_size": 510},
+        4,
+        "parallel.tensor_parallel_size (4) must divide the padded vocabulary (510): try "
+        "model.make_vocab_size_divisible_by 4",
+    ),
+    (
+        {f"{PARALLEL}.pipeline_parallel_size": 3},
+        3,
+        "parallel.pipeline_parallel_size (3) must divide model.num_layers (2): try 2",
+    ),
+    (
+        {f"{PARALLEL}.expert_parallel_size": 32},
+        32,
+        "parallel.expert_parallel_size (32) * parallel.tensor_parallel_size (1) must divide ssd.num_experts (16): try",
+    ),
+    (
+        {f"{PARALLEL}.pipeline_parallel_size": 2, "zero_optimization.stage": 2},
+        2,
+        "zero_optimization.stage (2) does not work with pipeline_parallel_size (2): use stage 1",
+    ),
+    (
+        {f"{PARALLEL}.expert_parallel_size": 2, "zero_optimization.reduce_scatter": False},
+        2,
+        "zero_optimization.reduce_scatter (false) must be true with expert_parallel_size (2)",
+    ),
+    (
+        {f"{PARALLEL}.tensor_parallel_size": 2},
+        3,
+        "parallel.tensor_parallel_size (2) * pipeline_parallel_size (1) = 2 must divide the number of processes (3): "
+        "start 6",
+    ),
+    (
+        {f"{PARALLEL}.expert_parallel_size": 4},
+        2,
+        "parallel.expert_parallel_size (4) must divide the data parallel size (2 = 2 processes / 1 tensor / 1 "
+        "pipeline): try 2",
+    ),
+]
+
+
+@pytest.mark.parametrize(("changes", "world_size", "message"), LAYOUTS)
+def test_a_layout_that_does_not_fit_is_refused(
+    load: Load, changes: dict[str, Any], world_size: int, message: str
+) -> None:
+    with pytest.raises(ConfigError) as caught:
+        load({"train_batch_size": 96} | changes, world_size=world_size)
+    assert message in str(caught.value)
+
+
+def test_data_parallel_size_is_what_model_parallelism_leaves(load: Load) -> None:
+    sizes = {"tensor_parallel_size": 2, "pipeline_parallel_size": 2, "expert_parallel_size": 2}
+    config = load({PARALLEL: sizes}, world_size=16)
+    assert config.data_parallel_size == 4
+    assert config.micro_batch_size * config.gradient_accumulation_steps == 8
 
 
 @pytest.mark.parametrize(("changes", "message"), FIELDS + TOGETHER)

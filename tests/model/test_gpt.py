@@ -6,10 +6,10 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.config.schema import ModelConfig, ParallelConfig
 from ssd_megatron.model.cost import flops_per_token, parameter_counts
 from ssd_megatron.model.gpt import GPT
-from ssd_megatron.model.heads import token_losses
+from ssd_megatron.model.heads import LanguageModelHead
 from ssd_megatron.model.init import named_normal
 from ssd_megatron.parallel.topology import Topology
 from tests.ranks import run_ranks
@@ -36,7 +36,7 @@ def losses(model: GPT, batch: dict[str, Tensor]) -> Tensor:
 
 def built_sizes(topology: Topology, settings: dict[str, Any]) -> dict[str, int]:
     config = run_config(**settings)
-    model = GPT(config.ssd_megatron, "torch")
+    model = GPT(config.ssd_megatron, "torch", topology)
     batch = random_batch(config, 0)
     losses(model, batch).mean().backward()
     without = [n for n, p in model.named_parameters() if p.grad is None and "router" not in n]
@@ -76,7 +76,7 @@ def test_flops_of_gpt2_small_are_the_published_estimate() -> None:
 
 def first_values(topology: Topology, layers: int) -> dict[str, float]:
     torch.manual_seed(layers)  # must not matter
-    model = GPT(run_config(num_layers=layers).ssd_megatron, "torch")
+    model = GPT(run_config(num_layers=layers).ssd_megatron, "torch", topology)
     return {name: float(p.double().pow(2).sum()) for name, p in model.named_parameters() if "linear_proj" not in name}
 
 
@@ -84,8 +84,8 @@ def test_initial_values_depend_on_name_and_seed_alone() -> None:
     two, three = run_ranks(1, first_values, 2)[0], run_ranks(1, first_values, 3)[0]
     common = [name for name in two if not name.endswith("w_out")]  # scaled by the number of layers
     assert len(common) > 20 and all(two[name] == three[name] for name in common)
-    assert not torch.equal(named_normal("a", torch.Size([4]), 1), named_normal("b", torch.Size([4]), 1))
-    assert not torch.equal(named_normal("a", torch.Size([4]), 1), named_normal("a", torch.Size([4]), 2))
+    assert not torch.equal(named_normal("a", (4,), 1), named_normal("b", (4,), 1))
+    assert not torch.equal(named_normal("a", (4,), 1), named_normal("a", (4,), 2))
 
 
 def recomputed_gradients(topology: Topology, mode: str) -> float:
@@ -95,7 +95,7 @@ def recomputed_gradients(topology: Topology, mode: str) -> float:
         config = run_config()
         section = config.ssd_megatron
         training = section.training.model_copy(update={"recompute": recompute})
-        model = GPT(section.model_copy(update={"training": training}), "torch")
+        model = GPT(section.model_copy(update={"training": training}), "torch", topology)
         for index, ffn in enumerate(model.ffns.values()):
             ffn.mode = "sparse" if mode == "sparse" else "dense"
             ffn.router.weight.data = named_normal(str(index), ffn.router.weight.shape, 5)
@@ -115,7 +115,7 @@ def future_leaks(topology: Topology) -> list[float]:
     changes = []
     for position in ("learned", "rope"):
         config = run_config(position_embedding=position)
-        model = GPT(config.ssd_megatron, "torch").eval()
+        model = GPT(config.ssd_megatron, "torch", topology).eval()
         batch = random_batch(config, 2)
         before = losses(model, batch)
         batch["tokens"][:, -1] = (batch["tokens"][:, -1] + 1) % 512
@@ -130,9 +130,21 @@ def test_no_token_sees_the_future() -> None:
     assert learned_last > 0 and rope_last > 0
 
 
-def test_token_losses_are_cross_entropy_in_fp32() -> None:
-    logits = torch.randn(3, 2, 7, generator=torch.Generator().manual_seed(0))
-    labels = torch.tensor([[1, 2, 3], [4, 5, 6]])
-    expected = -logits.log_softmax(-1).permute(1, 0, 2).gather(2, labels[..., None]).squeeze(2)
-    torch.testing.assert_close(token_losses(logits, labels), expected)
-    assert token_losses(logits.bfloat16(), labels).dtype == torch.float32
+def losses_of_logits(topology: Topology) -> tuple[Tensor, torch.dtype]:
+    """Losses of random logits of 8 tokens, of which each tensor-parallel rank has its part."""
+    head = LanguageModelHead(run_config().ssd_megatron.model, None, topology)
+    logits = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0))
+    part = logits.chunk(topology.tensor.size, dim=2)[topology.tensor.rank]
+    return head.token_losses(part.clone(), LABELS), head.token_losses(part.bfloat16(), LABELS).dtype
+
+
+LABELS = torch.tensor([[1, 2, 3], [4, 5, 6]])
+
+
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_token_losses_are_cross_entropy_in_fp32(tensor: int) -> None:
+    logits = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0))
+    expected = -logits.log_softmax(-1).permute(1, 0, 2).gather(2, LABELS[..., None]).squeeze(2)
+    for losses, dtype in run_ranks(tensor, losses_of_logits, parallel=ParallelConfig(tensor_parallel_size=tensor)):
+        torch.testing.assert_close(losses, expected)
+        assert dtype == torch.float32

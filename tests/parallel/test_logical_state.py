@@ -14,7 +14,7 @@ NAMES = ("embedding.word.weight", "blocks.0.layer.mlp.bank.w_in", "blocks.1.laye
 
 
 def compare_with_deepspeed(topology: Topology, stage: int, bf16: bool) -> int:
-    config = run_config(topology.world_size, stage=stage, bf16=bf16)
+    config = run_config(topology.world.size, stage=stage, bf16=bf16)
     _, engine = build(topology, config)
     train_steps(engine, config, range(2))
     # DeepSpeed links only the first group's moments by itself.
@@ -38,7 +38,7 @@ def test_reads_what_deepspeed_reads(world_size: int, stage: int, bf16: bool) -> 
 
 
 def write_and_train(topology: Topology, stage: int, bf16: bool) -> dict[str, float]:
-    config = run_config(topology.world_size, stage=stage, bf16=bf16)
+    config = run_config(topology.world.size, stage=stage, bf16=bf16)
     _, engine = build(topology, config)
     train_steps(engine, config, range(1))
     state = engine.state

@@ -37,25 +37,26 @@ def test_the_number_of_experts_is_kept_and_no_layer_gets_more_than_it_has() -> N
 
 def measured(topology: Topology) -> tuple[list[list[tuple[int, float]]], list[list[float]]]:
     """Cost curves, and the same rises of the loss computed one by one."""
-    config = run_config(topology.world_size)
+    config = run_config(topology.world.size)
     model, engine = build(topology, config)
     for index, ffn in enumerate(model.ffns.values()):
         ffn.bank.w_in.data.mul_(30), ffn.bank.w_out.data.mul_(30)
         ffn.router.weight.data.normal_(generator=torch.Generator().manual_seed(index))
     batch = random_batch(config, 7)
-    mine = {name: values[topology.rank :: topology.world_size] for name, values in batch.items()}
-    curves = sparsity_costs(model.ffns, ProbeBatch([mine], engine.token_losses, topology), least=2)
+    mine = {name: values[topology.rank :: topology.world.size] for name, values in batch.items()}
+    probe = ProbeBatch([mine], engine.mean_loss, topology)
+    curves = sparsity_costs(list(model.ffns), model.ffns, probe, num_experts=8, least=2)
     assert all(ffn.mode == "dense" and ffn.router.top_k == 2 for ffn in model.ffns.values())
-    dense = float(engine.token_losses(batch).mean())
+    dense = engine.mean_loss([batch])
     rises = []
     for ffn in model.ffns.values():
         ffn.mode = "sparse"
         rises.append([])
         for experts in (2, 4, 8):
             ffn.router.top_k = experts
-            rises[-1].append(float(engine.token_losses(batch).mean()) - dense)
+            rises[-1].append(engine.mean_loss([batch]) - dense)
         ffn.mode = "dense"
-    return list(curves.values()), rises
+    return curves, rises
 
 
 @pytest.mark.parametrize("world_size", [1, 2])

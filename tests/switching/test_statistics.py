@@ -26,14 +26,14 @@ def test_overlap_is_the_share_of_common_experts() -> None:
 
 def statistics(topology: Topology) -> dict[str, tuple[float, list[int], list[int]]]:
     """Active share, packed bits and expert choices of each network on 4 probe samples spread over the ranks."""
-    config = run_config(topology.world_size)
+    config = run_config(topology.world.size)
     model, engine = build(topology, config)
     samples = random_batch(config, 5), random_batch(config, 6)
     whole = {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
-    mine = range(topology.rank, 4, topology.world_size)
+    mine = range(topology.rank, 4, topology.world.size)
     batches = [{name: values[i : i + 1] for name, values in whole.items()} for i in mine]
     centroids = {name: torch.randn(8, 32, generator=torch.Generator().manual_seed(1)) for name in model.ffns}
-    found = collect_statistics(model.ffns, ProbeBatch(batches, engine.token_losses, topology), centroids, 2)
+    found = collect_statistics(model.ffns, ProbeBatch(batches, engine.mean_loss, topology), centroids, 2)
     assert all(ffn.observer is None and ffn.mode == "dense" for ffn in model.ffns.values())
     return {
         name: (s.active_fraction, sorted(s.signatures.sum(1).tolist()), sorted(s.expert_ids.flatten().tolist()))
@@ -55,7 +55,7 @@ def active_share(topology: Topology) -> list[float]:
         ffn.bank.w_in.data.zero_()
         ffn.bank.b_in.data.fill_(-1.0)
         ffn.bank.b_in.data[:fires] = 1.0
-    found = collect_statistics(model.ffns, ProbeBatch([random_batch(config, 0)], engine.token_losses, topology), {}, 2)
+    found = collect_statistics(model.ffns, ProbeBatch([random_batch(config, 0)], engine.mean_loss, topology), {}, 2)
     return [s.active_fraction for s in found.values()]
 
 

@@ -24,7 +24,7 @@ def labels_for(names: list[str], seed: int) -> dict[str, Tensor]:
 
 def switch_and_compare(topology: Topology, stage: int, bf16: bool, activation: str) -> int:
     """Two switches with training between; every neuron keeps its rows, the model its dense loss."""
-    config = run_config(topology.world_size, stage=stage, bf16=bf16, activation=activation)
+    config = run_config(topology.world.size, stage=stage, bf16=bf16, activation=activation)
     model, engine = build(topology, config)
     state, batch = engine.state, random_batch(config, 99)
     moved = 0
@@ -37,14 +37,14 @@ def switch_and_compare(topology: Topology, stage: int, bf16: bool, activation: s
             for kind in KINDS
         }
         ids = {name: ffn.bank.neuron_ids.clone() for name, ffn in model.ffns.items()}
-        loss = engine.token_losses(batch).mean()
+        loss = engine.mean_loss([batch])
         applied = switch.regroup_neurons(model.ffns, labels_for(list(model.ffns), seed), EXPERTS, state, topology)
         moved += applied.bytes_moved
         for (name, leaf, kind), old in before.items():
             new_ids = model.ffns[name].bank.neuron_ids
             position_before = torch.argsort(ids[name])[new_ids]
             assert torch.equal(state.read(f"{name}.bank.{leaf}", kind), old[position_before]), (name, leaf, kind)
-        assert float(engine.token_losses(batch).mean()) == pytest.approx(float(loss), rel=2e-3 if bf16 else 1e-6)
+        assert engine.mean_loss([batch]) == pytest.approx(loss, rel=2e-3 if bf16 else 1e-6)
         for name in model.ffns:
             assert state.read(f"{name}.router.weight", MASTER).norm() > 0
             assert not state.read(f"{name}.router.weight", EXP_AVG).any()
@@ -107,7 +107,7 @@ def plant(topology: Topology, fault: str) -> tuple[str, float, float]:
     train_steps(engine, config, range(2))
     name, ffn = next(iter(model.ffns.items()))
     names = switch.neuron_tensor_names(name, ffn)
-    fingerprints = switch.bank_fingerprints(engine.state, names, topology.data_parallel_group)
+    fingerprints = switch.bank_fingerprints(engine.state, names, topology.stage)
     expected = switch.fingerprints_by_identity(ffn, fingerprints)
     batch = random_batch(config, 99)
 
@@ -115,7 +115,7 @@ def plant(topology: Topology, fault: str) -> tuple[str, float, float]:
         moments = sum(
             float(engine.state.read(n, kind).sum(dtype=torch.float64)) for n in names for kind in (EXP_AVG, EXP_AVG_SQ)
         )
-        return float(engine.token_losses(batch).mean()), moments
+        return engine.mean_loss([batch]), moments
 
     switch.verify_bank(name, ffn, expected, engine.state, topology)
     loss, moments = evidence()

@@ -177,7 +177,7 @@ BEFORE_ANYTHING: list[tuple[str, Spoil, tuple[str, ...]]] = [
     (
         "tensor parallel",
         setting("ssd_megatron.parallel.tensor_parallel_size", 2),
-        ("parallel.tensor_parallel_size (2) is not supported yet; use 1",),
+        ("parallel.tensor_parallel_size (2) * pipeline_parallel_size (1) = 2 must divide the number of processes (1)",),
     ),
     (
         "zero 3",
