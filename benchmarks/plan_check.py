@@ -30,10 +30,15 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ssd_megatron.config.load import Hardware, RunConfig, load_config
 from ssd_megatron.config.schema import ParallelConfig
 from ssd_megatron.ffn import routers
-from ssd_megatron.model.memory import Layout, layout_of, stage_memory
+from ssd_megatron.model.gpt import GPT
+from ssd_megatron.model.memory import OPTIMIZER_BYTES, Layout, layout_of, stage_memory
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.parallel.zero import KINDS
+from ssd_megatron.planning.switches import bytes_moved
 from ssd_megatron.planning.traffic import all_gather, all_reduce, step_traffic
+from ssd_megatron.switching.redistribute import plan_move
+from ssd_megatron.switching.switch import neuron_tensor_names
+from ssd_megatron.training.engine import Engine
 from tests.ranks import run_ranks
 from tests.small_engine import build, random_batch, run_config
 
@@ -181,6 +186,7 @@ def configured(model: dict[str, Any], layout: Layout) -> RunConfig:
 def measured(topology: Topology, name: str, layout: Layout) -> list[Check]:
     """What this rank has and sends, and what was predicted."""
     config = configured(MODELS[name], layout)
+    section = config.ssd_megatron
     model, engine = build(topology, config)
     optimizer = engine.deepspeed.optimizer
     checks = []
@@ -201,8 +207,8 @@ def measured(topology: Topology, name: str, layout: Layout) -> list[Check]:
         flat = optimizer.single_partition_of_fp32_groups
         states = [optimizer.optimizer.state[f][kind] for f in flat for kind in KINDS[1:]]
         memory = stage_memory(
-            config.ssd_megatron.model,
-            config.ssd_megatron.ssd,
+            section.model,
+            section.ssd,
             layout_of(config),
             topology.pipeline.rank,
             mode,
@@ -217,15 +223,33 @@ def measured(topology: Topology, name: str, layout: Layout) -> list[Check]:
         # What is saved while weights are gathered, or recomputed, is not seen here.
         if not layout.recompute and (layout.expert == 1 or mode == "sparse"):
             # The loss keeps its softmax in fp32, a part of `logits`.
-            tokens = MICRO_BATCH * config.ssd_megatron.model.seq_length
-            softmax = tokens * config.ssd_megatron.model.padded_vocab_size // layout.tensor * 4
+            tokens = MICRO_BATCH * section.model.seq_length
+            softmax = tokens * section.model.padded_vocab_size // layout.tensor * 4
             expected = memory.activations + (softmax if topology.is_last_stage else 0)
             numbers["activations"] = (kept.peak, expected)
+        if mode == "sparse" and topology.is_first_stage and topology.homes > 1:
+            numbers["switch"] = (
+                moved_by_a_switch(model, engine, topology),
+                bytes_moved(section.model, layout_of(config)),
+            )
         place = (name, _named(layout), mode, topology.rank)
         checks += [Check(*place, what, *values) for what, values in numbers.items()]
         checks += [Check(*place, f"sent to {w}", m, p) for w, m, p in compared(config, topology, mode, sent.by_ranks)]
     engine.close()
     return checks
+
+
+def moved_by_a_switch(model: GPT, engine: Engine, topology: Topology) -> float:
+    """Bytes that cross between ranks when every network's neurons get a random new order; only planned."""
+    generator, moved = torch.Generator().manual_seed(0), 0
+    for prefix, ffn in model.ffns.items():
+        order = torch.randperm(ffn.settings.ffn_hidden_size, generator=generator)
+        for name in neuron_tensor_names(prefix, ffn):
+            spec = engine.state.specs[name]
+            row = spec.numel // spec.shape[0]
+            plan = plan_move(order, row, engine.state.owners(name), topology.stage.size)
+            moved += plan.elements_moved() * OPTIMIZER_BYTES
+    return float(moved)
 
 
 def even_scores(x_TH: Tensor, weight_EH: Tensor) -> Tensor:

@@ -9,7 +9,8 @@ from ssd_megatron.errors import ConfigError
 from ssd_megatron.model.cost import flops_per_token
 from ssd_megatron.model.memory import Dtype, Layout, Memory, memory_per_rank, modes_of
 from ssd_megatron.planning.cluster import GIB, TERA, Cluster
-from ssd_megatron.planning.times import StepTime, SwitchTime, step_time, switch_time
+from ssd_megatron.planning.switches import SwitchTime, switch_time
+from ssd_megatron.planning.times import StepTime, step_time
 from ssd_megatron.planning.traffic import Transfer, step_traffic
 
 # More tokens in a microbatch make no matrix product faster, only activations larger.

@@ -1,14 +1,13 @@
-"""How long a step and a switch take: arithmetic at a fraction of the peak, communication at the speed of links, none of
+"""How long a step takes: arithmetic at a fraction of the peak, communication at the speed of links, none of
 it hidden behind the other (DeepSpeed overlaps nothing by default), latencies left out."""
 
-import math
 from dataclasses import dataclass
 
 from ssd_megatron.config.schema import ModelConfig, SSDConfig
 from ssd_megatron.model.cost import ffn_matrices, forward_flops
-from ssd_megatron.model.memory import BYTES, OPTIMIZER_BYTES, Dtype, Layout, rank_parameters
+from ssd_megatron.model.memory import BYTES, Dtype, Layout, rank_parameters
 from ssd_megatron.planning.cluster import GIGA, Cluster
-from ssd_megatron.planning.traffic import Transfer, all_gather, seconds, step_traffic
+from ssd_megatron.planning.traffic import Transfer, seconds, step_traffic
 
 # A row of every token copy is read or written this often beside the matrix products (ffn/kernels/torch_bmm.py):
 # gathered (read, written) for x forward and backward and for dy, and read once each for the sums that make y and dx.
@@ -16,8 +15,6 @@ ROW_PASSES = 8
 # Bytes of memory traffic for each parameter in the update: gradient read and written in fp32 (8), master and moments
 # read and written (24), the new parameter (2).
 UPDATE_TRAFFIC = 34
-# Fresh balanced k-means on a CPU: 6.1 s for 16,384 neurons of 4,096 into 64 experts (docs/log.md, 2 cores).
-KMEANS_SECONDS = 6.1 / (16384 * 4096 * 64)
 
 
 @dataclass(frozen=True)
@@ -36,20 +33,6 @@ class StepTime:
     @property
     def total(self) -> float:
         return float(sum(vars(self).values()))
-
-
-@dataclass(frozen=True)
-class SwitchTime:
-    """Seconds of a switch to sparse: making experts, moving neurons, probe losses."""
-
-    clustering: float
-    transfer: float
-    probe: float
-    bytes_moved: float  # sent by each rank
-
-    @property
-    def total(self) -> float:
-        return self.clustering + self.transfer + self.probe
 
 
 def step_time(
@@ -119,38 +102,6 @@ def sparse_ffn_seconds(model: ModelConfig, ssd: SSDConfig, layout: Layout, clust
     products = 2 * ffn_matrices(model) * model.hidden_size * model.ffn_hidden_size * share / layout.tensor
     rows = ROW_PASSES / 3 * ssd.top_k / layout.tensor * model.hidden_size * size
     return max(products / cluster.flops_per_second, products / intensity / memory) + rows / memory
-
-
-def switch_time(model: ModelConfig, ssd: SSDConfig, layout: Layout, cluster: Cluster, dtype: Dtype) -> SwitchTime:
-    """A switch to sparse with k-means; back to dense nothing moves.
-
-    The layers of a stage are clustered by its ranks, one after the other where there are more layers than ranks.
-    Masters and moments of all banks go to their neurons' new homes within the stage, and parameters are gathered again.
-    """
-    stage_ranks = layout.tensor * layout.data
-    layers = model.num_layers // layout.pipeline
-    rows = layers * model.ffn_hidden_size * model.hidden_size * BYTES[dtype]
-    one = KMEANS_SECONDS * model.ffn_hidden_size * model.hidden_size * ssd.num_experts
-    rounds = math.ceil(layers / stage_ranks)
-    clustering = rounds * one + cluster.ring_seconds(all_gather(rows, layout.homes), layout.homes, 1)
-
-    bank = rank_parameters(model, ssd, layout, 0).bank * layout.expert / layout.data
-    moved = bank * OPTIMIZER_BYTES * (stage_ranks - 1) / stage_ranks
-    publish = [t for t in step_traffic(model, ssd, layout, 0, "dense", dtype) if t.what.startswith("parameters")]
-    transfer = cluster.exchange_seconds(moved, stage_ranks, 1) + sum(seconds(t, layout, cluster) for t in publish)
-    return SwitchTime(clustering, transfer, probe_seconds(model, ssd, layout, cluster), moved)
-
-
-def probe_seconds(model: ModelConfig, ssd: SSDConfig, layout: Layout, cluster: Cluster) -> float:
-    """Forward passes of the probe batch, spread over the data-parallel ranks: dense before and after the switch, sparse
-    after it, and with top_k_allocation measured, one for each layer and number of experts 2, 4, 8 ... tried."""
-    flops = forward_flops(model, ssd)
-    passes = 3
-    if ssd.top_k_allocation == "measured":
-        passes += 1 + model.num_layers * max(0, math.ceil(math.log2(ssd.num_experts)) - 1)
-    tokens = math.ceil(ssd.probe_samples / layout.data) * model.seq_length
-    forward = model.num_layers * (flops.attention + flops.ffn) + flops.head
-    return passes * tokens * forward / (cluster.flops_per_second * layout.tensor)
 
 
 def _spent_on(transfer: Transfer) -> str:
