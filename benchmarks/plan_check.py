@@ -21,12 +21,11 @@ from typing import Any
 
 import rich.console
 import torch
-import torch.distributed as dist
 from rich.table import Table
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
-from torch.utils._python_dispatch import TorchDispatchMode
 
+from benchmarks.counters import GradientBytes, KeptBytes, SentBytes, bytes_of
 from ssd_megatron.config.load import Hardware, RunConfig, load_config
 from ssd_megatron.config.schema import ParallelConfig
 from ssd_megatron.ffn import routers
@@ -35,7 +34,7 @@ from ssd_megatron.model.memory import OPTIMIZER_BYTES, Layout, layout_of, stage_
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.parallel.zero import KINDS
 from ssd_megatron.planning.switches import bytes_moved
-from ssd_megatron.planning.traffic import all_gather, all_reduce, step_traffic
+from ssd_megatron.planning.traffic import step_traffic
 from ssd_megatron.switching.redistribute import plan_move
 from ssd_megatron.switching.switch import neuron_tensor_names
 from ssd_megatron.training.engine import Engine
@@ -93,75 +92,6 @@ class Check:
         return abs(self.ratio - 1) <= LIMIT
 
 
-class SentBytes(TorchDispatchMode):
-    """Counts what this rank sends inside, by the ranks that take part."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.by_ranks: Counter[tuple[int, ...]] = Counter()
-
-    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        if func.namespace == "c10d":
-            self._count(func._opname, args)
-        return func(*args, **(kwargs or {}))
-
-    def _count(self, operation: str, args: Any) -> None:
-        group = next(dist.ProcessGroup.unbox(arg) for arg in args if isinstance(arg, torch.ScriptObject))
-        ranks = tuple(dist.get_process_group_ranks(group))
-        n = len(ranks)
-        if operation == "allreduce_":
-            sent = all_reduce(_bytes(args[0]), n)
-        elif operation in ("_allgather_base_", "_reduce_scatter_base_"):
-            sent = all_gather(max(_bytes(args[0]), _bytes(args[1])), n)
-        elif operation == "alltoall_base_":
-            row = _bytes(args[1]) / max(1, args[1].shape[0])
-            parts = args[4] or [args[1].shape[0] // n] * n
-            sent = row * sum(size for rank, size in enumerate(parts) if rank != group.rank())
-        elif operation == "send":
-            sent = float(_bytes(args[0]))
-            ranks = tuple(sorted((dist.get_rank(), ranks[args[2]])))
-        elif operation in ("recv_", "barrier", "broadcast_", "allgather_"):
-            return  # received, or small and outside the step
-        else:
-            raise AssertionError(f"an operation that is not counted: {operation}")
-        self.by_ranks[ranks] += int(sent)
-
-
-class KeptBytes:
-    """Bytes of the tensors that autograd keeps, each storage once, without parameters."""
-
-    def __init__(self, parameters: list[Tensor]) -> None:
-        self._parameters = {p.untyped_storage().data_ptr() for p in parameters}
-        self._users: Counter[int] = Counter()
-        self._now = self.peak = 0
-
-    def pack(self, tensor: Tensor) -> "Tensor | _Kept":
-        storage = tensor.untyped_storage()
-        return tensor if storage.data_ptr() in self._parameters else _Kept(self, tensor)
-
-    @staticmethod
-    def unpack(kept: "Tensor | _Kept") -> Tensor:
-        return kept if isinstance(kept, Tensor) else kept.tensor
-
-    def change(self, pointer: int, size: int, by: int) -> None:
-        before = self._users[pointer]
-        self._users[pointer] += by
-        if (before == 0) != (self._users[pointer] == 0):
-            self._now += size * by
-            self.peak = max(self.peak, self._now)
-
-
-class _Kept:
-    def __init__(self, counter: KeptBytes, tensor: Tensor) -> None:
-        self.tensor = tensor
-        self._counter, storage = counter, tensor.untyped_storage()
-        self._storage = (storage.data_ptr(), storage.nbytes())
-        counter.change(*self._storage, 1)
-
-    def __del__(self) -> None:
-        self._counter.change(*self._storage, -1)
-
-
 def configured(model: dict[str, Any], layout: Layout) -> RunConfig:
     """A bf16 run of this layout."""
     base = run_config(bf16=True, stage=layout.zero_stage, **SHAPE, **model).resolved()
@@ -215,10 +145,10 @@ def measured(topology: Topology, name: str, layout: Layout) -> list[Check]:
             dtype=config.dtype,
             reduce_bucket_size=config.deepspeed["zero_optimization"]["reduce_bucket_size"],
         )
-        numbers = {
-            "parameters": (sum(_bytes(t) for t in optimizer.bit16_groups_flat), memory.parameters),
+        numbers: dict[str, tuple[float, float]] = {
+            "parameters": (sum(bytes_of(t) for t in optimizer.bit16_groups_flat), memory.parameters),
             "gradients": (gradients.peak, memory.gradients),
-            "optimizer": (sum(_bytes(t) for t in (*flat, *states)), memory.optimizer),
+            "optimizer": (sum(bytes_of(t) for t in (*flat, *states)), memory.optimizer),
         }
         # What is saved while weights are gathered, or recomputed, is not seen here.
         if not layout.recompute and (layout.expert == 1 or mode == "sparse"):
@@ -256,25 +186,6 @@ def even_scores(x_TH: Tensor, weight_EH: Tensor) -> Tensor:
     """Scores by which every expert is as likely as any other; of the same tokens, the same."""
     generator = torch.Generator().manual_seed(int(x_TH.detach().view(torch.int16).sum(dtype=torch.int64)) % 2**32)
     return torch.rand(len(x_TH), len(weight_EH), generator=generator)
-
-
-class GradientBytes:
-    """Most bytes that gradients have when they are reduced (ZeRO 1) or used (ZeRO 2)."""
-
-    def __init__(self, optimizer: Any) -> None:
-        self.peak = 0
-        name = "step" if optimizer.partition_gradients else "reduce_gradients"
-        original = getattr(optimizer, name)
-
-        def watched(*args: Any, **kwargs: Any) -> Any:
-            tensors = [p.grad for group in optimizer.bit16_groups for p in group if p.grad is not None]
-            for groups in (optimizer.averaged_gradients, optimizer.all_grad_tensors):
-                tensors += [t for group in groups.values() if group is not None for t in group]
-            storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in tensors}
-            self.peak = max(self.peak, sum(storages.values()))
-            return original(*args, **kwargs)
-
-        setattr(optimizer, name, watched)
 
 
 def compared(
@@ -345,12 +256,6 @@ def _named(layout: Layout) -> str:
     whole = replace(layout, micro_batch_size=MICRO_BATCH)
     default = asdict(Layout())
     return " ".join(f"{name}={value}" for name, value in asdict(whole).items() if value != default[name]) or "one rank"
-
-
-def _bytes(tensors: Any) -> int:
-    if isinstance(tensors, Tensor):
-        return tensors.numel() * tensors.element_size()
-    return sum(_bytes(t) for t in tensors)
 
 
 if __name__ == "__main__":

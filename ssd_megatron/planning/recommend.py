@@ -99,7 +99,7 @@ def plan(job: Job, layout: Layout) -> Plan:
 
 def recommend(job: Job) -> list[Plan]:
     """The best plan of all TP, PP and EP that fit, fastest first; of those equally fast to three digits, the one with
-    most memory left.
+    the largest microbatches (latencies, which are left out, favour them), then the one with most memory left.
 
     Raises:
         ConfigError: no layout fits; the message has the smallest.
@@ -108,9 +108,13 @@ def recommend(job: Job) -> list[Plan]:
     if not any(p.fits for p in plans):
         raise ConfigError(_nothing_fits(job, plans))
     best: dict[tuple[int, int, int], Plan] = {}
-    for p in sorted((p for p in plans if p.fits), key=lambda p: (float(f"{p.mean_seconds:.3g}"), p.memory.total)):
+    for p in sorted((p for p in plans if p.fits), key=_order):
         best.setdefault((p.layout.tensor, p.layout.pipeline, p.layout.expert), p)
     return list(best.values())
+
+
+def _order(p: Plan) -> tuple[float, int, int]:
+    return float(f"{p.mean_seconds:.3g}"), -p.layout.micro_batch_size, p.memory.total
 
 
 def _nothing_fits(job: Job, plans: list[Plan]) -> str:
