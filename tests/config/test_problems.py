@@ -7,7 +7,7 @@ import pytest
 from ssd_megatron.config.checks import run_checks
 from ssd_megatron.config.report import known_fields, validate
 from ssd_megatron.errors import ConfigError
-from tests.config.conftest import DROP, Load, changed
+from tests.config.conftest import DROP, GPU, Load, changed
 
 MODEL, DATA, SSD, TRAINING = (f"ssd_megatron.{name}" for name in ("model", "data", "ssd", "training"))
 WSD = {"type": "WSD", "params": {"warmup_num_steps": 100, "decay_num_steps": 200}}
