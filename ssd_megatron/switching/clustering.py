@@ -5,7 +5,7 @@ Neurons are clustered in the order of their identities, and experts counted in t
 a placement has put them has no influence, so that all layouts form the same experts at every switch.
 """
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -14,8 +14,7 @@ from torch import Tensor
 from ssd_megatron.config.schema import SSDConfig
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.routers import router_weights_from_bank
-from ssd_megatron.ffn.switchable import SwitchableFFN
-from ssd_megatron.parallel.topology import Topology
+from ssd_megatron.switching.networks import Networks
 from ssd_megatron.switching.partition import (
     coactivation_partition,
     kmeans_partition,
@@ -43,9 +42,6 @@ class Grouping(NamedTuple):
 class Clustering:
     """Groupings of this stage's layers by the name of their network (every method is collective over the stage).
 
-    Args:
-        ffns: this stage's networks.
-        names: the networks of all stages in order.
     Raises:
         ConfigError: `ssd.partition` names a recorded partition that does not fit the model.
     """
@@ -53,15 +49,11 @@ class Clustering:
     def __init__(
         self,
         ssd: SSDConfig,
-        ffns: Mapping[str, SwitchableFFN],
-        names: Sequence[str],
-        topology: Topology,
+        networks: Networks,
         seed: int,
     ) -> None:
         self._ssd = ssd
-        self._ffns = dict(ffns)
-        self._names = list(names)
-        self._topology = topology
+        self._networks = networks
         self._seed = seed
         self._recorded = self._load_recorded()
 
@@ -78,7 +70,7 @@ class Clustering:
         def form(name: str, rows: Tensor) -> Tensor:
             return self._form(name, rows, self._by_identity(name, previous), self._by_identity(name, signatures), step)
 
-        return self._spread(self._ffns, form)
+        return self._spread(self._networks.local, form)
 
     def follow(self, names: Iterable[str], previous: Mapping[str, Tensor], step: int) -> dict[str, Grouping]:
         """The cheap look between switches: where the current weights take the previous labels in one pass."""
@@ -108,38 +100,38 @@ class Clustering:
         """Each layer labelled on one rank of the stage, known to all of them."""
         names = list(names)
         mine = {name: self._group(name, rows, label(name, rows)) for name, rows in self._rows_by_turns(names)}
-        parts = self._topology.stage.gather_objects("labels of the neurons", mine)
+        parts = self._networks.topology.stage.gather_objects("labels of the neurons", mine)
         groupings = {name: grouping for part in parts for name, grouping in part.items()}
         return {name: groupings[name] for name in names}
 
     def _group(self, name: str, rows: Tensor, labels: Tensor) -> Grouping:
         order = partition_order(labels.cpu(), self._ssd.num_experts)
         centroids = router_weights_from_bank(rows[order.to(rows.device)], self._ssd.num_experts)
-        return Grouping(labels.cpu()[self._ffns[name].bank.neuron_ids.cpu()], centroids.cpu())
+        return Grouping(labels.cpu()[self._networks.local[name].bank.neuron_ids.cpu()], centroids.cpu())
 
     def _by_identity(self, name: str, by_position: Mapping[str, Tensor]) -> Tensor | None:
         """What is known of a network's neurons, reordered from position to identity; None if nothing is."""
         if name not in by_position:
             return None
-        return by_position[name][self._ffns[name].bank.neuron_ids.cpu().argsort()]
+        return by_position[name][self._networks.local[name].bank.neuron_ids.cpu().argsort()]
 
     def _rows_by_turns(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """The layers that this rank labels, with all rows [F, H] by identity, fp32; at most one such matrix at a time.
 
         Layers go round the copies of the banks, and in each of them round its homes.
         """
-        topology, homes = self._topology, self._topology.homes
+        topology, homes = self._networks.topology, self._networks.topology.homes
         copies = topology.expert_data.size
         for first in range(0, len(names), copies * homes):
             mine: tuple[str, Tensor] | None = None
             for turn, name in enumerate(names[first : first + copies * homes]):
                 if turn % copies != topology.expert_data.rank:
                     continue
-                rows = self._ffns[name].bank.rows().detach().float()
+                rows = self._networks.local[name].bank.rows().detach().float()
                 parts = topology.bank.gather_to(f"rows of {name}", rows, turn // copies)
                 if parts:
                     whole = rows.new_empty(homes * rows.shape[0], rows.shape[1])
-                    ids_by_home = self._ffns[name].bank.neuron_ids.view(homes, -1)
+                    ids_by_home = self._networks.local[name].bank.neuron_ids.view(homes, -1)
                     for rank, part in enumerate(parts):
                         whole[ids_by_home[topology.bank_home(rank)]] = part
                     mine = name, whole
@@ -147,20 +139,20 @@ class Clustering:
                 yield mine
 
     def _clustering_seed(self, name: str, step: int) -> int:
-        return self._seed + 1_000_003 * step + self._names.index(name)
+        return self._seed + 1_000_003 * step + self._networks.names.index(name)
 
     def _load_recorded(self) -> Labels | None:
         if isinstance(self._ssd.partition, str):
             return None
         layers = load_partition(self._ssd.partition, self._ssd.num_experts)
-        neurons = next(iter(self._ffns.values())).bank.neuron_ids.numel()
+        neurons = next(iter(self._networks.local.values())).bank.neuron_ids.numel()
         sizes = sorted({labels.numel() for labels in layers})
-        if len(layers) != len(self._names) or sizes != [neurons]:
+        if len(layers) != len(self._networks.names) or sizes != [neurons]:
             raise ConfigError(
                 f"ssd.partition ({self._ssd.partition}) has {len(layers)} layers of {sizes} neurons; "
-                f"the model has {len(self._names)} of {neurons}"
+                f"the model has {len(self._networks.names)} of {neurons}"
             )
-        return dict(zip(self._names, layers, strict=True))
+        return dict(zip(self._networks.names, layers, strict=True))
 
 
 def _numbers(labels: Tensor) -> Tensor:

@@ -18,6 +18,7 @@ from ssd_megatron.model.gpt import GPT, ffn_names
 from ssd_megatron.parallel.device import detect_hardware, keep_freed_memory, missing_packages, peak_tflops, share_cores
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.switching.coordinator import Coordinator
+from ssd_megatron.switching.networks import Networks
 from ssd_megatron.switching.schedule import Schedule
 from ssd_megatron.switching.statistics import ProbeBatch
 from ssd_megatron.training.checkpoint import Checkpointer, Trained
@@ -100,8 +101,8 @@ def _train(
     silence_engine_events(engine.deepspeed.monitor)
     probe = ProbeBatch(_probe_batches(config, datasets, topology), engine.mean_loss, topology)
     schedule = Schedule(section.ssd, section.training.train_steps)
-    names = ffn_names(section.model.num_layers)
-    coordinator = Coordinator(section.ssd, model.ffns, names, engine.state, probe, schedule, topology, section.seed)
+    networks = Networks(ffn_names(section.model.num_layers), model.ffns, topology)
+    coordinator = Coordinator(section.ssd, networks, engine.state, probe, schedule, section.seed)
     checkpointer = Checkpointer(
         folder.checkpoints,
         Trained(engine, model, coordinator, _identity(config)),
