@@ -70,6 +70,11 @@ def key_of(name: str, kind: str) -> str:
     return f"{name}|{kind}"
 
 
+def is_key(key: str) -> bool:
+    """Whether a tensor of a file is a piece of a logical tensor."""
+    return "|" in key
+
+
 def rank_file(rank: int) -> str:
     return f"rank_{rank:05d}.safetensors"
 
