@@ -160,7 +160,8 @@ class Checkpointer:
             state.set_adam_step(group, step)
         for group, rate in values["learning_rates"].items():
             state.set_learning_rate(group, rate)
-        self._trained.engine.lr_scheduler.load_state_dict(values["lr_scheduler"])
+        scheduler = self._trained.engine.lr_scheduler
+        scheduler.load_state_dict(scheduler.state_dict() | values["lr_scheduler"])
         self._trained.engine.deepspeed.global_steps = index.step
         for name, ffn in self._trained.model.ffns.items():
             ffn.bank.neuron_ids.copy_(shared[f"{name}.bank.neuron_ids"])
@@ -180,12 +181,14 @@ class Checkpointer:
 
     def _values(self, counters: Mapping[str, float], remembered: Mapping[str, object]) -> dict[str, Any]:
         engine = self._trained.engine
+        # A scheduler's lists are by parameter group, of which there are more with expert parallelism; rates are below.
+        scheduler = {k: v for k, v in engine.lr_scheduler.state_dict().items() if not isinstance(v, list)}
         return {
             "layout": self._layout(),
             "identity": self._trained.identity,
             "adam_steps": engine.state.adam_steps(),
             "learning_rates": engine.state.learning_rates(),
-            "lr_scheduler": engine.lr_scheduler.state_dict(),
+            "lr_scheduler": scheduler,
             "coordinator": dict(remembered),
             "counters": dict(counters),
         }
