@@ -129,14 +129,22 @@ class Checkpointer:
                 files.set_aside(folder)
 
     def _damages(self, folder: Path) -> list[str]:
+        unreadable = None
+        found: list[str] = []
         try:
             index = files.read_index(folder)
             found = files.index_damages(index)
             found += files.damages(folder, index, self._topology.rank, self._topology.world.size)
         except CheckpointError as error:
-            found = [str(error)]
-        parts = self._topology.world.gather_objects("damages of a checkpoint", found)
-        return sorted({line for part in parts for line in part})
+            unreadable = str(error)
+        parts = self._topology.world.gather_objects("damages of a checkpoint", (unreadable, found))
+        first, blind = parts[0][0], [f"rank {rank}: {error}" for rank, (error, _) in enumerate(parts) if error]
+        if first is None and blind:
+            raise CheckpointError(
+                f"rank 0 can read {folder}, but {blind[0]}. All ranks need the same run_dir, on a file system that "
+                "their nodes share"
+            )
+        return [first] if first else sorted({line for _, part in parts for line in part})
 
     def _restore(self, folder: Path) -> tuple[int, dict[str, float]]:
         index = files.read_index(folder)
