@@ -4,7 +4,7 @@ import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import torch
 from rich.table import Table
@@ -55,7 +55,7 @@ def consolidate(folder: Path, out: Path, kind: str = MASTER, dtype: torch.dtype 
 
     Neurons lie as in the checkpoint: position i of a bank is neuron neuron_ids[i]. Metadata: step, kind, and the run's
     settings as JSON. `out` appears once it is complete. Tensors are read and written one after the other, small ones
-    together, so that memory is that of the largest.
+    together, so that memory is a few times that of the largest.
 
     Args:
         kind: one of KINDS.
@@ -82,8 +82,7 @@ def consolidate(folder: Path, out: Path, kind: str = MASTER, dtype: torch.dtype 
         for ids in identities.values():
             file.write(_bytes(ids))
         for names in _turns(index):
-            for values in _read(folder, index, names, kind):
-                file.write(_bytes(values.to(dtype)))
+            _copy(folder, index, [key_of(name, kind) for name in names], file, dtype)
         return file.tell()
 
 
@@ -145,11 +144,13 @@ def _turns(index: Index) -> Iterator[list[str]]:
     yield turn
 
 
-def _read(folder: Path, index: Index, names: list[str], kind: str) -> Iterator[Tensor]:
-    """Whole tensors, flat, fp32."""
-    targets = {key_of(name, kind): (0, torch.empty(math.prod(index.shapes[name]))) for name in names}
+def _copy(folder: Path, index: Index, keys: list[str], file: IO[bytes], dtype: torch.dtype) -> None:
+    """Append whole tensors to a file."""
+    numels = [sum(piece.numel for piece in index.pieces[key]) for key in keys]
+    targets = {key: (0, torch.empty(numel)) for key, numel in zip(keys, numels, strict=True)}
     files.read_intervals(folder, index, targets)
-    return (values for _, values in targets.values())
+    for _, values in targets.values():
+        file.write(_bytes(values.to(dtype)))
 
 
 def _header(entries: dict[str, tuple[torch.dtype, tuple[int, ...]]], metadata: dict[str, str]) -> bytes:
