@@ -182,16 +182,20 @@ def _uncovered(pieces: list[Piece], numel: int) -> list[str]:
 
 def damages(folder: Path, index: Index, rank: int, ranks: int) -> list[str]:
     """What is wrong with the files that `rank` checks (every `ranks`-th), one line each."""
-    found = []
-    for record in index.files[rank::ranks]:
-        path = folder / record.name
-        if not path.exists():
-            found.append(f"{record.name} is missing")
-        elif path.stat().st_size != record.size:
-            found.append(f"{record.name} has {path.stat().st_size} bytes instead of {record.size}")
-        elif sha256_of(path) != record.sha256:
-            found.append(f"{record.name} does not have its checksum")
-    return found
+    lines = (_damage(folder / record.name, record) for record in index.files[rank::ranks])
+    return [line for line in lines if line is not None]
+
+
+def _damage(path: Path, record: FileRecord) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != record.size:
+            return f"{record.name} has {size} bytes instead of {record.size}"
+        return None if sha256_of(path) == record.sha256 else f"{record.name} does not have its checksum"
+    except FileNotFoundError:
+        return f"{record.name} is missing"
+    except OSError as error:
+        return f"{record.name} cannot be read: {error}"
 
 
 def read_tensors(folder: Path, name: str, prefix: str = "") -> dict[str, Tensor]:
