@@ -20,9 +20,10 @@ NOWHERE = Corpus(Path("corpus"), Path("tokenizer.model"))
 
 def run_config(world_size: int = 1, **model: Any) -> RunConfig:
     """The configuration of small_run with other model settings, without dropout; data is never opened."""
-    settings = {key: model.pop(key) for key in ("bf16", "stage") if key in model}
+    settings = {key: model.pop(key) for key in ("bf16", "stage", "parallel") if key in model}
     raw = small_config(NOWHERE, Path("run"))
     raw["ssd_megatron"]["model"] |= {"dropout": 0.0} | model
+    raw["ssd_megatron"]["parallel"] = settings.get("parallel", {})
     raw["bf16"] = {"enabled": settings.get("bf16", False)}
     raw["zero_optimization"] = {"stage": settings.get("stage", 1)}
     raw["train_batch_size"] = 12  # for 1, 2 and 3 ranks

@@ -280,6 +280,12 @@ def _peak_rate(scheduler: Any, lr: float) -> Iterator[str]:
             yield problem("scheduler.params.warmup_min_lr", start, f"must be at most optimizer.params.lr ({lr})")
 
 
+@checks("fp16.enabled", "bf16.enabled")
+def _one_precision(fp16: bool, bf16: bool | str) -> Iterator[str]:
+    if fp16 and bf16 is True:
+        yield problem("fp16.enabled", fp16, "cannot go with bf16.enabled: keep one of them")
+
+
 @checks("optimizer.params.torch_adam")
 def _torch_adam(torch_adam: bool | str) -> Iterator[str]:
     if torch_adam is False:

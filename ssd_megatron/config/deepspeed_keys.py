@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from pydantic import Field
 
-from ssd_megatron.config.fields import Positive, PositiveFloat, Section, optional, refuse, required
+from ssd_megatron.config.fields import NonNegative, Positive, PositiveFloat, Section, optional, refuse, required
 from ssd_megatron.config.schema import SsdMegatronConfig
 
 Auto = Literal["auto"]
@@ -109,6 +109,18 @@ class Bf16Keys(Section):
     enabled: bool | Auto = optional("auto", "bf16 with fp32 masters; `auto`: on CUDA, and on CPUs with fast bf16.")
 
 
+class Fp16Keys(Section):
+    """`fp16`; loss scaling is DeepSpeed's."""
+
+    enabled: bool = optional(False, "fp16 with fp32 masters and loss scaling; bf16 needs no scaling.")
+    loss_scale: NonNegativeFloat = optional(0.0, "Fixed loss scale; 0: dynamic.")
+    initial_scale_power: NonNegative = optional(16, "Dynamic: it starts at 2 to this power.")
+    loss_scale_window: Positive = optional(1000, "Dynamic: steps without overflow after which it doubles.")
+    hysteresis: Positive = optional(2, "Dynamic: overflows after which it halves.")
+    consecutive_hysteresis: bool = optional(False, "Dynamic: overflows count only in a row.")
+    min_loss_scale: Positive = optional(1, "Dynamic: smallest; an overflow there is a bad step.")
+
+
 _NO_ZERO = {0: "is not supported: use 1, which costs the same on one process", 3: "is not supported yet: use 1 or 2"}
 
 
@@ -200,6 +212,7 @@ class DsJson(Section):
         None, "Learning rate over the steps; without it the rate is constant."
     )
     bf16: Bf16Keys = optional(Bf16Keys(), "Precision.")
+    fp16: Fp16Keys = optional(Fp16Keys(), "Another precision.")
     zero_optimization: ZeroKeys = optional(ZeroKeys(), "ZeRO.")
     gradient_clipping: NonNegativeFloat = optional(1.0, "Largest global gradient norm; 0: no clipping.")
     communication_data_type: Annotated[

@@ -28,6 +28,7 @@ class Hardware:
     device: Literal["cpu", "cuda"]
     bf16: bool  # computes in bf16 at least as fast as in fp32
     name: str
+    fp16: bool = False  # computes in fp16 at all
 
 
 @dataclass(frozen=True)
@@ -41,7 +42,7 @@ class RunConfig:
     micro_batch_size: int
     gradient_accumulation_steps: int
     data_parallel_size: int
-    dtype: Literal["float32", "bfloat16"]
+    dtype: Literal["float32", "bfloat16", "float16"]
     zero_stage: Literal[1, 2]
     notes: tuple[str, ...]  # to be said once, at the start
 
@@ -120,6 +121,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, world_size: int, h
     values, found = validate(raw)
     problems += found
     problems += run_checks(values, {shown(field) for field in _flat(raw)})
+    problems += _fp16(values, hardware)
     batch, batch_problems = _batch(values, world_size, hardware)
     problems += batch_problems
     if problems or batch is None:
@@ -141,6 +143,12 @@ def _override(raw: dict[str, Any], assignments: Sequence[str]) -> list[str]:
         except ConfigError as error:
             problems.append(str(error))
     return problems
+
+
+def _fp16(values: dict[str, Any], hardware: Hardware) -> list[str]:
+    if values.get("fp16.enabled") and not hardware.fp16:
+        return [f"fp16.enabled (true) needs a device that computes in fp16; {hardware.name} does not: use bf16"]
+    return []
 
 
 def _batch(values: dict[str, Any], world_size: int, hardware: Hardware) -> tuple[Batch | None, list[str]]:
@@ -179,13 +187,16 @@ def data_parallel_size(world_size: int, tensor: int, pipeline: int, expert: int)
 
 def _resolve(keys: DsJson, batch: Batch, hardware: Hardware) -> RunConfig:
     section = keys.ssd_megatron
-    bf16 = hardware.bf16 if keys.bf16.enabled == "auto" else keys.bf16.enabled
+    bf16 = keys.bf16.enabled
+    if bf16 == "auto":
+        bf16 = hardware.bf16 and not keys.fp16.enabled
     deepspeed = keys.model_dump(mode="json", exclude_unset=True, exclude={SECTION, "scheduler"})
     deepspeed |= {
         "train_batch_size": batch.train,
         MICRO: batch.micro,
         ACCUMULATION: batch.accumulation,
         "bf16": {"enabled": bf16},
+        "fp16": keys.fp16.model_dump(mode="json"),
         "optimizer": _optimizer(keys, hardware),
         "zero_optimization": keys.zero_optimization.model_dump(mode="json"),
         "gradient_clipping": keys.gradient_clipping,
@@ -204,7 +215,7 @@ def _resolve(keys: DsJson, batch: Batch, hardware: Hardware) -> RunConfig:
         micro_batch_size=batch.micro,
         gradient_accumulation_steps=batch.accumulation,
         data_parallel_size=batch.train // (batch.micro * batch.accumulation),
-        dtype="bfloat16" if bf16 else "float32",
+        dtype="bfloat16" if bf16 else "float16" if keys.fp16.enabled else "float32",
         zero_stage=keys.zero_optimization.stage,
         notes=tuple(_notes(keys, batch, bf16, hardware)),
     )
@@ -247,7 +258,9 @@ def _notes(keys: DsJson, batch: Batch, bf16: bool, hardware: Hardware) -> list[s
             f"micro batch {batch.micro}, accumulation {batch.accumulation} (auto: at most {limit} tokens per micro "
             f"batch on {hardware.device})"
         )
-    if keys.bf16.enabled == "auto":
+    if keys.fp16.enabled:
+        notes.append("precision fp16 with fp32 masters and loss scaling")
+    elif keys.bf16.enabled == "auto":
         reason = "computes bf16 fast" if bf16 else "has no fast bf16"
         notes.append(f"precision {'bf16 with fp32 masters' if bf16 else 'fp32'} (auto: {hardware.name} {reason})")
     elif bf16 and not hardware.bf16:

@@ -1,5 +1,5 @@
 """Keys that are known and refused by name, each with what to use instead. A block that is switched off asks for nothing
-and is left out: `"fp16": {"enabled": false}`.
+and is left out: `"fp8": {"enabled": false}`.
 """
 
 from typing import Any
@@ -14,7 +14,8 @@ _SEQUENCE = "sequence and context parallelism are not supported yet: leave it ou
 _GRADIENTS = "gradients are summed and divided by the global number of tokens: leave it out"
 
 REFUSED: dict[str, str] = {
-    "fp16": f"not supported yet: {_PRECISION}",
+    "fp16.auto_cast": "inputs are token ids: leave it out",
+    "fp16.fp16_master_weights_and_grads": "masters are fp32: leave it out",
     "fp8": f"not supported yet: {_PRECISION}",
     "amp": f"removed from DeepSpeed: {_PRECISION}",
     "bfloat16": f"an old name: {_PRECISION}",

@@ -35,8 +35,10 @@ def detect_hardware() -> Hardware:
             device="cuda",
             bf16=torch.cuda.is_bf16_supported(including_emulation=False),
             name=torch.cuda.get_device_name(),
+            fp16=True,
         )
-    return Hardware(device="cpu", bf16=torch.cpu._is_amx_tile_supported(), name=_cpu_name())
+    fp16 = bool(torch.ops.mkldnn._is_mkldnn_fp16_supported())
+    return Hardware(device="cpu", bf16=torch.cpu._is_amx_tile_supported(), name=_cpu_name(), fp16=fp16)
 
 
 def peak_tflops(hardware: Hardware) -> float | None:

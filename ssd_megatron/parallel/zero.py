@@ -7,11 +7,14 @@ and keeps masters and moments of its part only. `fragment` returns what this ran
 from dataclasses import dataclass
 
 import torch
+from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
 
 MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
 KINDS = (MASTER, EXP_AVG, EXP_AVG_SQ)
+# What a dynamic loss scale is, beside its settings.
+LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
 
 @dataclass(frozen=True)
@@ -38,6 +41,8 @@ class ZeroAdapter:
         self._flat: list[Tensor] = optimizer.single_partition_of_fp32_groups
         self._create_adam_state()
         self._check_layout()
+        if self._dynamic_scaler is not None:
+            self._dynamic_scaler.raise_error_at_min_scale = False  # the trainer counts such steps
 
     @property
     def groups(self) -> list[dict[str, object]]:
@@ -61,6 +66,32 @@ class ZeroAdapter:
 
     def set_step(self, group: int, step: int) -> None:
         self._optimizer.optimizer.state[self._flat[group]]["step"].fill_(float(step))
+
+    @property
+    def loss_scale(self) -> float:
+        """What the loss is multiplied with before backward; 1 without fp16."""
+        return float(self._optimizer.loss_scaler.cur_scale)
+
+    @property
+    def can_lower_loss_scale(self) -> bool:
+        """Whether an overflow may be cured by a smaller loss scale."""
+        scaler = self._dynamic_scaler
+        return scaler is not None and scaler.cur_scale > scaler.min_scale
+
+    def loss_scaler_state(self) -> dict[str, float]:
+        """Empty without dynamic loss scaling."""
+        scaler = self._dynamic_scaler
+        return {} if scaler is None else {name: vars(scaler)[name] for name in LOSS_SCALER_STATE}
+
+    def load_loss_scaler_state(self, state: dict[str, float]) -> None:
+        """A run that has changed its precision keeps the scale that it starts with."""
+        if self._dynamic_scaler is not None:
+            vars(self._dynamic_scaler).update(state)
+
+    @property
+    def _dynamic_scaler(self) -> DynamicLossScaler | None:
+        scaler = self._optimizer.loss_scaler
+        return scaler if isinstance(scaler, DynamicLossScaler) else None
 
     def publish(self) -> None:
         """Copy every master into the parameters that the model computes with, on all ranks (collective)."""

@@ -5,33 +5,30 @@ every layer the first one alone causes most of what sparsity costs. So the exper
 dealt out by what they save of the probe loss, at the same cost. Not in the SSD paper; docs/log.md has what it gives.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import pairwise
 
 import torch
 
 from ssd_megatron.ffn.switchable import SwitchableFFN
+from ssd_megatron.switching.networks import Networks
 from ssd_megatron.switching.statistics import ProbeBatch
 
 Curve = list[tuple[int, float]]
 
 
 @torch.no_grad()
-def sparsity_costs(
-    names: Sequence[str], ffns: Mapping[str, SwitchableFFN], probe: ProbeBatch, num_experts: int, least: int
-) -> list[Curve]:
+def sparsity_costs(networks: Networks, probe: ProbeBatch, num_experts: int, least: int) -> list[Curve]:
     """What the probe loss rises by when one network alone is sparse (collective over the job).
 
     To be called in dense mode, when neurons are grouped and routers are set.
 
-    Args:
-        names: the networks of all stages; `ffns` are those of this stage.
     Returns:
-        by network: (experts, rise of the loss) for experts = least, 2 least, 4 least ... and all of them (0).
+        by network of all stages: (experts, rise of the loss) for experts = least, 2 least, 4 least ... and all (0).
     """
     dense = probe.loss()
-    return [_cost_curve(ffns.get(name), probe, dense, num_experts, least) for name in names]
+    return [_cost_curve(networks.local.get(name), probe, dense, num_experts, least) for name in networks.names]
 
 
 def allocate_experts(costs: Sequence[Curve], top_k: int, least: int) -> list[int]:

@@ -1,7 +1,11 @@
 """Forms experts: each layer's rows are gathered from their homes to one rank of the stage (layers go round its ranks)
-and clustered there, and every rank gets every layer's labels."""
+and clustered there, and every rank gets every layer's labels.
 
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+Neurons are clustered in the order of their identities, and experts counted in the order of their first neurons: where
+a placement has put them has no influence, so that all layouts form the same experts at every switch.
+"""
+
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import NamedTuple
 
 import torch
@@ -10,8 +14,7 @@ from torch import Tensor
 from ssd_megatron.config.schema import SSDConfig
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.routers import router_weights_from_bank
-from ssd_megatron.ffn.switchable import SwitchableFFN
-from ssd_megatron.parallel.topology import Topology
+from ssd_megatron.switching.networks import Networks
 from ssd_megatron.switching.partition import (
     coactivation_partition,
     kmeans_partition,
@@ -39,9 +42,6 @@ class Grouping(NamedTuple):
 class Clustering:
     """Groupings of this stage's layers by the name of their network (every method is collective over the stage).
 
-    Args:
-        ffns: this stage's networks.
-        names: the networks of all stages in order.
     Raises:
         ConfigError: `ssd.partition` names a recorded partition that does not fit the model.
     """
@@ -49,15 +49,11 @@ class Clustering:
     def __init__(
         self,
         ssd: SSDConfig,
-        ffns: Mapping[str, SwitchableFFN],
-        names: Sequence[str],
-        topology: Topology,
+        networks: Networks,
         seed: int,
     ) -> None:
         self._ssd = ssd
-        self._ffns = dict(ffns)
-        self._names = list(names)
-        self._topology = topology
+        self._networks = networks
         self._seed = seed
         self._recorded = self._load_recorded()
 
@@ -72,19 +68,19 @@ class Clustering:
         """
 
         def form(name: str, rows: Tensor) -> Tensor:
-            return self._form(name, rows, previous.get(name), signatures.get(name), step)
+            return self._form(name, rows, self._by_identity(name, previous), self._by_identity(name, signatures), step)
 
-        return self._spread(self._ffns, form)
+        return self._spread(self._networks.local, form)
 
     def follow(self, names: Iterable[str], previous: Mapping[str, Tensor], step: int) -> dict[str, Grouping]:
         """The cheap look between switches: where the current weights take the previous labels in one pass."""
-        return self._spread(names, lambda name, rows: self._follow(name, rows, previous.get(name), step))
+        return self._spread(names, lambda name, rows: self._follow(name, rows, self._by_identity(name, previous), step))
 
     def _form(self, name: str, rows: Tensor, previous: Tensor | None, signatures: Tensor | None, step: int) -> Tensor:
         experts, seed = self._ssd.num_experts, self._clustering_seed(name, step)
+        previous = None if previous is None else _numbers(previous)[previous]
         if self._recorded is not None:
-            # A recorded partition labels neurons by identity; a bank may have been reordered before.
-            return self._recorded[name][self._ffns[name].bank.neuron_ids.cpu()]
+            return self._recorded[name]
         if self._ssd.partition == "random":
             return random_partition(rows.shape[0], experts, seed).labels
         if self._ssd.partition == "coactivation":
@@ -95,55 +91,72 @@ class Clustering:
     def _follow(self, name: str, rows: Tensor, previous: Tensor | None, step: int) -> Tensor:
         experts = self._ssd.num_experts
         if previous is not None:
-            return warm_assignment_pass(rows, previous.to(rows.device), experts)
+            numbers = _numbers(previous)
+            return numbers.argsort()[warm_assignment_pass(rows, numbers[previous], experts).cpu()]
         seed = self._clustering_seed(name, step)
         return kmeans_partition(rows, experts, None, seed, max_rounds=self._ssd.kmeans_rounds).labels
 
     def _spread(self, names: Iterable[str], label: Callable[[str, Tensor], Tensor]) -> dict[str, Grouping]:
         """Each layer labelled on one rank of the stage, known to all of them."""
         names = list(names)
-        mine = {name: self._group(rows, label(name, rows)) for name, rows in self._rows_by_turns(names)}
-        parts = self._topology.stage.gather_objects("labels of the neurons", mine)
+        mine = {name: self._group(name, rows, label(name, rows)) for name, rows in self._rows_by_turns(names)}
+        parts = self._networks.topology.stage.gather_objects("labels of the neurons", mine)
         groupings = {name: grouping for part in parts for name, grouping in part.items()}
         return {name: groupings[name] for name in names}
 
-    def _group(self, rows: Tensor, labels: Tensor) -> Grouping:
+    def _group(self, name: str, rows: Tensor, labels: Tensor) -> Grouping:
         order = partition_order(labels.cpu(), self._ssd.num_experts)
         centroids = router_weights_from_bank(rows[order.to(rows.device)], self._ssd.num_experts)
-        return Grouping(labels.cpu(), centroids.cpu())
+        return Grouping(labels.cpu()[self._networks.local[name].bank.neuron_ids.cpu()], centroids.cpu())
+
+    def _by_identity(self, name: str, by_position: Mapping[str, Tensor]) -> Tensor | None:
+        """What is known of a network's neurons, reordered from position to identity; None if nothing is."""
+        if name not in by_position:
+            return None
+        return by_position[name][self._networks.local[name].bank.neuron_ids.cpu().argsort()]
 
     def _rows_by_turns(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
-        """The layers that this rank labels, with all their rows [F, H] in fp32; at most one such matrix at a time.
+        """The layers that this rank labels, with all rows [F, H] by identity, fp32; at most one such matrix at a time.
 
         Layers go round the copies of the banks, and in each of them round its homes.
         """
-        topology, homes = self._topology, self._topology.homes
+        topology, homes = self._networks.topology, self._networks.topology.homes
         copies = topology.expert_data.size
         for first in range(0, len(names), copies * homes):
             mine: tuple[str, Tensor] | None = None
             for turn, name in enumerate(names[first : first + copies * homes]):
                 if turn % copies != topology.expert_data.rank:
                     continue
-                rows = self._ffns[name].bank.rows().detach().float()
+                rows = self._networks.local[name].bank.rows().detach().float()
                 parts = topology.bank.gather_to(f"rows of {name}", rows, turn // copies)
                 if parts:
-                    by_home = sorted(range(homes), key=topology.bank_home)
-                    mine = name, torch.cat([parts[rank] for rank in by_home])
+                    whole = rows.new_empty(homes * rows.shape[0], rows.shape[1])
+                    ids_by_home = self._networks.local[name].bank.neuron_ids.view(homes, -1)
+                    for rank, part in enumerate(parts):
+                        whole[ids_by_home[topology.bank_home(rank)]] = part
+                    mine = name, whole
             if mine is not None:
                 yield mine
 
     def _clustering_seed(self, name: str, step: int) -> int:
-        return self._seed + 1_000_003 * step + self._names.index(name)
+        return self._seed + 1_000_003 * step + self._networks.names.index(name)
 
     def _load_recorded(self) -> Labels | None:
         if isinstance(self._ssd.partition, str):
             return None
         layers = load_partition(self._ssd.partition, self._ssd.num_experts)
-        neurons = next(iter(self._ffns.values())).bank.neuron_ids.numel()
+        neurons = next(iter(self._networks.local.values())).bank.neuron_ids.numel()
         sizes = sorted({labels.numel() for labels in layers})
-        if len(layers) != len(self._names) or sizes != [neurons]:
+        if len(layers) != len(self._networks.names) or sizes != [neurons]:
             raise ConfigError(
                 f"ssd.partition ({self._ssd.partition}) has {len(layers)} layers of {sizes} neurons; "
-                f"the model has {len(self._names)} of {neurons}"
+                f"the model has {len(self._networks.names)} of {neurons}"
             )
-        return dict(zip(self._names, layers, strict=True))
+        return dict(zip(self._networks.names, layers, strict=True))
+
+
+def _numbers(labels: Tensor) -> Tensor:
+    """Number of each expert when they are counted in the order of their first neurons, [E] int64."""
+    experts = int(labels.max()) + 1
+    first = torch.full((experts,), labels.numel()).scatter_reduce(0, labels, torch.arange(labels.numel()), "amin")
+    return first.argsort().argsort()

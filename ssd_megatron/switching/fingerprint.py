@@ -49,11 +49,22 @@ def stale_parameters(state: LogicalState, names: Sequence[str]) -> list[str]:
 
 
 def _add_fingerprints(total: Tensor, values: Tensor, start: int, row_size: int, key: str) -> None:
+    """Add the part of each row's fingerprint that elements [start, start + numel) of a flattened tensor give."""
     weights = _column_weights(key, row_size).to(total.device)
-    for offset in range(0, values.numel(), CHUNK_ELEMENTS):
-        bits = values[offset : offset + CHUNK_ELEMENTS].view(INTEGER_OF[values.dtype]).long()
-        elements = torch.arange(start + offset, start + offset + bits.numel(), device=total.device)
-        total.index_add_(0, elements // row_size, bits * weights[elements % row_size])
+    bits = values.view(INTEGER_OF[values.dtype])
+    head = min(-start % row_size, bits.numel())  # a row that began on another rank
+    if head:
+        column = start % row_size
+        total[start // row_size] += (bits[:head].long() * weights[column : column + head]).sum()
+    row, rows = (start + head) // row_size, (bits.numel() - head) // row_size
+    whole = bits[head : head + rows * row_size].view(rows, row_size)
+    chunk = max(1, CHUNK_ELEMENTS // row_size)
+    for first in range(0, rows, chunk):
+        part = whole[first : first + chunk]
+        total[row + first : row + first + len(part)] += (part.long() * weights).sum(1)
+    tail = bits[head + rows * row_size :]
+    if tail.numel():
+        total[row + rows] += (tail.long() * weights[: tail.numel()]).sum()
 
 
 def _column_weights(key: str, columns: int) -> Tensor:

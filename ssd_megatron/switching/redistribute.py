@@ -8,6 +8,7 @@ a segment of a row has one owner, and for each segment the move is a permutation
 import itertools
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -26,6 +27,20 @@ class Segment:
     owners: Tensor
 
 
+class RowMoves(NamedTuple):
+    """What one rank sends and receives of one segment.
+
+    Attributes:
+        sent: old rows, by destination, there in the order of their new positions; `sent_counts` by destination.
+        received: new rows, by source, there in order; `received_counts` by source.
+    """
+
+    sent: Tensor
+    sent_counts: list[int]
+    received: Tensor
+    received_counts: list[int]
+
+
 @dataclass(frozen=True)
 class MovePlan:
     """Who sends which rows of one tensor to whom; made without any process group.
@@ -33,37 +48,62 @@ class MovePlan:
     Attributes:
         order: [rows] int64, old position of the neuron at each new position.
         row_size: elements of one row.
+        ranks: number of ranks that own parts.
     """
 
     order: Tensor
     row_size: int
+    ranks: int
     segments: tuple[Segment, ...]
 
-    def rows_between(self, segment: Segment, source: int, destination: int) -> Tensor:
-        """New positions (ascending) that `destination` owns and whose old row `source` owns."""
-        mine = segment.owners == destination
-        return torch.nonzero(mine & (segment.owners[self.order] == source)).flatten()
+    def moves(self, rank: int) -> list[RowMoves]:
+        """One rank's part, segment by segment."""
+        return [self._row_moves(segment, rank) for segment in self.segments]
 
-    def elements_between(self, source: int, destination: int) -> int:
-        """Elements that `source` sends to `destination`."""
-        return sum(self.rows_between(s, source, destination).numel() * (s.stop - s.start) for s in self.segments)
-
-    def bytes_sent(self, element_size: int) -> int:
-        """Bytes that cross between ranks for one kind of this tensor."""
-        moved = 0
+    def traffic(self) -> Tensor:
+        """Elements that each rank sends to each (rows: source, columns: destination), [ranks, ranks] int64."""
+        total = torch.zeros(self.ranks * self.ranks, dtype=torch.int64)
         for segment in self.segments:
-            crossing = int((segment.owners != segment.owners[self.order]).sum())
-            moved += crossing * (segment.stop - segment.start) * element_size
-        return moved
+            pairs = segment.owners[self.order] * self.ranks + segment.owners
+            total += torch.bincount(pairs, minlength=total.numel()) * (segment.stop - segment.start)
+        return total.view(self.ranks, self.ranks)
+
+    def elements_moved(self) -> int:
+        """Elements that cross between ranks, for one kind (master or a moment) of this tensor."""
+        traffic = self.traffic()
+        return int(traffic.sum() - traffic.diagonal().sum())
+
+    def __str__(self) -> str:
+        lines = [f"{len(self.order)} neurons x {self.row_size} elements on {self.ranks} ranks"]
+        traffic = self.traffic()
+        lines += [
+            f"rank {source} -> rank {destination}: {int(traffic[source, destination])} elements"
+            for source, destination in traffic.nonzero().tolist()
+            if source != destination
+        ]
+        return "\n".join(lines)
+
+    def _row_moves(self, segment: Segment, rank: int) -> RowMoves:
+        source, destination = segment.owners[self.order], segment.owners
+        leaving, arriving = (source == rank).nonzero().flatten(), (destination == rank).nonzero().flatten()
+        leaving = leaving[destination[leaving].argsort(stable=True)]
+        arriving = arriving[source[arriving].argsort(stable=True)]
+        return RowMoves(
+            self.order[leaving],
+            torch.bincount(destination[leaving], minlength=self.ranks).tolist(),
+            arriving,
+            torch.bincount(source[arriving], minlength=self.ranks).tolist(),
+        )
 
 
-def plan_move(order: Tensor, row_size: int, owners: Sequence[Interval]) -> MovePlan:
+def plan_move(order: Tensor, row_size: int, owners: Sequence[Interval], ranks: int) -> MovePlan:
     """Plan the permutation of a tensor's rows.
 
     Args:
         order: [rows] int64, a permutation: old position of the neuron at each new position.
         row_size: elements per row.
         owners: who owns which elements of the flattened tensor, ascending, without gaps.
+        ranks: number of ranks, of which some may own nothing.
     Raises:
         ValueError: `order` is not a permutation, or `owners` do not cover the tensor.
     """
@@ -74,27 +114,45 @@ def plan_move(order: Tensor, row_size: int, owners: Sequence[Interval]) -> MoveP
         raise ValueError(f"the owners cover {owners[-1].stop} elements, the tensor has {rows} x {row_size}")
     cuts = sorted({0, row_size, *(interval.start % row_size for interval in owners)})
     stops = torch.tensor([interval.stop for interval in owners])
-    ranks = torch.tensor([interval.rank for interval in owners])
+    numbers = torch.tensor([interval.rank for interval in owners])
     row_starts = torch.arange(rows) * row_size
     segments = []
     for start, stop in itertools.pairwise(cuts):
-        owner = ranks[torch.searchsorted(stops, row_starts + start, right=True)]
+        owner = numbers[torch.searchsorted(stops, row_starts + start, right=True)]
         segments.append(Segment(start, stop, owner))
-    return MovePlan(order, row_size, tuple(segments))
+    return MovePlan(order, row_size, ranks, tuple(segments))
 
 
-def apply_move(plan: MovePlan, start: int, values: Tensor, group: Group) -> None:
+def apply_move(plan: MovePlan, moves: Sequence[RowMoves], start: int, values: Tensor, group: Group) -> None:
     """Permute the rows of a distributed tensor in place (collective over `group`, one all-to-all).
 
+    Takes memory for what this rank sends and receives: twice its part of the tensor.
+
     Args:
+        moves: this rank's part of the plan.
         start, values: this rank's elements [start, start + numel) of the flattened tensor, written in place.
     """
-    ranks = range(group.size)
-    sent = [_pack(plan, start, values, group.rank, other) for other in ranks]
-    sizes = [plan.elements_between(other, group.rank) for other in ranks]
-    received = group.exchange("moving neurons", torch.cat(sent), [piece.numel() for piece in sent], sizes)
-    for other, pieces in zip(ranks, torch.split(received, sizes), strict=True):
-        _unpack(plan, start, values, group.rank, other, pieces)
+    widths = [segment.stop - segment.start for segment in plan.segments]
+    sent = [
+        _rows(plan, segment, start, values, group.rank, move.sent).split_with_sizes(move.sent_counts)
+        for segment, move in zip(plan.segments, moves, strict=True)
+    ]
+    by_destination = [part[rank].flatten() for rank in range(plan.ranks) for part in sent]
+    sent_sizes, received_sizes = (
+        [sum(width * count[rank] for width, count in zip(widths, counts, strict=True)) for rank in range(plan.ranks)]
+        for counts in ([move.sent_counts for move in moves], [move.received_counts for move in moves])
+    )
+    received = group.exchange("moving neurons", torch.cat(by_destination), sent_sizes, received_sizes)
+    del sent, by_destination
+    sizes = [
+        width * move.received_counts[rank]
+        for rank in range(plan.ranks)
+        for width, move in zip(widths, moves, strict=True)
+    ]
+    pieces = torch.split(received, sizes)
+    for index, (segment, move) in enumerate(zip(plan.segments, moves, strict=True)):
+        rows = torch.cat([piece.view(-1, widths[index]) for piece in pieces[index :: len(widths)]])
+        _set_rows(plan, segment, start, values, group.rank, move.received, rows)
 
 
 def move_neurons(state: LogicalState, names: Sequence[str], order: Tensor, group: Group) -> int:
@@ -107,38 +165,32 @@ def move_neurons(state: LogicalState, names: Sequence[str], order: Tensor, group
     moved = 0
     for name in names:
         spec = state.specs[name]
-        plan = plan_move(order, spec.numel // spec.shape[0], state.owners(name))
+        plan = plan_move(order, spec.numel // spec.shape[0], state.owners(name), group.size)
+        moves = plan.moves(group.rank)
         for kind in KINDS:
             fragment = state.fragment(name, kind)
-            apply_move(plan, fragment.start, fragment.values, group)
-            moved += plan.bytes_sent(fragment.values.element_size())
+            apply_move(plan, moves, fragment.start, fragment.values, group)
+            moved += plan.elements_moved() * fragment.values.element_size()
     return moved
 
 
-def _pack(plan: MovePlan, start: int, values: Tensor, rank: int, destination: int) -> Tensor:
-    """What this rank sends to `destination`, segment by segment, rows in the order of their new positions."""
-    pieces = [values[:0]]
-    for segment in plan.segments:
-        rows = plan.order[plan.rows_between(segment, rank, destination)]
-        if rows.numel():
-            view, first = _rows(plan, segment, start, values, rank)
-            pieces.append(view[(rows - first).to(view.device)].flatten())
-    return torch.cat(pieces)
+def _rows(plan: MovePlan, segment: Segment, start: int, values: Tensor, rank: int, rows: Tensor) -> Tensor:
+    """Some of this rank's rows of a segment, [len(rows), width], copied."""
+    if not rows.numel():
+        return values.new_empty(0, segment.stop - segment.start)
+    view, first = _own_rows(plan, segment, start, values, rank)
+    return view[(rows - first).to(view.device)]
 
 
-def _unpack(plan: MovePlan, start: int, values: Tensor, rank: int, source: int, pieces: Tensor) -> None:
-    """Write what `source` packed for this rank into its new rows."""
-    position = 0
-    for segment in plan.segments:
-        rows = plan.rows_between(segment, source, rank)
-        if rows.numel():
-            view, first = _rows(plan, segment, start, values, rank)
-            piece = pieces.narrow(0, position, rows.numel() * view.shape[1])
-            view[(rows - first).to(view.device)] = piece.view(-1, view.shape[1])
-            position += piece.numel()
+def _set_rows(
+    plan: MovePlan, segment: Segment, start: int, values: Tensor, rank: int, rows: Tensor, new: Tensor
+) -> None:
+    if rows.numel():
+        view, first = _own_rows(plan, segment, start, values, rank)
+        view[(rows - first).to(view.device)] = new
 
 
-def _rows(plan: MovePlan, segment: Segment, start: int, values: Tensor, rank: int) -> tuple[Tensor, int]:
+def _own_rows(plan: MovePlan, segment: Segment, start: int, values: Tensor, rank: int) -> tuple[Tensor, int]:
     """This rank's rows of a segment (they follow each other) as a strided view of its flat elements, and the first."""
     mine = segment.owners == rank
     first = int(mine.to(torch.int8).argmax())

@@ -15,8 +15,9 @@ from ssd_megatron.ffn.routers import expert_directions, router_weights
 from ssd_megatron.ffn.switchable import SwitchableFFN
 from ssd_megatron.parallel.logical_state import LogicalState
 from ssd_megatron.parallel.topology import Topology
-from ssd_megatron.parallel.zero import EXP_AVG, EXP_AVG_SQ, MASTER
+from ssd_megatron.parallel.zero import EXP_AVG, EXP_AVG_SQ, KINDS, MASTER
 from ssd_megatron.switching.fingerprint import bank_fingerprints, stale_parameters
+from ssd_megatron.switching.networks import Networks
 from ssd_megatron.switching.partition import partition_order
 from ssd_megatron.switching.redistribute import move_neurons
 
@@ -37,14 +38,8 @@ class Applied:
 
 
 @torch.no_grad()
-def regroup_neurons(
-    ffns: Mapping[str, SwitchableFFN],
-    labels: Mapping[str, Tensor],
-    num_experts: int,
-    state: LogicalState,
-    topology: Topology,
-) -> Applied:
-    """Reorder every bank of this stage by its labels, set the routers, and verify neuron by neuron (collective).
+def regroup_neurons(networks: Networks, labels: Mapping[str, Tensor], num_experts: int, state: LogicalState) -> Applied:
+    """Reorder every bank of this stage by its labels, and verify neuron by neuron (collective over the stage).
 
     Banks move one after the other, so that what is in flight is a part of one tensor of one bank.
 
@@ -56,6 +51,7 @@ def regroup_neurons(
     transfer = verify = 0.0
     moved = 0
     expected: dict[str, Tensor] = {}
+    ffns, topology = networks.local, networks.topology
     for name, ffn in ffns.items():
         names = neuron_tensor_names(name, ffn)
         started = time.perf_counter()
@@ -73,7 +69,6 @@ def regroup_neurons(
     for name, ffn in ffns.items():
         verify_bank(name, ffn, expected[name], state, topology)
     verify += time.perf_counter() - started
-    set_routers(ffns, num_experts, state)
     return Applied(moved, transfer, verify)
 
 
@@ -97,9 +92,10 @@ def verify_bank(name: str, ffn: SwitchableFFN, expected: Tensor, state: LogicalS
         )
 
 
-def set_routers(ffns: Mapping[str, SwitchableFFN], num_experts: int, state: LogicalState) -> None:
+@torch.no_grad()
+def set_routers(networks: Networks, num_experts: int, state: LogicalState) -> None:
     """Give every router its experts' centroids, without moments, as if its optimizer had just begun (collective)."""
-    for name, ffn in ffns.items():
+    for name, ffn in networks.local.items():
         router = f"{name}.router.weight"
         directions_EH, norms_F = expert_directions(ffn.bank.rows().detach(), num_experts // ffn.homes.count)
         weights = router_weights(ffn.homes.all_rows(directions_EH), ffn.homes.all_rows(norms_F))
@@ -107,6 +103,22 @@ def set_routers(ffns: Mapping[str, SwitchableFFN], num_experts: int, state: Logi
         for kind in (EXP_AVG, EXP_AVG_SQ):
             state.write(router, kind, torch.zeros_like(weights))
     state.set_adam_step(ROUTER_GROUP, 0)
+    state.publish()
+
+
+@torch.no_grad()
+def renumber_routers(networks: Networks, numbers: Mapping[str, Tensor], state: LogicalState) -> None:
+    """Give the experts of every router new numbers, moments included (collective over the stage).
+
+    Args:
+        numbers: by network, new number of each expert, [E] int64.
+    """
+    for name in networks.local:
+        router = f"{name}.router.weight"
+        order = numbers[name].argsort()
+        for kind in KINDS:
+            whole = state.read(router, kind)
+            state.write(router, kind, whole[order.to(whole.device)])
     state.publish()
 
 

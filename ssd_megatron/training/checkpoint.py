@@ -150,6 +150,7 @@ class Checkpointer:
             state.set_adam_step(group, step)
         for group, rate in values["learning_rates"].items():
             state.set_learning_rate(group, rate)
+        self._trained.engine.zero.load_loss_scaler_state(values["loss_scaler"])
         self._trained.engine.lr_scheduler.load_state_dict(values["lr_scheduler"])
         self._trained.engine.deepspeed.global_steps = index.step
         shared = files.read_tensors(folder, files.SHARED)
@@ -176,6 +177,7 @@ class Checkpointer:
             "identity": self._trained.identity,
             "adam_steps": engine.state.adam_steps(),
             "learning_rates": engine.state.learning_rates(),
+            "loss_scaler": engine.zero.loss_scaler_state(),
             "lr_scheduler": engine.lr_scheduler.state_dict(),
             "coordinator": self._trained.coordinator.state_dict()[0],
             "counters": dict(counters),

@@ -6,7 +6,8 @@ import rich.console
 from rich.table import Table
 
 from ssd_megatron.config.load import RunConfig
-from ssd_megatron.model.cost import Memory, flops_per_token, memory_per_rank, parameter_counts
+from ssd_megatron.model.cost import flops_per_token, parameter_counts
+from ssd_megatron.model.memory import Layout, Memory, layout_of, memory_per_rank
 
 GIB = 2**30
 
@@ -19,7 +20,7 @@ def print_dry_run(config: RunConfig) -> None:
     for note in config.notes:
         console.print(f"note: {note}", markup=False)
     console.print(_parameter_table(config))
-    console.print(_memory_table(run_memory(config)))
+    console.print(_memory_table(run_memory(config), layout_of(config)))
     flops = flops_per_token(section.model, section.ssd)
     tokens = config.train_batch_size * section.model.seq_length
     console.print(
@@ -34,17 +35,13 @@ def print_dry_run(config: RunConfig) -> None:
 
 
 def run_memory(config: RunConfig) -> Memory:
-    """Estimated memory of one rank of a run."""
-    section = config.ssd_megatron
+    """Estimated memory of the rank of a run that needs most."""
     return memory_per_rank(
-        section.model,
-        section.ssd,
+        config.ssd_megatron.model,
+        config.ssd_megatron.ssd,
+        layout_of(config),
         dtype=config.dtype,
-        micro_batch_size=config.micro_batch_size,
-        data_parallel_size=config.data_parallel_size,
-        zero_stage=config.zero_stage,
         reduce_bucket_size=config.deepspeed["zero_optimization"]["reduce_bucket_size"],
-        recompute=section.training.recompute == "full",
     )
 
 
@@ -57,9 +54,10 @@ def _parameter_table(config: RunConfig) -> Table:
     return table
 
 
-def _memory_table(memory: Memory) -> Table:
-    table = Table("memory per rank", "GiB", title="Memory (estimate)", title_justify="left")
+def _memory_table(memory: Memory, layout: Layout) -> Table:
+    sizes = f"TP {layout.tensor} x PP {layout.pipeline} x DP {layout.data}, EP {layout.expert}"
+    table = Table("memory per rank", "GiB", title=f"Memory (estimate), {sizes}", title_justify="left")
     for part, size in vars(memory).items():
         table.add_row(part, f"{size / GIB:.2f}")
-    table.add_row("all", f"{memory.total / GIB:.2f}")
+    table.add_row("peak", f"{memory.total / GIB:.2f}")
     return table

@@ -4,6 +4,7 @@
 DeepSpeedEngine (ZeRO 1, 2), with one it is PipelineEngine (ZeRO 1, pipeline_engine.py).
 """
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -32,24 +33,28 @@ Batch = Mapping[str, Tensor]
 class StepResult:
     """One optimizer step: mean loss over the global batch's valid tokens, gradient norm before clipping, learning rate.
 
-    `skipped`: loss or gradients were not finite and nothing was updated.
+    `skipped`: loss or gradients were not finite and nothing was updated; `rescaled`: and a smaller loss scale may help.
     """
 
     loss: float
     grad_norm: float
     lr: float
     skipped: bool
+    rescaled: bool = False
+    loss_scale: float = 1.0
 
 
 class Engine(ABC):
     """A model under a DeepSpeed engine.
 
     Attributes:
-        deepspeed: the engine; None until a subclass has made it.
+        deepspeed: the engine.
+        zero: its optimizer.
         state: masters and moments by logical name.
     """
 
     deepspeed: DeepSpeedEngine
+    zero: ZeroAdapter
     state: LogicalState
 
     def __init__(self, model: GPT, config: RunConfig, topology: Topology) -> None:
@@ -106,7 +111,8 @@ class Engine(ABC):
         )
         tied = self._model.tied_weight
         copies = frozenset({WORD_EMBEDDING} if tied is not None and topology.is_last_stage else ())
-        self.state = LogicalState(parameters, ZeroAdapter(self._optimizer), topology, kept_elsewhere=copies)
+        self.zero = ZeroAdapter(self._optimizer)
+        self.state = LogicalState(parameters, self.zero, topology, kept_elsewhere=copies)
 
     def _valid_tokens(self, microbatches: Sequence[Batch]) -> float:
         mine = float(sum(batch["loss_mask"].sum(dtype=torch.float64) for batch in microbatches))
@@ -119,8 +125,9 @@ class Engine(ABC):
 
     def _result(self, loss: float, lr: float) -> StepResult:
         skipped = bool(self._optimizer.overflow)
+        rescaled = skipped and math.isfinite(loss) and self.zero.can_lower_loss_scale
         grad_norm = float("nan") if skipped else float(self.deepspeed.get_global_grad_norm())
-        return StepResult(loss, grad_norm, lr, skipped)
+        return StepResult(loss, grad_norm, lr, skipped, rescaled, self.zero.loss_scale)
 
     def _learning_rate(self) -> float:
         return float(self._optimizer.param_groups[0]["lr"])

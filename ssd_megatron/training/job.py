@@ -19,6 +19,7 @@ from ssd_megatron.parallel.collectives import named
 from ssd_megatron.parallel.device import detect_hardware, keep_freed_memory, missing_packages, peak_tflops, share_cores
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.switching.coordinator import Coordinator
+from ssd_megatron.switching.networks import Networks
 from ssd_megatron.switching.schedule import Schedule
 from ssd_megatron.switching.statistics import ProbeBatch
 from ssd_megatron.training.checkpoint import Checkpointer, Trained
@@ -36,7 +37,7 @@ from ssd_megatron.training.summary import build_summary, print_summary, write_su
 from ssd_megatron.training.trainer import Counters, Status, Trainer
 
 MONITOR_PACKAGES = {"wandb": "wandb", "comet": "comet_ml"}
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
 def check_run_data(config: RunConfig, tell: Callable[[str], None]) -> Tokenizer:
@@ -102,8 +103,8 @@ def _train(
     silence_engine_events(engine.deepspeed.monitor)
     probe = ProbeBatch(_probe_batches(config, datasets, topology), engine.mean_loss, topology)
     schedule = Schedule(section.ssd, section.training.train_steps)
-    names = ffn_names(section.model.num_layers)
-    coordinator = Coordinator(section.ssd, model.ffns, names, engine.state, probe, schedule, topology, section.seed)
+    networks = Networks(ffn_names(section.model.num_layers), model.ffns, topology)
+    coordinator = Coordinator(section.ssd, networks, engine.state, probe, schedule, section.seed)
     checkpointer = Checkpointer(
         folder.checkpoints,
         Trained(engine, model, coordinator, _identity(config)),

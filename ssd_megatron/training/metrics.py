@@ -4,7 +4,8 @@ Every line has `step` (the first step is 1) and `kind`:
 
 | kind   | further keys                                                                                              |
 |--------|-----------------------------------------------------------------------------------------------------------|
-| train  | loss, grad_norm, lr, mode, tokens_per_second, seconds, flops, flops_dense (cumulative), skipped; every step |
+| train  | loss, grad_norm, lr, mode, tokens_per_second, seconds, flops, flops_dense (cumulative), skipped,    |
+|        | loss_scale; every step                                                                                    |
 | eval   | loss_dense, loss_sparse (null before the first partition)                                                 |
 | check  | similarity, similarity_layers, overlap (null at the first check), active_fraction (per layer), stable,    |
 |        | seconds                                                                                                   |
@@ -12,6 +13,8 @@ Every line has `step` (the first step is 1) and `kind`:
 |        | loss_after, loss_sparse, reason, similarity, top_k (the last two by layer)                                |
 | load   | expert_load: per layer, tokens of the busiest expert over the mean; home_load: per layer, tokens of each  |
 |        | of the tensor x expert parallel ranks that share the experts                                              |
+| placement | experts moved to other ranks inside a sparse phase: seconds, bytes_moved, imbalance_before,        |
+|        | imbalance_after (tokens of the busiest of the ranks that share experts over the mean, worst layer)        |
 | resume | checkpoint                                                                                                |
 | fault  | what                                                                                                      |
 

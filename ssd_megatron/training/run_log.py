@@ -4,7 +4,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from ssd_megatron.switching.coordinator import CheckReport, SwitchReport
+from ssd_megatron.switching.reports import CheckReport, PlacementReport, SwitchReport
 from ssd_megatron.training.checkpoint_files import folder_name
 from ssd_megatron.training.console import Console, StepLine, short_number
 from ssd_megatron.training.metrics import MetricsLog
@@ -89,6 +89,14 @@ class RunLog:
         active = sum(report.active_fraction) / len(report.active_fraction)
         self.event(
             f"step {step}: {similarity}, {active:.1%} of neurons active, {report.stable} similar checks in a row"
+        )
+
+    def placement(self, step: int, report: PlacementReport) -> None:
+        self.record("placement", step, **vars(report))
+        self.event(
+            f"step {step}: experts moved to other ranks in {report.seconds:.2f} s, "
+            f"{short_number(report.bytes_moved)}B between ranks; the busiest has {report.imbalance_after:.2f} times "
+            f"the mean load, was {report.imbalance_before:.2f}"
         )
 
     def loads(self, step: int, loads: list[list[int]], homes: int) -> None:

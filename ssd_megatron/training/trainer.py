@@ -141,8 +141,12 @@ class Trainer:
         self._counters.flops += self._flops.of(mode) * self._tokens_per_step
         self._counters.flops_dense += self._flops.dense * self._tokens_per_step
         self._record_step(step, mode, result, seconds)
-        bad = result.skipped or not math.isfinite(result.loss)
-        if bad:
+        bad = (result.skipped and not result.rescaled) or not math.isfinite(result.loss)
+        if result.rescaled:
+            self._log.event(
+                f"step {step}: gradients overflow fp16, the update is skipped: loss scale {result.loss_scale:g}"
+            )
+        elif bad:
             self._bad_step(step, result, batch)
         else:
             self._counters.bad_steps = 0
@@ -153,8 +157,8 @@ class Trainer:
         if self._coordinator.spiking:
             self._log.record("fault", step, what="the loss rose after the last switch")
             self._log.event(f"step {step}: the loss rose after the last switch")
-        if mode == "sparse" and step % self._section.logging.log_interval == 0:
-            self._log.loads(step, self._expert_loads(), self._topology.homes)
+        if mode == "sparse":
+            self._look_at_loads(step)
 
     def _record_step(self, step: int, mode: str, result: StepResult, seconds: float) -> None:
         speed = self._tokens_per_step / seconds
@@ -171,6 +175,7 @@ class Trainer:
             flops=self._counters.flops,
             flops_dense=self._counters.flops_dense,
             skipped=result.skipped,
+            loss_scale=result.loss_scale,
         )
         mfu = None
         if self._peak_flops is not None:
@@ -227,12 +232,21 @@ class Trainer:
         if folder is not None:
             self._log.event(f"step {step}: checkpoint {folder} in {time.perf_counter() - started:.2f} s")
 
-    def _expert_loads(self) -> list[list[int]]:
-        """Tokens per expert by layer of all stages in the last microbatch, over all data-parallel ranks."""
-        loads = torch.stack([ffn.expert_load for ffn in self._model.ffns.values()])
+    def _look_at_loads(self, step: int) -> None:
+        """Log tokens per expert in the last microbatch, over all data-parallel ranks; place experts anew if due."""
+        ssd, due = self._section.ssd, step % self._section.logging.log_interval == 0
+        if not due and (ssd.rebalance_limit is None or step % ssd.check_interval != 0):
+            return
+        names, ffns = list(self._model.ffns), self._model.ffns.values()
+        loads = torch.stack([ffn.expert_load for ffn in ffns])
         self._topology.data.reduce_("expert loads", loads)
-        counts: list[list[int]] = loads.tolist()
-        return [layer for stage in self._topology.pipeline.gather_objects("expert loads", counts) for layer in stage]
+        loads = loads.cpu()
+        if due:
+            stages = self._topology.pipeline.gather_objects("expert loads", loads.tolist())
+            self._log.loads(step, [layer for stage in stages for layer in stage], self._topology.homes)
+        placement = self._coordinator.rebalance(step, dict(zip(names, loads, strict=True)))
+        if placement is not None:
+            self._log.placement(step, placement)
 
 
 def first_non_finite(model: nn.Module, forward: Callable[[], object]) -> str | None:

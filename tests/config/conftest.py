@@ -11,7 +11,7 @@ import pytest
 from ssd_megatron.config.load import Hardware, RunConfig, load_config
 
 CPU = Hardware(device="cpu", bf16=False, name="plain CPU")
-GPU = Hardware(device="cuda", bf16=True, name="H200")
+GPU = Hardware(device="cuda", bf16=True, name="H200", fp16=True)
 
 BASE: dict[str, Any] = {
     "train_batch_size": 32,

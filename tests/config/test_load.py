@@ -246,6 +246,7 @@ def test_gpt_examples_have_the_usual_shapes_and_wide_experts() -> None:
         "1.3b": (24, 2048, 256),
         "6.7b": (32, 4096, 512),
         "13b": (40, 5120, 512),
+        "70b": (80, 8192, 896),
     }
 
 

@@ -7,7 +7,7 @@ import pytest
 from ssd_megatron.config.checks import run_checks
 from ssd_megatron.config.report import known_fields, validate
 from ssd_megatron.errors import ConfigError
-from tests.config.conftest import DROP, Load, changed
+from tests.config.conftest import DROP, GPU, Load, changed
 
 MODEL, DATA, SSD, TRAINING = (f"ssd_megatron.{name}" for name in ("model", "data", "ssd", "training"))
 WSD = {"type": "WSD", "params": {"warmup_num_steps": 100, "decay_num_steps": 200}}
@@ -67,7 +67,10 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({f"{SSD}.routing_granularity": 8}, "ssd.routing_granularity (8) is not supported yet: use 1"),
     ({f"{SSD}.backend": "triton"}, 'ssd.backend ("triton") is not in this version: use torch or auto'),
     ({f"{SSD}.router": "mlp"}, 'ssd.router ("mlp") must be "centroid"'),
-    ({"fp16": {"enabled": True}}, 'fp16 ({"enabled": true}) is not accepted: not supported yet: use bf16'),
+    (
+        {"fp16": {"enabled": True}},
+        "fp16.enabled (true) needs a device that computes in fp16; plain CPU does not: use bf16",
+    ),
     ({"zero_optimization.stage": 0}, "zero_optimization.stage (0) is not supported: use 1, which costs the same"),
     ({"zero_optimization.stage": 3}, "zero_optimization.stage (3) is not supported yet: use 1 or 2"),
     ({"zero_optimization": True}, "zero_optimization (true) must be an object in braces"),
@@ -268,6 +271,12 @@ def test_problem_names_field_value_and_remedy(load: Load, changes: dict[str, Any
     assert message in lines[0]
 
 
+def test_one_precision(load: Load) -> None:
+    with pytest.raises(ConfigError, match=r"fp16.enabled \(true\) cannot go with bf16.enabled: keep one of them"):
+        load({"fp16": {"enabled": True}, "bf16": {"enabled": True}}, hardware=GPU)
+    assert load({"fp16": {"enabled": True}}, hardware=GPU).dtype == "float16"
+
+
 def test_batch_must_divide_over_the_processes(load: Load) -> None:
     with pytest.raises(
         ConfigError, match=r"train_batch_size \(32\) must be a multiple of the data parallel size \(5, "
@@ -328,5 +337,5 @@ def test_any_value_anywhere_gives_a_config_or_a_report(value: Any) -> None:
 
 def test_refused_blocks_that_are_switched_off_ask_for_nothing(load: Load) -> None:
     plain = load()
-    off = load({"fp16": {"enabled": False, "loss_scale": 0}, "prescale_gradients": False, "autotuning.enabled": False})
+    off = load({"fp8": {"enabled": False, "margin": 0}, "prescale_gradients": False, "autotuning.enabled": False})
     assert off.deepspeed == plain.deepspeed

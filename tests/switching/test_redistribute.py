@@ -22,30 +22,44 @@ def random_order(seed: int, rows: int = ROWS) -> torch.Tensor:
 
 @pytest.mark.parametrize("owners", [cut(60), cut(30, 60), cut(7, 60), cut(23, 24, 60), cut(13, 31, 47, 60)])
 def test_plan_sends_every_element_once(owners: list[Interval]) -> None:
-    plan = plan_move(random_order(0), ROW_SIZE, owners)
-    ranks = range(len(owners))
-    received = [sum(plan.elements_between(source, rank) for source in ranks) for rank in ranks]
-    assert received == [interval.stop - interval.start for interval in owners]
-    crossing = sum(plan.elements_between(s, d) for s in ranks for d in ranks if s != d)
-    assert plan.bytes_sent(4) == 4 * crossing
+    plan = plan_move(random_order(0), ROW_SIZE, owners, len(owners))
+    sizes = [interval.stop - interval.start for interval in owners]
+    traffic = plan.traffic()
+    assert traffic.sum(0).tolist() == traffic.sum(1).tolist() == sizes
+    assert plan.elements_moved() == sum(traffic[s, d] for s in range(len(sizes)) for d in range(len(sizes)) if s != d)
+    for rank in range(len(owners)):
+        widths = [segment.stop - segment.start for segment in plan.segments]
+        moves = plan.moves(rank)
+        for counts, expected in (("sent_counts", traffic[rank]), ("received_counts", traffic[:, rank])):
+            found = sum(torch.tensor(getattr(m, counts)) * width for m, width in zip(moves, widths, strict=True))
+            assert found.tolist() == expected.tolist()
+
+
+def test_a_plan_can_be_read() -> None:
+    plan = plan_move(torch.tensor([2, 1, 0, 3]), 5, cut(10, 20), 2)
+    assert str(plan).splitlines() == [
+        "4 neurons x 5 elements on 2 ranks",
+        "rank 0 -> rank 1: 5 elements",
+        "rank 1 -> rank 0: 5 elements",
+    ]
 
 
 def test_one_owner_moves_nothing_between_ranks() -> None:
-    assert plan_move(random_order(1), ROW_SIZE, cut(60)).bytes_sent(4) == 0
+    assert plan_move(random_order(1), ROW_SIZE, cut(60), 1).elements_moved() == 0
 
 
 def test_identity_moves_nothing() -> None:
-    assert plan_move(torch.arange(ROWS), ROW_SIZE, cut(13, 60)).bytes_sent(4) == 0
+    assert plan_move(torch.arange(ROWS), ROW_SIZE, cut(13, 60), 2).elements_moved() == 0
 
 
 def test_refuses_what_is_not_a_permutation() -> None:
     with pytest.raises(ValueError, match="not a permutation"):
-        plan_move(torch.tensor([0, 0, 2]), 4, cut(12))
+        plan_move(torch.tensor([0, 0, 2]), 4, cut(12), 1)
 
 
 def test_refuses_owners_that_do_not_cover_the_tensor() -> None:
     with pytest.raises(ValueError, match=r"cover 10 elements, the tensor has 3 x 4"):
-        plan_move(torch.tensor([2, 1, 0]), 4, cut(10))
+        plan_move(torch.tensor([2, 1, 0]), 4, cut(10), 1)
 
 
 def move_on_ranks(topology: Topology, stops: tuple[int, ...], seed: int, row_size: int) -> list[float]:
@@ -55,8 +69,8 @@ def move_on_ranks(topology: Topology, stops: tuple[int, ...], seed: int, row_siz
     mine = owners[topology.rank]
     storage = torch.cat([torch.full((3,), -1.0), whole[mine.start : mine.stop], torch.full((2,), -1.0)])
     values = storage[3 : 3 + mine.stop - mine.start]
-    plan = plan_move(random_order(seed, rows), row_size, owners)
-    apply_move(plan, mine.start, values, topology.world)
+    plan = plan_move(random_order(seed, rows), row_size, owners, topology.world.size)
+    apply_move(plan, plan.moves(topology.rank), mine.start, values, topology.world)
     assert storage[:3].eq(-1).all() and storage[-2:].eq(-1).all(), "wrote outside of its own elements"
     result: list[float] = values.tolist()
     return result

@@ -10,6 +10,7 @@ from ssd_megatron.parallel.logical_state import LogicalState
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.parallel.zero import EXP_AVG, EXP_AVG_SQ, KINDS, MASTER
 from ssd_megatron.switching import switch
+from ssd_megatron.switching.networks import Networks
 from ssd_megatron.switching.partition import random_partition
 from tests.ranks import run_ranks
 from tests.small_engine import build, random_batch, run_config, train_steps
@@ -38,7 +39,9 @@ def switch_and_compare(topology: Topology, stage: int, bf16: bool, activation: s
         }
         ids = {name: ffn.bank.neuron_ids.clone() for name, ffn in model.ffns.items()}
         loss = engine.mean_loss([batch])
-        applied = switch.regroup_neurons(model.ffns, labels_for(list(model.ffns), seed), EXPERTS, state, topology)
+        networks = Networks(list(model.ffns), model.ffns, topology)
+        applied = switch.regroup_neurons(networks, labels_for(list(model.ffns), seed), EXPERTS, state)
+        switch.set_routers(networks, EXPERTS, state)
         moved += applied.bytes_moved
         for (name, leaf, kind), old in before.items():
             new_ids = model.ffns[name].bank.neuron_ids

@@ -1,0 +1,269 @@
+"""Memory of one rank of a layout, from the settings alone: what parallel/, ffn/homes.py and DeepSpeed's ZeRO keep.
+
+Sizes in formulas: T tokens of a microbatch, h hidden, f neurons, qkv outputs of the attention's projection, v padded
+vocabulary; TP, PP, EP, DP sizes of the layout.
+"""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from ssd_megatron.config.load import RunConfig
+from ssd_megatron.config.schema import ModelConfig, SSDConfig
+from ssd_megatron.model.cost import bank_parameters, ffn_matrices, norm_parameters, qkv_size
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
+OPTIMIZER_BYTES = 12  # fp32 master and two fp32 moments (ZeRO, arXiv 1910.02054)
+BUCKET_PADDING = 1.25  # at most, of the slots of sparse networks (ffn/kernels/dispatch.py)
+ROUTING_BYTES = 28  # of a token copy: its expert, its slot and the slot's token (int64), its softmax weight (fp32)
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a job is cut: rank = (stage * data + d) * tensor + t; expert-parallel ranks are neighbours among the
+    data-parallel ones.
+
+    Attributes:
+        tensor, pipeline, expert, data: sizes; `expert` divides `data`.
+        micro_batch_size: samples of a rank in one forward pass.
+        microbatches: forward passes of a rank in one optimizer step.
+        zero_stage: 1 or 2.
+        recompute: activations of layers are computed again in backward.
+    """
+
+    tensor: int = 1
+    pipeline: int = 1
+    expert: int = 1
+    data: int = 1
+    micro_batch_size: int = 1
+    microbatches: int = 1
+    zero_stage: int = 1
+    recompute: bool = False
+
+    @property
+    def ranks(self) -> int:
+        return self.tensor * self.pipeline * self.data
+
+    @property
+    def homes(self) -> int:
+        """Ranks over which the neurons of one feed-forward network are split."""
+        return self.tensor * self.expert
+
+    @property
+    def batch(self) -> int:
+        """Samples of one optimizer step over all ranks."""
+        return self.micro_batch_size * self.microbatches * self.data
+
+
+def layout_of(config: RunConfig) -> Layout:
+    """The layout that a run will have."""
+    sizes, training = config.ssd_megatron.parallel, config.ssd_megatron.training
+    return Layout(
+        tensor=sizes.tensor_parallel_size,
+        pipeline=sizes.pipeline_parallel_size,
+        expert=sizes.expert_parallel_size,
+        data=config.data_parallel_size,
+        micro_batch_size=config.micro_batch_size,
+        microbatches=config.gradient_accumulation_steps,
+        zero_stage=config.zero_stage,
+        recompute=training.recompute == "full",
+    )
+
+
+@dataclass(frozen=True)
+class RankParameters:
+    """Parameters that one rank holds, by the ranks over which ZeRO splits their optimizer state: `plain` over all
+    data-parallel ones, `bank` (rows of neurons) over those with the same neurons."""
+
+    plain: int
+    bank: int
+
+    @property
+    def total(self) -> int:
+        return self.plain + self.bank
+
+    def owned(self, layout: Layout) -> float:
+        """Parameters whose optimizer state this rank keeps."""
+        return self.plain / layout.data + self.bank * layout.expert / layout.data
+
+
+@dataclass(frozen=True)
+class Memory:
+    """Bytes of one rank at its peak, estimated, by what they hold.
+
+    Attributes:
+        parameters, gradients, optimizer: of the whole step.
+        buckets: DeepSpeed's buffers for reducing gradients.
+        activations: kept between forward and backward.
+        logits: of the last stage, with their softmax and gradient.
+        gathered: weights of one layer, gathered over the expert-parallel ranks, and a gradient.
+        working: largest need within one layer.
+        update: gradients in fp32 during the optimizer step, when activations are gone.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    buckets: int
+    activations: int
+    logits: int
+    gathered: int
+    working: int
+    update: int
+
+    @property
+    def resident(self) -> int:
+        return self.parameters + self.gradients + self.optimizer
+
+    @property
+    def total(self) -> int:
+        """Peak: in a backward pass or in the update, whichever needs more."""
+        # A layer's working memory is not needed while the logits are, at the very start of backward.
+        backward = self.buckets + self.activations + max(self.logits, self.gathered + self.working)
+        return self.resident + max(backward, self.update)
+
+
+def rank_parameters(model: ModelConfig, ssd: SSDConfig, layout: Layout, stage: int) -> RankParameters:
+    """Parameters of one rank of a stage. Source: Megatron-LM (arXiv 1909.08053) for what TP splits; ffn/homes.py."""
+    h, tp, bias = model.hidden_size, layout.tensor, int(model.add_bias)
+    word = model.padded_vocab_size // tp * h
+    split = (h + bias) * qkv_size(model) // tp + h * h // tp
+    whole = bias * 2 * h + 2 * norm_parameters(model) + ssd.num_experts * h
+    layers = model.num_layers // layout.pipeline
+    plain = layers * (split + whole)
+    if stage == 0:
+        plain += word + (model.seq_length * h if model.position_embedding == "learned" else 0)
+    if stage == layout.pipeline - 1:
+        plain += norm_parameters(model) + (0 if model.tie_embeddings and layout.pipeline == 1 else word)
+    return RankParameters(plain, layers * bank_parameters(model) // layout.homes)
+
+
+def memory_per_rank(
+    model: ModelConfig, ssd: SSDConfig, layout: Layout, *, dtype: Dtype, reduce_bucket_size: int
+) -> Memory:
+    """The rank that needs most, over stages and modes of the run.
+
+    Activations are those of GPUs (fused attention and norms), with experts loaded evenly.
+
+    Args:
+        reduce_bucket_size: elements of DeepSpeed's gradient buffer, `zero_optimization.reduce_bucket_size`.
+    """
+    return max(
+        (
+            stage_memory(model, ssd, layout, stage, mode, dtype=dtype, reduce_bucket_size=reduce_bucket_size)
+            for stage in range(layout.pipeline)
+            for mode in modes_of(ssd)
+        ),
+        key=lambda memory: memory.total,
+    )
+
+
+def modes_of(ssd: SSDConfig) -> tuple[str, ...]:
+    """The modes that steps of the run can have."""
+    return (ssd.schedule,) if ssd.schedule in ("dense", "sparse") else ("dense", "sparse")
+
+
+def stage_memory(
+    model: ModelConfig, ssd: SSDConfig, layout: Layout, stage: int, mode: str, *, dtype: Dtype, reduce_bucket_size: int
+) -> Memory:
+    """Memory of the ranks of one stage in one mode."""
+    size = BYTES[dtype]
+    parameters = rank_parameters(model, ssd, layout, stage)
+    owned = parameters.owned(layout)
+    tokens = layout.micro_batch_size * model.seq_length
+    kept = owned if layout.zero_stage == 2 else parameters.total
+    # One buffer; a second one with a pipeline (reduce_gradients makes it beside setup_buckets'); a flattened copy.
+    buckets = (2 if layout.pipeline > 1 else 1) * reduce_bucket_size + min(reduce_bucket_size, parameters.total)
+    last = stage == layout.pipeline - 1
+    gathered = 0.0
+    if mode == "dense" and layout.expert > 1:
+        matrix = model.hidden_size * model.ffn_hidden_size / layout.tensor
+        gathered = (ffn_matrices(model) + 1) * matrix
+    return Memory(
+        parameters=parameters.total * size,
+        gradients=round(kept * size),
+        optimizer=round(owned * OPTIMIZER_BYTES),
+        buckets=buckets * size,
+        activations=round(tokens * stage_activation_bytes(model, ssd, layout, stage, mode, size)),
+        logits=tokens * logit_bytes(model, layout.tensor, size) if last else 0,
+        gathered=round(gathered * size),
+        working=round(tokens * working_bytes(model, ssd, layout, mode, size)),
+        update=round(owned * (4 + size)),  # its own part of the gradients, flattened, and in fp32
+    )
+
+
+def stage_activation_bytes(
+    model: ModelConfig, ssd: SSDConfig, layout: Layout, stage: int, mode: str, size: int
+) -> float:
+    """Bytes that a stage keeps for each token of a microbatch, for all microbatches that it has in flight.
+
+    1F1B (PipeDream-flush, arXiv 2006.09503): stage s waits for the backward of at most PP - s microbatches. With
+    recomputation only the inputs of layers stay, and one layer's activations come back at a time.
+    """
+    in_flight = min(layout.pipeline - stage, layout.microbatches)
+    layers = model.num_layers // layout.pipeline
+    layer = layer_activation_bytes(model, ssd, layout, mode, size)
+    inputs = layers * model.hidden_size * size
+    head = 2 * model.hidden_size * size if stage == layout.pipeline - 1 else 0  # its norm's input and output
+    return in_flight * (inputs if layout.recompute else layers * layer) + layout.recompute * layer + head
+
+
+def layer_activation_bytes(model: ModelConfig, ssd: SSDConfig, layout: Layout, mode: str, size: int) -> float:
+    """Bytes that autograd keeps of one layer for each token (tests compare them with what it saves).
+
+    Whole on every tensor-parallel rank: inputs and outputs of both norms. Split: queries, keys and values, the context,
+    and of the feed-forward network its pre-activations and what the activation makes of them. Rotary embeddings keep
+    queries and keys a second time, grouped queries without them the queries; dropout keeps two masks of a byte.
+    """
+    h, tp = model.hidden_size, layout.tensor
+    attention = (qkv_size(model) + h) / tp
+    if model.position_embedding == "rope":
+        attention += (qkv_size(model) + h) / 2 / tp
+    elif model.num_query_groups != model.num_attention_heads:
+        attention += h / tp
+    masks = 2 * h if model.dropout else 0
+    return size * (4 * h + attention) + masks + _ffn_activation_bytes(model, ssd, layout, mode, size)
+
+
+def _ffn_activation_bytes(model: ModelConfig, ssd: SSDConfig, layout: Layout, mode: str, size: int) -> float:
+    neurons = model.ffn_hidden_size / layout.tensor
+    if mode == "dense":
+        # relu overwrites its input; the others keep it beside their output. A gate adds the other half and the product.
+        tensors = (1 if model.activation in ("relu", "reglu") else 2) + 2 * model.gated
+        return size * tensors * neurons
+    # Pre-activations (and the other half of a gate) of the chosen experts; the rest is computed again.
+    hidden = size * (1 + model.gated) * neurons * ssd.top_k / ssd.num_experts
+    kept = BUCKET_PADDING * hidden + ROUTING_BYTES * ssd.top_k / layout.tensor
+    # With expert parallelism, the rows that arrive.
+    arrived = expert_ranks_per_token(ssd, layout) * model.hidden_size * size if layout.expert > 1 else 0
+    return kept + arrived
+
+
+def working_bytes(model: ModelConfig, ssd: SSDConfig, layout: Layout, mode: str, size: int) -> float:
+    """Bytes for each token that the backward of one layer needs for a moment, and what a pipeline receives and sends.
+
+    Dense: gradients of the hidden values before and after the activation, and of the layer's input and output. Sparse
+    (ffn/kernels/torch_bmm.py): a row of h for each token copy for x, dy and dx, and two gradients of hidden values.
+    """
+    h, neurons = model.hidden_size, model.ffn_hidden_size / layout.tensor
+    rows = 4 * h if layout.pipeline > 1 else 2 * h
+    if mode == "dense":
+        return size * (2 * neurons + rows)
+    slots = BUCKET_PADDING * ssd.top_k / layout.tensor
+    return size * (slots * (3 * h + 2 * model.ffn_hidden_size / ssd.num_experts) + rows)
+
+
+def logit_bytes(model: ModelConfig, tensor: int, size: int) -> int:
+    """Bytes for each token of logits, their fp32 copy, and without tensor parallelism (whose loss works in place) the
+    fp32 softmax."""
+    return model.padded_vocab_size // tensor * (size + (8 if tensor == 1 else 4))
+
+
+def expert_ranks_per_token(ssd: SSDConfig, layout: Layout) -> float:
+    """Expert-parallel ranks that hold at least one of a token's experts, expected for even and independent routing:
+    EP * (1 - C(E - n, k) / C(E, k)) with n of E experts at each home."""
+    experts, held = ssd.num_experts, ssd.num_experts // layout.homes
+    missed = 1.0
+    for chosen in range(ssd.top_k):
+        missed *= max(0, experts - held - chosen) / (experts - chosen)
+    return layout.expert * (1 - missed)

@@ -1,0 +1,110 @@
+"""How long a step takes: arithmetic at a fraction of the peak, communication at the speed of links, none of
+it hidden behind the other (DeepSpeed overlaps nothing by default), latencies left out."""
+
+from dataclasses import dataclass
+
+from ssd_megatron.config.schema import ModelConfig, SSDConfig
+from ssd_megatron.model.cost import ffn_matrices, forward_flops
+from ssd_megatron.model.memory import BYTES, Dtype, Layout, rank_parameters
+from ssd_megatron.planning.cluster import GIGA, Cluster
+from ssd_megatron.planning.traffic import Transfer, seconds, step_traffic
+
+# A row of every token copy is read or written this often beside the matrix products (ffn/kernels/torch_bmm.py):
+# gathered (read, written) for x forward and backward and for dy, and read once each for the sums that make y and dx.
+ROW_PASSES = 8
+# Bytes of memory traffic for each parameter in the update: gradient read and written in fp32 (8), master and moments
+# read and written (24), the new parameter (2).
+UPDATE_TRAFFIC = 34
+
+
+@dataclass(frozen=True)
+class StepTime:
+    """Seconds of one optimizer step by what they go into; `bubble` is waiting for the first microbatch to arrive and
+    the last to come back."""
+
+    compute: float
+    tensor: float
+    expert: float
+    pipeline: float
+    data: float
+    bubble: float
+    update: float
+
+    @property
+    def total(self) -> float:
+        return float(sum(vars(self).values()))
+
+
+def step_time(
+    model: ModelConfig,
+    ssd: SSDConfig,
+    layout: Layout,
+    mode: str,
+    cluster: Cluster,
+    dtype: Dtype,
+    *,
+    multi_rank: bool = True,
+) -> StepTime:
+    """Of the whole job: the slowest stage sets the pace of 1F1B, bubble (PP - 1) / microbatches of its time
+    (GPipe, arXiv 1811.06965; PipeDream-flush, arXiv 2006.09503)."""
+    stages = []
+    for stage in range(layout.pipeline):
+        traffic = step_traffic(model, ssd, layout, stage, mode, dtype, multi_rank=multi_rank)
+        spent = {name: 0.0 for name in ("tensor", "expert", "pipeline", "data")}
+        for transfer in traffic:
+            spent[_spent_on(transfer)] += seconds(transfer, layout, cluster) * transfer.times
+        compute = layout.microbatches * microbatch_compute(model, ssd, layout, stage, mode, cluster, dtype)
+        stages.append({"compute": compute, **spent})
+    slowest = max(stages, key=lambda stage: stage["compute"] + stage["tensor"] + stage["expert"] + stage["pipeline"])
+    paced = slowest["compute"] + slowest["tensor"] + slowest["expert"] + slowest["pipeline"]
+    return StepTime(
+        compute=slowest["compute"],
+        tensor=slowest["tensor"],
+        expert=slowest["expert"],
+        pipeline=slowest["pipeline"],
+        data=max(stage["data"] for stage in stages),
+        bubble=paced * (layout.pipeline - 1) / layout.microbatches,
+        update=max(
+            rank_parameters(model, ssd, layout, stage).owned(layout) * UPDATE_TRAFFIC / (cluster.gpu.memory_gbs * GIGA)
+            for stage in range(layout.pipeline)
+        ),
+    )
+
+
+def microbatch_compute(
+    model: ModelConfig, ssd: SSDConfig, layout: Layout, stage: int, mode: str, cluster: Cluster, dtype: Dtype
+) -> float:
+    """Seconds of arithmetic of one stage for one microbatch: backward is twice forward, recomputation one more."""
+    flops, tokens = forward_flops(model, ssd), layout.micro_batch_size * model.seq_length
+    layers = model.num_layers // layout.pipeline
+    passes = 4 if layout.recompute else 3
+    rate = cluster.flops_per_second * layout.tensor
+    layer = flops.attention / rate
+    if mode == "dense":
+        layer += flops.ffn / rate
+    else:
+        layer += flops.router / cluster.flops_per_second + sparse_ffn_seconds(model, ssd, layout, cluster, dtype)
+    head = 3 * flops.head / rate if stage == layout.pipeline - 1 else 0.0
+    return tokens * (passes * layers * layer + head)
+
+
+def sparse_ffn_seconds(model: ModelConfig, ssd: SSDConfig, layout: Layout, cluster: Cluster, dtype: Dtype) -> float:
+    """Seconds of a sparse feed-forward network's forward pass for one token, a third of forward and backward.
+
+    The products over one expert's m tokens have 1 / (1/n + 1/h + 1/m) FLOPs per byte in bf16; below the GPU's balance
+    of peak to memory speed they wait for memory (roofline, Williams et al. 2009). Then rows are moved.
+    """
+    size, share = BYTES[dtype], ssd.top_k / ssd.num_experts
+    tokens = layout.micro_batch_size * model.seq_length * layout.expert * share
+    neurons = model.ffn_hidden_size / ssd.num_experts
+    intensity = 2 / size / (1 / neurons + 1 / model.hidden_size + 1 / tokens)
+    memory = cluster.gpu.memory_gbs * GIGA
+    products = 2 * ffn_matrices(model) * model.hidden_size * model.ffn_hidden_size * share / layout.tensor
+    rows = ROW_PASSES / 3 * ssd.top_k / layout.tensor * model.hidden_size * size
+    return max(products / cluster.flops_per_second, products / intensity / memory) + rows / memory
+
+
+def _spent_on(transfer: Transfer) -> str:
+    if transfer.group in ("tensor", "expert", "pipeline"):
+        return transfer.group
+    return "data"
