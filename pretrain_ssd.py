@@ -29,8 +29,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--set", action="append", nargs="+", default=[], metavar="PATH=VALUE", help="override a value of the config"
     )
     parser.add_argument("--dry_run", action="store_true", help="print config, sizes, memory and FLOPs, and exit")
+    parser.add_argument("--world_size", type=int, default=None, help="with --dry_run: processes of the job")
+    parser.add_argument("--rank", type=int, default=None, help="with --dry_run: rehearse this one of them")
     parser.add_argument("--local_rank", type=int, default=None, help="given by the deepspeed launcher")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if not arguments.dry_run and (arguments.world_size, arguments.rank) != (None, None):
+        parser.error("--world_size and --rank belong to --dry_run: a launcher sets them for a run")
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,6 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ssd_megatron.training.checkpoint_files import CheckpointError
     from ssd_megatron.training.dry_run import print_dry_run
     from ssd_megatron.training.job import run_job
+    from ssd_megatron.training.rehearsal import print_rehearsal
     from ssd_megatron.training.start import prepare_job
     from ssd_megatron.training.trainer import TrainingError
 
@@ -63,6 +69,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_UNUSABLE
         if is_first:
             print_dry_run(config)
+            if arguments.rank is not None:
+                print_rehearsal(config, arguments.rank)
         return EXIT_OK
     sizes = ParallelConfig() if isinstance(config, ConfigError) else config.ssd_megatron.parallel
     try:
@@ -93,9 +101,8 @@ def _read_config(arguments: argparse.Namespace) -> RunConfig | ConfigError:
 
     overrides = [assignment for group in arguments.set for assignment in group]
     try:
-        return load_config(
-            arguments.ds_config, overrides, world_size=world_size_of_launch(), hardware=detect_hardware()
-        )
+        world_size = arguments.world_size or world_size_of_launch()
+        return load_config(arguments.ds_config, overrides, world_size=world_size, hardware=detect_hardware())
     except ConfigError as error:
         return error
 
