@@ -12,7 +12,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssd_megatron.config.load import load_config
+from ssd_megatron.config.load import RunConfig, load_config
+from ssd_megatron.config.schema import ParallelConfig
 from ssd_megatron.errors import ConfigError, DataError
 
 EXIT_OK, EXIT_FAILED, EXIT_UNUSABLE = 0, 1, 2
@@ -46,34 +47,35 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     # After the arguments: importing torch and DeepSpeed takes seconds.
     from ssd_megatron.parallel.collectives import CollectiveError
-    from ssd_megatron.parallel.device import detect_hardware
-    from ssd_megatron.parallel.launch import world_size_of_launch
+    from ssd_megatron.parallel.meeting import Meeting
     from ssd_megatron.parallel.topology import initialize_topology, leave_topology
     from ssd_megatron.switching.switch import SwitchError
     from ssd_megatron.training.checkpoint_files import CheckpointError
     from ssd_megatron.training.dry_run import print_dry_run
-    from ssd_megatron.training.job import check_run_data, run_job
-    from ssd_megatron.training.run_folder import RunFolder
+    from ssd_megatron.training.job import run_job
+    from ssd_megatron.training.start import prepare_job
     from ssd_megatron.training.trainer import TrainingError
 
-    try:
-        overrides = [assignment for group in arguments.set for assignment in group]
-        config = load_config(
-            arguments.ds_config, overrides, world_size=world_size_of_launch(), hardware=detect_hardware()
-        )
-    except ConfigError as error:
-        tell(f"error: {error}")  # the same on every rank
-        return EXIT_UNUSABLE
+    config = _read_config(arguments)
     if arguments.dry_run:
+        if isinstance(config, ConfigError):
+            tell(f"error: {config}")
+            return EXIT_UNUSABLE
         if is_first:
             print_dry_run(config)
         return EXIT_OK
+    sizes = ParallelConfig() if isinstance(config, ConfigError) else config.ssd_megatron.parallel
     try:
-        folder = RunFolder(config.ssd_megatron.run_dir)
-        if is_first:
-            folder.create_and_lock()
-        tokenizer = check_run_data(config, tell)
-        run_job(config, folder, tokenizer, initialize_topology(config.ssd_megatron.parallel))
+        meeting = Meeting(sizes.timeout_seconds)
+        config, folder, tokenizer = prepare_job(meeting, config, tell)
+    except ConfigError as error:
+        tell(f"error: {error}")  # the same on every rank
+        return EXIT_UNUSABLE
+    except CollectiveError as error:
+        print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
+        return EXIT_FAILED
+    try:
+        run_job(config, folder, tokenizer, initialize_topology(sizes, meeting))
         leave_topology()
     except (ConfigError, DataError) as error:
         print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
@@ -83,6 +85,19 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
         return EXIT_FAILED
     return EXIT_OK
+
+
+def _read_config(arguments: argparse.Namespace) -> RunConfig | ConfigError:
+    from ssd_megatron.parallel.device import detect_hardware
+    from ssd_megatron.parallel.launch import world_size_of_launch
+
+    overrides = [assignment for group in arguments.set for assignment in group]
+    try:
+        return load_config(
+            arguments.ds_config, overrides, world_size=world_size_of_launch(), hardware=detect_hardware()
+        )
+    except ConfigError as error:
+        return error
 
 
 if __name__ == "__main__":

@@ -6,6 +6,7 @@ results = run_ranks(2, my_function, argument)   # my_function(topology, argument
 import multiprocessing
 import os
 import pickle
+import random
 import socket
 import traceback
 from collections.abc import Callable
@@ -70,9 +71,12 @@ def start_process(function: Callable[..., Any], *arguments: Any) -> multiprocess
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port that nobody listens on, below those that the system gives to outgoing connections at any moment."""
+    while True:
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:

@@ -61,6 +61,10 @@ class RunConfig:
                 ours[monitor] = {**self.deepspeed[monitor], "output_path": "auto"}
         return {**self.deepspeed, **ours, SECTION: section}
 
+    def flat(self) -> dict[str, Any]:
+        """`resolved` as values by dotted path."""
+        return {path: value for path, value in _flat(self.resolved()).items() if not isinstance(value, dict)}
+
     def identity(self) -> dict[str, Any]:
         """The fields, by dotted path, that must not change when a run is resumed."""
         flat = _flat(self.resolved()[SECTION]) | _flat({key: self.resolved().get(key) for key in _DEEPSPEED_IDENTITY})

@@ -3,7 +3,8 @@ that waits in vain says for what, instead of hanging; ranks that see different t
 
 import hashlib
 import json
-from collections.abc import Iterator
+import re
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -21,13 +22,29 @@ class CollectiveError(RuntimeError):
 
 @contextmanager
 def named(what: str) -> Iterator[None]:
-    """Within: a failure of torch.distributed (timeout, lost peer) is raised as CollectiveError with this name."""
+    """Within: a failure of torch.distributed (timeout, lost peer) is raised as CollectiveError with this name.
+
+    Names may be nested: a message has all of them, the outermost first. Other errors pass.
+    """
     try:
         yield
+    except CollectiveError as error:
+        raise CollectiveError(f"{what}: {error}") from error
     except RuntimeError as error:
-        if isinstance(error, CollectiveError):
+        if not _is_from_communication(error):
             raise
-        raise CollectiveError(f"{what}: another rank did not answer ({str(error).strip().splitlines()[0]})") from error
+        raise CollectiveError(f"{what}: another rank ended or did not answer ({_reason(error)})") from error
+
+
+def _is_from_communication(error: RuntimeError) -> bool:
+    # Inside a training step a RuntimeError may be anything. gloo's has no type of its own, but names its source file.
+    return isinstance(error, dist.DistError) or "/gloo/" in str(error)
+
+
+def _reason(error: RuntimeError) -> str:
+    """The first line without the path of gloo's source and its general advice."""
+    line = str(error).strip().splitlines()[0]
+    return re.sub(r"\[\S+/gloo/\S+\] ", "", line).partition(". This is typically caused")[0]
 
 
 @dataclass(frozen=True)
@@ -118,10 +135,11 @@ class Group:
             raise CollectiveError(f"{what}: rank {self.ranks[0]} has {seen[0][1]}, but {'; '.join(others)}")
 
     def _where(self, what: str) -> str:
-        return f"{what} ({self.name} ranks {_shown(self.ranks)}, this is rank {self.ranks[self.rank]})"
+        return f"{what} ({self.name} ranks {shown_ranks(self.ranks)}, this is rank {self.ranks[self.rank]})"
 
 
-def _shown(ranks: tuple[int, ...]) -> str:
+def shown_ranks(ranks: Sequence[int]) -> str:
+    """Numbers of ranks for a message, shortened where they are many."""
     if len(ranks) <= 8:
         return ", ".join(map(str, ranks))
     return f"{', '.join(map(str, ranks[:4]))} ... {ranks[-1]}, {len(ranks)} in all"

@@ -15,11 +15,13 @@ import torch
 import torch.distributed as dist
 from deepspeed.utils import groups as deepspeed_groups
 from megatron.core import parallel_state
+from torch.distributed import distributed_c10d
 
 from ssd_megatron.config.schema import ParallelConfig
 from ssd_megatron.parallel.collectives import Group
 from ssd_megatron.parallel.device import IS_CUDA, local_device
 from ssd_megatron.parallel.launch import join_launch
+from ssd_megatron.parallel.meeting import Meeting
 
 
 @dataclass(frozen=True)
@@ -86,11 +88,18 @@ class Topology:
         return self.pipeline.rank == self.pipeline.size - 1
 
 
-def initialize_topology(sizes: ParallelConfig | None = None) -> Topology:
-    """Join the job and build its groups; reads the launcher's environment. `sizes` defaults to data parallel only."""
+def initialize_topology(sizes: ParallelConfig | None = None, meeting: Meeting | None = None) -> Topology:
+    """Join the job and build its groups; reads the launcher's environment.
+
+    Args:
+        sizes: data parallel only without them.
+        meeting: where the ranks have met, if they have.
+    """
     sizes = sizes or ParallelConfig()
     timeout = timedelta(seconds=sizes.timeout_seconds)
-    launched = join_launch()
+    launched = join_launch() if meeting is None else meeting.launched
+    # What torch gives to groups that are made without a timeout: DeepSpeed's own.
+    vars(distributed_c10d).update(default_pg_timeout=timeout, default_pg_nccl_timeout=timeout)
     if IS_CUDA:
         torch.cuda.set_device(local_device())
     deepspeed.init_distributed(

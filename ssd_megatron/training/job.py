@@ -15,6 +15,7 @@ from ssd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.kernels import choose_backend
 from ssd_megatron.model.gpt import GPT, ffn_names
+from ssd_megatron.parallel.collectives import named
 from ssd_megatron.parallel.device import detect_hardware, keep_freed_memory, missing_packages, peak_tflops, share_cores
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.switching.coordinator import Coordinator
@@ -40,7 +41,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 
 def check_run_data(config: RunConfig, tell: Callable[[str], None]) -> Tokenizer:
-    """Open the tokenizer and refuse data that cannot carry the run; before any process group.
+    """Open the tokenizer and refuse data that cannot carry the run; needs no process group.
 
     Raises:
         DataError: see data.checks.
@@ -97,7 +98,8 @@ def _train(
 
     datasets = _datasets(config, tokenizer)
     model = GPT(section, backend, topology)
-    engine = make_engine(model, config, topology)
+    with named("making the engine"):
+        engine = make_engine(model, config, topology)
     silence_engine_events(engine.deepspeed.monitor)
     probe = ProbeBatch(_probe_batches(config, datasets, topology), engine.mean_loss, topology)
     schedule = Schedule(section.ssd, section.training.train_steps)
@@ -110,7 +112,8 @@ def _train(
         keep_last=section.checkpoint.keep_last,
         async_save=section.checkpoint.async_save,
     )
-    restored = checkpointer.restore_newest(tell=console.event if console is not None else _silent)
+    with named("restoring the newest checkpoint"):
+        restored = checkpointer.restore_newest(tell=console.event if console is not None else _silent)
     done, counters = restored or (0, vars(Counters()))
     if topology.is_first:
         folder.write_config(config.resolved())

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ssd_megatron.config.load import RunConfig
 from ssd_megatron.model.cost import flops_per_token
 from ssd_megatron.model.gpt import GPT
-from ssd_megatron.parallel.collectives import CollectiveError
+from ssd_megatron.parallel.collectives import CollectiveError, named
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.switching.coordinator import Coordinator
 from ssd_megatron.switching.partition import save_partition
@@ -106,11 +106,13 @@ class Trainer:
             step = self._done
             last = step == training.train_steps
             if last or step % training.eval_interval == 0:
-                self._evaluate(step)
+                with named(f"evaluation after step {step}"):
+                    self._evaluate(step)
             reason = self._stop_reason(step)
             due = step % interval == 0 and self._counters.bad_steps == 0  # bad ones must not crowd out good checkpoints
             if last or reason is not None or due:
-                self._save(step)
+                with named(f"checkpoint after step {step}"):
+                    self._save(step)
             elif self._checkpointer.poll() is not None:
                 self._log.event(f"step {step}: the checkpoint in the background is complete")
             if reason is not None and not last:
@@ -121,7 +123,8 @@ class Trainer:
         return "finished"
 
     def _train_step(self, step: int) -> None:
-        switch = self._coordinator.before_step(step)
+        with named(f"switch before step {step}"):
+            switch = self._coordinator.before_step(step)
         if switch is not None:
             self._log.switch(step, switch)
             if switch.to_mode == "sparse":
@@ -131,7 +134,8 @@ class Trainer:
         mode = self._coordinator.mode
         started = time.perf_counter()
         batch = [next(self._batches) for _ in range(self._config.gradient_accumulation_steps)]
-        result = self._engine.train_step(batch)
+        with named(f"training step {step}"):
+            result = self._engine.train_step(batch)
         seconds = time.perf_counter() - started
         self._done = step
         self._counters.flops += self._flops.of(mode) * self._tokens_per_step
@@ -146,7 +150,8 @@ class Trainer:
             self._bad_step(step, result, batch)
         else:
             self._counters.bad_steps = 0
-        check = self._coordinator.after_step(step, None if bad else result.loss)
+        with named(f"check after step {step}"):
+            check = self._coordinator.after_step(step, None if bad else result.loss)
         if check is not None:
             self._log.check(step, check)
         if self._coordinator.spiking:

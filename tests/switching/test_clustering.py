@@ -6,7 +6,6 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
-from torch import Tensor
 
 from ssd_megatron.model.gpt import GPT, ffn_names
 from ssd_megatron.parallel.topology import Topology
@@ -21,8 +20,7 @@ LAYERS, NEURONS, EXPERTS = 4, 96, 8
 LAYOUTS = {str(layout): layout for layout in (TP2, EP2, PP2, Layout(data=3), TP2_EP2, PP2_EP2, EP2_DP2, TP2_PP2_EP2)}
 PARTITIONS = ("kmeans", "random", "coactivation", "recorded")
 WAYS = ("afresh", "from earlier labels", "in one pass")
-# Labels by identity of the neuron and centroids, of each network of a stage, by partition and way.
-Found = dict[tuple[str, str], dict[str, tuple[Tensor, Tensor]]]
+Found = dict[tuple[str, str], dict[str, Grouping]]  # of each network of a stage, by partition and way
 
 
 def seeded(seed: int) -> torch.Generator:
@@ -54,15 +52,14 @@ def form_experts(topology: Topology, layout: Layout, shuffle: int | None) -> Fou
     if shuffle is not None:
         shuffle_neurons(networks, shuffle)
         numbers = torch.randperm(EXPERTS, generator=seeded(shuffle))
-    ids = {name: ffn.bank.neuron_ids for name, ffn in model.ffns.items()}
     earlier = {name: random_partition(NEURONS, EXPERTS, layer).labels for layer, name in enumerate(networks.names)}
-    previous = {name: numbers[earlier[name][ids[name]]] for name in ids}
+    previous = {name: numbers[earlier[name]] for name in networks.local}
     bits = torch.randint(0, 256, (NEURONS, 8), generator=seeded(3)).to(torch.uint8)
-    signatures = {name: bits[ids[name]] for name in ids}
+    signatures = dict.fromkeys(networks.local, bits)
 
-    def by_identity(groupings: dict[str, Grouping], undo: Tensor) -> dict[str, tuple[Tensor, Tensor]]:
+    def numbered(groupings: dict[str, Grouping], undo: Tensor) -> dict[str, Grouping]:
         return {
-            name: (undo.argsort()[grouping.labels[ids[name].argsort()]], grouping.centroids[undo])
+            name: Grouping(undo.argsort()[grouping.labels], grouping.centroids[undo])
             for name, grouping in groupings.items()
         }
 
@@ -79,9 +76,9 @@ def form_experts(topology: Topology, layout: Layout, shuffle: int | None) -> Fou
                 ("afresh", clustering.form_experts({}, signatures, step=5), as_they_are),
                 ("from earlier labels", clustering.form_experts(previous, signatures, step=5), as_they_are),
                 # Experts keep the numbers of those that they grow out of.
-                ("in one pass", clustering.follow(list(ids), previous, step=5), numbers),
+                ("in one pass", clustering.follow(list(previous), previous, step=5), numbers),
             ):
-                found[partition, way] = by_identity(groupings, undo)
+                found[partition, way] = numbered(groupings, undo)
     return found
 
 
@@ -100,13 +97,14 @@ def test_the_same_weights_form_the_same_experts(layout: str, partition: str, way
     assert sorted({name for found in ranks for name in found}) == sorted(expected) == ffn_names(LAYERS)
     assert [len(found) for found in ranks] == [LAYERS // sizes.pipeline] * sizes.ranks
     for found in ranks:
-        for name, (labels, centroids) in found.items():
-            assert torch.equal(labels, expected[name][0]), name
-            assert torch.allclose(centroids, expected[name][1], rtol=1e-5, atol=0), name
+        for name, grouping in found.items():
+            assert torch.equal(grouping.labels, expected[name].labels), name
+            # Their common norm is a sum over the neurons in the order of their experts.
+            assert torch.allclose(grouping.centroids, expected[name].centroids, rtol=1e-5, atol=0), name
 
 
 def test_partitions_differ() -> None:
     """So that the test above compares different things."""
     found = on_ranks(ONE, None)[0]
-    labels = {tuple(by_name["blocks.0.layer.mlp"][0].tolist()) for by_name in found.values()}
+    labels = {tuple(by_name["blocks.0.layer.mlp"].labels.tolist()) for by_name in found.values()}
     assert len(labels) == 5  # four partitions, and one pass; earlier labels are no better a start than none here

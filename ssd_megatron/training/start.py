@@ -1,0 +1,68 @@
+"""Before any process group: whatever can refuse a start refuses it on all ranks alike, and at once."""
+
+import hashlib
+import json
+from collections.abc import Callable
+from typing import Any
+
+from ssd_megatron.config.load import RunConfig
+from ssd_megatron.data.tokenizers import Tokenizer
+from ssd_megatron.errors import ConfigError
+from ssd_megatron.parallel.device import local_device
+from ssd_megatron.parallel.meeting import Meeting
+from ssd_megatron.training.job import check_run_data
+from ssd_megatron.training.run_folder import RunFolder, code_digest, package_versions
+
+SHOWN_DIFFERENCES = 5
+
+
+def prepare_job(
+    meeting: Meeting, read: RunConfig | ConfigError, tell: Callable[[str], None]
+) -> tuple[RunConfig, RunFolder, Tokenizer]:
+    """See that every rank has the same configuration, code and run folder, and the data; lock the folder (collective).
+
+    Args:
+        read: this rank's configuration, or why it has none.
+    Raises:
+        ConfigError: the same on every rank, if one of them cannot start, or not like the others.
+    """
+    config = meeting.together("reading the configuration", lambda: _unless_refused(read))
+    check_alike(meeting, alike_on_all_ranks(config))
+    folder = RunFolder(config.ssd_megatron.run_dir)
+    mark = meeting.together("locking run_dir", lambda: folder.create_and_lock() if meeting.rank == 0 else "")
+    mark_of_first = meeting.gather("sharing run_dir", mark)[0]
+    meeting.together("finding run_dir", lambda: folder.check_is_shared(mark_of_first))
+    return config, folder, meeting.together("checking the data", lambda: check_run_data(config, tell))
+
+
+def alike_on_all_ranks(config: RunConfig) -> dict[str, Any]:
+    """What must be the same on every rank, by name; ready for JSON."""
+    versions = {f"version of {package}": number for package, number in package_versions().items()}
+    return config.flat() | {"code of ssd_megatron": code_digest(), "device": local_device().type} | versions
+
+
+def check_alike(meeting: Meeting, mine: dict[str, Any]) -> None:
+    """Compare what should be the same on every rank (collective).
+
+    Raises:
+        ConfigError: the same on every rank, with what differs from rank 0.
+    """
+    text = json.dumps(mine, sort_keys=True)
+    if len(set(meeting.gather("comparing the ranks", hashlib.sha256(text.encode()).hexdigest()))) == 1:
+        return
+    first = json.loads(meeting.gather("what rank 0 has", text if meeting.rank == 0 else "")[0])
+    names = sorted(name for name in mine.keys() | first.keys() if mine.get(name) != first.get(name))
+    meeting.together("what differs", lambda: _refuse_differences(names, mine, first))
+
+
+def _refuse_differences(names: list[str], mine: dict[str, Any], first: dict[str, Any]) -> None:
+    if names:
+        shown = [f"{name} is {mine.get(name)!r}, on rank 0 {first.get(name)!r}" for name in names[:SHOWN_DIFFERENCES]]
+        more = f" and {len(names) - len(shown)} more" if len(names) > len(shown) else ""
+        raise ConfigError(f"{', '.join(shown)}{more}: give every rank the same ds.json, code and packages")
+
+
+def _unless_refused(read: RunConfig | ConfigError) -> RunConfig:
+    if isinstance(read, ConfigError):
+        raise read
+    return read
