@@ -5,6 +5,7 @@ results = run_ranks(2, my_function, argument)   # my_function(topology, argument
 
 import multiprocessing
 import os
+import pickle
 import random
 import socket
 import traceback
@@ -107,10 +108,15 @@ def _rank(
         topology = initialize_topology(parallel)
         result = function(topology, *arguments)
         leave_topology()
-        pipe.send((True, result))
+        _send(pipe, (True, result))
     except BaseException:
-        pipe.send((False, traceback.format_exc()))
+        _send(pipe, (False, traceback.format_exc()))
         raise
+
+
+def _send(pipe: Connection, answer: tuple[bool, Any]) -> None:
+    """By value: `Connection.send` would send tensors as shared memory, which ends with this process."""
+    pipe.send_bytes(pickle.dumps(answer))
 
 
 def _receive(pipe: Connection, process: Any, rank: int) -> Any:
@@ -121,7 +127,7 @@ def _receive(pipe: Connection, process: Any, rank: int) -> Any:
             raise RankError(f"rank {rank} ended with exit code {process.exitcode} and no result")
         if waited > TIMEOUT_SECONDS:
             raise RankError(f"rank {rank} gave no result in {TIMEOUT_SECONDS} s")
-    fine, result = pipe.recv()
+    fine, result = pickle.loads(pipe.recv_bytes())
     if not fine:
         raise RankError(f"rank {rank}:\n{result}")
     return result
