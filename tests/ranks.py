@@ -3,8 +3,10 @@
 results = run_ranks(2, my_function, argument)   # my_function(topology, argument) on each rank, results by rank
 """
 
+import contextlib
 import multiprocessing
 import os
+import random
 import socket
 import traceback
 from collections.abc import Callable
@@ -69,9 +71,12 @@ def start_process(function: Callable[..., Any], *arguments: Any) -> multiprocess
 
 
 def free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return int(probe.getsockname()[1])
+    """A port below those that the system gives to connections: those may be taken before rank 0 listens on them."""
+    while True:
+        port = random.randrange(10_000, 32_000)
+        with contextlib.suppress(OSError), socket.socket() as probe:
+            probe.bind(("127.0.0.1", port))
+            return port
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:

@@ -68,39 +68,46 @@ def _draw_fault(rng: random.Random, name: str, ranks: int) -> Fault:
     return Fault(name, rank, rng.randint(1, moment.calls), rng.uniform(0, moment.seconds))
 
 
-def run_case(case: Case, folder: Path, undisturbed: Job) -> list[int]:
+@dataclass(frozen=True)
+class Restart:
+    """The start after a kill went on after `step` (0: from the beginning); all ranks ended `seconds` after the kill."""
+
+    step: int
+    seconds: float
+
+
+def run_case(case: Case, folder: Path, undisturbed: Job) -> list[Restart]:
     """Kill and restart a job until it is finished, and compare it with one that was left in peace.
 
-    Returns:
-        the step after which each restart went on, 0 from the beginning.
     Raises:
         WrongError, AssertionError: something was lost, doubled or changed, or a rank did not end as it must.
     """
     job = make_job(folder, replace(LAYOUTS[case.layout], stage=case.stage), async_save=case.async_save)
-    restarts: list[int] = []
+    restarts: list[Restart] = []
     for fault in case.faults:
         ranks = job.start(prepare=fault)
-        _end(ranks, fault, case.ending)
+        seconds = _end(ranks, fault, case.ending)
         if restarts:
-            _assert_resumed(ranks.output(), restarts[-1], whole_start=False)
+            _assert_resumed(ranks.output(), restarts[-1].step, whole_start=False)
         newest = job.newest()
         due = (job.trained_step() - 1) // INTERVAL * INTERVAL - (INTERVAL if case.async_save else 0)
         if newest < due:
             raise WrongError(f"the checkpoint of step {due} should be there, the newest is of step {newest}")
         if newest:
             assert_whole(job, newest)
-        restarts.append(newest)
-    _assert_resumed(job.finish(), restarts[-1], whole_start=True)
+        restarts.append(Restart(newest, seconds))
+    _assert_resumed(job.finish(), restarts[-1].step, whole_start=True)
     assert_same_training(job, undisturbed)
     return restarts
 
 
-def _end(ranks: Ranks, fault: Fault, ending: Ending) -> None:
-    """Wait for the kill, and see the other ranks end."""
+def _end(ranks: Ranks, fault: Fault, ending: Ending) -> float:
+    """Wait for the kill, and see the other ranks end. Returns the seconds that this takes."""
     victim = ranks.processes[fault.rank]
     victim.join(LIMIT_SECONDS)
     if victim.exitcode != -signal.SIGKILL:
         raise WrongError(f"rank {fault.rank} ended with {victim.exitcode}, not by SIGKILL: {ranks.output(fault.rank)}")
+    killed = time.monotonic()
     others = [rank for rank in range(len(ranks.processes)) if rank != fault.rank]
     if ending == "launcher":
         for rank in others:
@@ -118,6 +125,7 @@ def _end(ranks: Ranks, fault: Fault, ending: Ending) -> None:
             assert_one_error(ranks, f"rank {rank}: error: ", rank=rank)
         elif process.exitcode not in fine | ({-signal.SIGTERM} if ending == "launcher" else set()):
             raise WrongError(f"rank {rank} ended with {process.exitcode}: {ranks.output(rank)}")
+    return time.monotonic() - killed
 
 
 def _assert_resumed(output: str, step: int, *, whole_start: bool) -> None:
@@ -153,10 +161,10 @@ def run_all(seeds: Iterator[tuple[int, str]]) -> int:
         for seed, layout in seeds:
             case = draw(seed, layout)
             runs, kills = runs + 1, kills + len(case.faults)
-            begun = time.monotonic()
             try:
                 restarts = run_case(case, Path(name) / str(seed), undisturbed.job(layout, case.stage))
-                print(f"{seed:>4} {case}: went on after {restarts}, {time.monotonic() - begun:.0f} s", flush=True)
+                went_on = ", then ".join(f"{r.step} ({r.seconds:.1f} s)" for r in restarts)
+                print(f"{seed:>4} {case}: went on after step {went_on}", flush=True)
             except AssertionError as error:
                 wrong += 1
                 print(f"{seed:>4} {case}: WRONG: {error}", flush=True)

@@ -71,7 +71,9 @@ MOMENTS = (
     Moment("restore: metrics cut back", f"{_JOB}MetricsLog", "after", first_rank=True, at_start=True),
     Moment("after the last step", f"{_JOB}finish", "before", first_rank=True),
 )
-BY_NAME = {moment.name: moment for moment in MOMENTS}
+# Before there are process groups the others learn of a killed rank by waiting for it only.
+BEFORE_GROUPS = Moment("checking the data", "ssd_megatron.training.start:check_run_data", "before")
+BY_NAME = {moment.name: moment for moment in (*MOMENTS, BEFORE_GROUPS)}
 
 
 @dataclass(frozen=True)

@@ -27,6 +27,7 @@ class Hanging:
 
 
 CASES = {
+    "starting": ("DP2", Fault("checking the data", 1), "meeting of all ranks, checking the data: rank 1 ended", 0),
     # DeepSpeed makes process groups of its own for pipelines.
     "training": ("PP2", Fault("in a training step", 1, call=5, delay=0.03), "training step 5: ", 4),
     "switching": ("TP2", Fault("switch: part of a bank moved", 1, call=12), "switch before step 4: moving neurons", 2),
