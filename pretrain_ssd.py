@@ -88,9 +88,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError) as error:
         print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
         return EXIT_UNUSABLE
-    # OSError: a full disk, a removed folder
-    except (SwitchError, CheckpointError, TrainingError, CollectiveError, OSError) as error:
+    except (SwitchError, CheckpointError, TrainingError, CollectiveError) as error:
         print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
+        return EXIT_FAILED
+    except OSError as error:  # a full disk, a removed folder; not every error names the file
+        where = f"ssd_megatron.run_dir is {folder.path}"
+        print(f"rank {rank}: error: {error} ({where})", file=sys.stderr, flush=True)
         return EXIT_FAILED
     return EXIT_OK
 
