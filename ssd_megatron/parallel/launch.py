@@ -86,13 +86,7 @@ def join_launch() -> bool:
     launch = find_launch(os.environ)
     if launch.launcher == "torch":
         return True
-    given: dict[str, str] = {}
-    if launch.launcher is not None:
-        given = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
-    if len(given) < 2:
-        address, port = _meeting_point(launch)
-        given = {"MASTER_ADDR": address, "MASTER_PORT": port} | given
-    os.environ |= given | {
+    os.environ |= _meeting_point(launch) | {
         "RANK": str(launch.rank),
         "WORLD_SIZE": str(launch.world_size),
         "LOCAL_RANK": str(launch.local_rank),
@@ -113,22 +107,26 @@ def slurm_port(environment: Mapping[str, str]) -> int:
     return FIRST_PORT + (STEPS_OF_A_JOB * job + step) % PORTS
 
 
-def _meeting_point(launch: Launch) -> tuple[str, str]:
-    """Address and port of rank 0."""
-    if launch.launcher == "srun":
-        on_one_host = launch.local_world_size == launch.world_size
-        host = "127.0.0.1" if on_one_host else _resolved(first_host(os.environ["SLURM_STEP_NODELIST"]))
-        return host, str(slurm_port(os.environ))
+def _meeting_point(launch: Launch) -> dict[str, str]:
+    """MASTER_ADDR and MASTER_PORT: where rank 0 listens."""
+    if launch.launcher is None:
+        return {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": _free_port()}
+    given = {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT") if name in os.environ}
+    if len(given) == 2:
+        return given
     if launch.launcher == "mpirun":
-        return _ask_over_mpi(launch)
-    return "127.0.0.1", _free_port()
+        return _ask_over_mpi(launch) | given
+    address = given.get("MASTER_ADDR") or _address_of_first_node(launch)
+    return {"MASTER_ADDR": address, "MASTER_PORT": str(slurm_port(os.environ))} | given
 
 
-def _resolved(host: str) -> str:
-    """The host itself, once its name is known to have an address: torch would look for it for half an hour."""
+def _address_of_first_node(launch: Launch) -> str:
+    if launch.local_world_size == launch.world_size:
+        return "127.0.0.1"
+    host = first_host(os.environ["SLURM_STEP_NODELIST"])
     try:
         socket.getaddrinfo(host, None)
-    except socket.gaierror as error:
+    except socket.gaierror as error:  # torch would look for it for half an hour
         raise ConfigError(
             f"{host}, the first node of the SLURM step, has no address on {socket.gethostname()} ({error.strerror}): "
             "set MASTER_ADDR to an address of that node before srun"
@@ -136,7 +134,7 @@ def _resolved(host: str) -> str:
     return host
 
 
-def _ask_over_mpi(launch: Launch) -> tuple[str, str]:
+def _ask_over_mpi(launch: Launch) -> dict[str, str]:
     """DeepSpeed's discovery over mpi4py: rank 0 tells the others its first address, and a free port."""
     import mpi4py
 
@@ -152,7 +150,7 @@ def _ask_over_mpi(launch: Launch) -> tuple[str, str]:
         )
     mpi_discovery(distributed_port=MPI.COMM_WORLD.bcast(_free_port()), verbose=False)
     MPI.Finalize()
-    return os.environ["MASTER_ADDR"], os.environ["MASTER_PORT"]
+    return {name: os.environ[name] for name in ("MASTER_ADDR", "MASTER_PORT")}
 
 
 def _free_port() -> str:

@@ -91,6 +91,12 @@ def test_a_given_port_goes_with_the_address_found(environment: dict[str, str]) -
     assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("localhost", "4711")
 
 
+def test_a_given_address_goes_with_the_port_found(environment: dict[str, str]) -> None:
+    environment.update(SRUN_TASK, MASTER_ADDR="10.1.2.3", SLURM_STEP_NODELIST="no-such-host.invalid")
+    join_launch()
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("10.1.2.3", "16137")
+
+
 def test_a_step_on_one_host_needs_no_name(environment: dict[str, str]) -> None:
     environment.update(SRUN_TASK, SLURM_GTIDS="0,1,2,3", SLURM_STEP_NODELIST="no-such-host.invalid")
     join_launch()
