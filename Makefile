@@ -1,5 +1,6 @@
 # make quickstart   set up everything and train a small GPT with switchable sparse-dense learning on real text
 # make test         set up everything and run the tests
+# make test-mpi, make test-multinode, make test-slurm    real launchers; each says which Debian packages it needs
 # make lint         ruff and mypy;   make docs: generate docs/config.md
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -8,7 +9,7 @@ BIN := $(abspath $(VENV))/bin
 CONFIG ?= examples/quickstart/ds.json
 CONSTRAINTS := constraints.txt
 
-.PHONY: quickstart test lint docs clean
+.PHONY: quickstart test test-mpi test-multinode test-slurm lint docs clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python tools/embedded_corpus.py --out data/embedded
@@ -16,6 +17,9 @@ quickstart: $(VENV)/.installed
 
 test: $(VENV)/.installed-dev
 	PATH="$(BIN):$$PATH" pytest
+
+test-mpi test-multinode test-slurm: test-%: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.$*.check
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .
