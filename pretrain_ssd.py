@@ -2,8 +2,8 @@
 
     deepspeed pretrain_ssd.py --ds_config examples/quickstart/ds.json
 
-also under torchrun, and as one process with plain python. Exit status: 0 finished, or saved and stopped on request;
-2 the configuration or the data cannot be used; 1 anything else.
+also under torchrun, srun and mpirun, and as one process with plain python. Exit status: 0 finished, or saved and
+stopped on request; 2 the configuration or the data cannot be used; 1 anything else.
 """
 
 import argparse
@@ -43,15 +43,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     if arguments.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
-    rank = os.environ.get("RANK", "0")
-    is_first = rank == "0"
-
-    def tell(text: str) -> None:
-        if is_first:
-            print(text, file=sys.stderr, flush=True)
-
     # After the arguments: importing torch and DeepSpeed takes seconds.
     from ssd_megatron.parallel.collectives import CollectiveError
+    from ssd_megatron.parallel.launch import rank_of_launch
     from ssd_megatron.parallel.meeting import Meeting
     from ssd_megatron.parallel.topology import initialize_topology, leave_topology
     from ssd_megatron.switching.switch import SwitchError
@@ -61,6 +55,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ssd_megatron.training.rehearsal import print_rehearsal
     from ssd_megatron.training.start import prepare_job
     from ssd_megatron.training.trainer import TrainingError
+
+    rank = rank_of_launch()
+    is_first = rank == 0
+
+    def tell(text: str) -> None:
+        if is_first:
+            print(text, file=sys.stderr, flush=True)
 
     config = _read_config(arguments)
     if arguments.dry_run:
