@@ -145,7 +145,7 @@ def _ask_over_mpi(launch: Launch) -> dict[str, str]:
     if MPI.COMM_WORLD.Get_size() != launch.world_size:
         raise ConfigError(
             f"mpirun started {launch.world_size} processes and mpi4py finds {MPI.COMM_WORLD.Get_size()}: it has loaded "
-            f"{MPI.Get_library_version().splitlines()[0]!r}, not the MPI of this mpirun. Put that one's libmpi first "
+            f"{MPI.Get_library_version().partition(',')[0]}, not the MPI of this mpirun. Put that one's libmpi first "
             "on LD_LIBRARY_PATH, or do without: mpirun -x MASTER_ADDR=<host of rank 0> -x MASTER_PORT=<port>"
         )
     mpi_discovery(distributed_port=MPI.COMM_WORLD.bcast(_free_port()), verbose=False)
