@@ -2,21 +2,32 @@
 
 import hashlib
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 
-def write_atomically(path: Path, content: bytes) -> None:
-    """Write a file (its folder is made if missing) so that a reader, or a crash, sees the old content or the new."""
+@contextmanager
+def open_atomically(path: Path) -> Iterator[IO[bytes]]:
+    """A file to write (its folder is made if missing) that appears under its name at the end of the context, on the
+    disk; a reader, a failure or a crash within sees what was there before."""
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_name(f"{path.name}.partial-{os.getpid()}")
     try:
         with partial.open("wb") as file:
-            file.write(content)
+            yield file
             file.flush()
             os.fsync(file.fileno())
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def write_atomically(path: Path, content: bytes) -> None:
+    """Write a file at once, see `open_atomically`."""
+    with open_atomically(path) as file:
+        file.write(content)
 
 
 def sha256_of(path: Path) -> str:

@@ -1,16 +1,17 @@
 """Small real runs on many layouts: what the layout tests compare."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ssd_megatron.config.schema import ParallelConfig
 from tests.curves.corpus import write_corpus
-from tests.small_run import small_config, train, write_config
+from tests.small_run import records, small_config, train, write_config
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a model and the samples of a step are cut up; `data` copies of the model."""
+    """How a model and the samples of a step are cut up; `data` ranks, `expert` of which share a copy of the banks."""
 
     tensor: int = 1
     pipeline: int = 1
@@ -23,16 +24,23 @@ class Layout:
     def ranks(self) -> int:
         return self.tensor * self.pipeline * self.data
 
+    @property
+    def homes(self) -> int:
+        """Ranks over which the neurons of one network are split."""
+        return self.tensor * self.expert
+
+    @property
+    def parallel(self) -> ParallelConfig:
+        return ParallelConfig(
+            tensor_parallel_size=self.tensor,
+            pipeline_parallel_size=self.pipeline,
+            expert_parallel_size=self.expert,
+            timeout_seconds=120,
+        )
+
     def apply(self, config: dict[str, Any]) -> dict[str, Any]:
         """A ds.json with this layout."""
-        section = config["ssd_megatron"] | {
-            "parallel": {
-                "tensor_parallel_size": self.tensor,
-                "pipeline_parallel_size": self.pipeline,
-                "expert_parallel_size": self.expert,
-                "timeout_seconds": 120,
-            }
-        }
+        section = config["ssd_megatron"] | {"parallel": self.parallel.model_dump()}
         return config | {
             "train_micro_batch_size_per_gpu": self.micro,
             "zero_optimization": {"stage": self.stage},
@@ -40,9 +48,22 @@ class Layout:
         }
 
     def __str__(self) -> str:
-        sizes = (("TP", self.tensor), ("PP", self.pipeline), ("EP", self.expert), ("DP", self.data))
-        named = " x ".join(f"{name}{size}" for name, size in sizes if size > 1) or "1 process"
-        return f"{named}, ZeRO {self.stage}, micro batch {self.micro}"
+        """As in `TP2xEP2xDP2, ZeRO 2`: DP counts the copies of the banks."""
+        copies = self.data // self.expert
+        sizes = (("TP", self.tensor), ("PP", self.pipeline), ("EP", self.expert), ("DP", copies))
+        named = "x".join(f"{name}{size}" for name, size in sizes if size > 1) or "1 process"
+        return ", ".join([named, f"ZeRO {self.stage}"] + [f"micro batch {self.micro}"] * (self.micro != 2))
+
+
+# One name per layout that several tests use.
+ONE, DP2, TP2, PP2, EP2 = Layout(), Layout(data=2), Layout(tensor=2), Layout(pipeline=2), Layout(expert=2, data=2)
+DP4, EP4, EP2_DP2 = Layout(data=4), Layout(expert=4, data=4), Layout(expert=2, data=4)
+TP2_PP2, TP2_EP2, PP2_EP2 = Layout(2, 2), Layout(2, 1, 2, 2), Layout(1, 2, 2, 2)
+TP2_PP2_DP2, TP2_PP2_EP2, PP2_EP2_DP2 = Layout(2, 2, 1, 2), Layout(2, 2, 2, 2), Layout(1, 2, 2, 4)
+
+
+def zero2(layout: Layout) -> Layout:
+    return replace(layout, stage=2)
 
 
 def oracle_config(folder: Path, phases: list[tuple[int, str]], steps: int) -> dict[str, Any]:
@@ -53,7 +74,7 @@ def oracle_config(folder: Path, phases: list[tuple[int, str]], steps: int) -> di
     """
     config = small_config(write_corpus(folder), folder / "run")
     config |= {
-        "optimizer": {"type": "AdamW", "params": {"lr": 1.0, "eps": 1.0, "weight_decay": 0.01}},
+        "optimizer": {"type": "AdamW", "params": {"lr": 0.2, "eps": 1.0, "weight_decay": 0.05}},
         "scheduler": {"type": "WSD", "params": {"warmup_num_steps": 2, "decay_num_steps": steps // 3}},
         "gradient_clipping": 0.5,
     }
@@ -76,3 +97,13 @@ def run_layout(folder: Path, layout: Layout, config: dict[str, Any], *overrides:
     config["ssd_megatron"] = config["ssd_megatron"] | {"run_dir": str(run_dir)}
     train(write_config(config, folder / "run.json"), *overrides, world_size=layout.ranks)
     return run_dir
+
+
+def deviation(run_dir: Path, reference: Path, kind: str, *names: str) -> list[float]:
+    """Largest relative difference of some numbers to the reference's, record by record of one kind."""
+    pairs = list(zip(records(run_dir, kind), records(reference, kind), strict=True))
+    assert [mine["step"] for mine, _ in pairs] == [expected["step"] for _, expected in pairs]
+    return [
+        max((abs(mine[name] / expected[name] - 1) for name in names if expected[name] is not None), default=0.0)
+        for mine, expected in pairs
+    ]

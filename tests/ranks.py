@@ -3,9 +3,9 @@
 results = run_ranks(2, my_function, argument)   # my_function(topology, argument) on each rank, results by rank
 """
 
-import contextlib
 import multiprocessing
 import os
+import pickle
 import random
 import socket
 import traceback
@@ -71,12 +71,12 @@ def start_process(function: Callable[..., Any], *arguments: Any) -> multiprocess
 
 
 def free_port() -> int:
-    """A port below those that the system gives to connections: those may be taken before rank 0 listens on them."""
+    """A port that nobody listens on, below those that the system gives to outgoing connections at any moment."""
     while True:
-        port = random.randrange(10_000, 32_000)
-        with contextlib.suppress(OSError), socket.socket() as probe:
-            probe.bind(("127.0.0.1", port))
-            return port
+        port = random.SystemRandom().randrange(15_000, 32_000)
+        with socket.socket() as probe:
+            if probe.connect_ex(("127.0.0.1", port)) != 0:
+                return port
 
 
 def rank_environment(rank: int, world_size: int, port: int) -> dict[str, str]:
@@ -108,10 +108,15 @@ def _rank(
         topology = initialize_topology(parallel)
         result = function(topology, *arguments)
         leave_topology()
-        pipe.send((True, result))
+        _send(pipe, (True, result))
     except BaseException:
-        pipe.send((False, traceback.format_exc()))
+        _send(pipe, (False, traceback.format_exc()))
         raise
+
+
+def _send(pipe: Connection, answer: tuple[bool, Any]) -> None:
+    """By value: `Connection.send` would send tensors as shared memory, which ends with this process."""
+    pipe.send_bytes(pickle.dumps(answer))
 
 
 def _receive(pipe: Connection, process: Any, rank: int) -> Any:
@@ -122,7 +127,7 @@ def _receive(pipe: Connection, process: Any, rank: int) -> Any:
             raise RankError(f"rank {rank} ended with exit code {process.exitcode} and no result")
         if waited > TIMEOUT_SECONDS:
             raise RankError(f"rank {rank} gave no result in {TIMEOUT_SECONDS} s")
-    fine, result = pipe.recv()
+    fine, result = pickle.loads(pipe.recv_bytes())
     if not fine:
         raise RankError(f"rank {rank}:\n{result}")
     return result

@@ -1,6 +1,7 @@
 """A tiny GPT under the real engine, on ranks that a test has joined, fed with random tokens."""
 
 import json
+import math
 import tempfile
 from pathlib import Path
 from typing import Any
@@ -9,6 +10,7 @@ import torch
 from torch import Tensor
 
 from ssd_megatron.config.load import Hardware, RunConfig, load_config
+from ssd_megatron.config.schema import ParallelConfig
 from ssd_megatron.model.gpt import GPT
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.training.engine import Engine
@@ -26,7 +28,9 @@ def run_config(world_size: int = 1, **model: Any) -> RunConfig:
     raw["ssd_megatron"]["parallel"] = settings.get("parallel", {})
     raw["bf16"] = {"enabled": settings.get("bf16", False)}
     raw["zero_optimization"] = {"stage": settings.get("stage", 1)}
-    raw["train_batch_size"] = 12  # for 1, 2 and 3 ranks
+    sizes = ParallelConfig(**raw["ssd_megatron"]["parallel"])
+    data = world_size // (sizes.tensor_parallel_size * sizes.pipeline_parallel_size)
+    raw["train_batch_size"] = math.lcm(12, 2 * data)  # for 1, 2, 3 and 4 data-parallel ranks
     raw["tensorboard"] = {"enabled": False}
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "ds.json"
@@ -52,9 +56,10 @@ def random_batch(config: RunConfig, seed: int) -> dict[str, Tensor]:
 
 
 def train_steps(engine: Engine, config: RunConfig, steps: range) -> None:
-    """Some optimizer steps on random batches, other ones on each rank."""
+    """Some optimizer steps on random batches, other ones on each data-parallel rank."""
     ranks = config.data_parallel_size
+    rank = torch.distributed.get_rank() // config.ssd_megatron.parallel.tensor_parallel_size % ranks
     for step in steps:
-        first = (step * config.gradient_accumulation_steps) * ranks + torch.distributed.get_rank()
+        first = (step * config.gradient_accumulation_steps) * ranks + rank
         batches = [random_batch(config, first + m * ranks) for m in range(config.gradient_accumulation_steps)]
         engine.train_step(batches)

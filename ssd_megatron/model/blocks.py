@@ -102,6 +102,10 @@ class TransformerBlock(nn.Module):
         return self._forward(x_sbh)
 
     def _forward(self, x_sbh: Tensor) -> Tensor:
+        if x_sbh.size(1) == 0:
+            # megatron-core's attention takes no empty batch; expert-parallel ranks meet in the network.
+            nothing_sbh: Tensor = self.ffn(x_sbh)[0]
+            return nothing_sbh
         rotary_pos_emb = None if self.rotary is None else self.rotary(x_sbh.size(0)).to(x_sbh.device)
         y_sbh: Tensor = self.layer(x_sbh, rotary_pos_emb=rotary_pos_emb)[0]
         return y_sbh

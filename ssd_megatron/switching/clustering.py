@@ -1,8 +1,8 @@
 """Forms experts: each layer's rows are gathered from their homes to one rank of the stage (layers go round its ranks)
 and clustered there, and every rank gets every layer's labels.
 
-Neurons are clustered in the order of their identities, and experts counted in the order of their first neurons: where
-a placement has put them has no influence, so that all layouts form the same experts at every switch.
+Labels go by neuron identity, and experts are numbered in the order of their first neurons: where a placement has put
+neurons and experts has no influence, so that all layouts form the same experts at every switch.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -31,7 +31,7 @@ class Grouping(NamedTuple):
     """Experts of one layer.
 
     Attributes:
-        labels: [F] int64, expert of the neuron at each position.
+        labels: [F] int64, expert of each neuron by identity.
         centroids: [E, H] fp32, expert scores of a router made from these labels.
     """
 
@@ -64,21 +64,20 @@ class Clustering:
 
         Args:
             previous: labels to start from, where there are any.
-            signatures: bits of each neuron on the probe batch (`coactivation` only).
+            signatures: bits of each neuron by identity on the probe batch (`coactivation` only).
         """
 
         def form(name: str, rows: Tensor) -> Tensor:
-            return self._form(name, rows, self._by_identity(name, previous), self._by_identity(name, signatures), step)
+            return numbered_by_first_neuron(self._form(name, rows, previous.get(name), signatures.get(name), step))
 
         return self._spread(self._networks.local, form)
 
     def follow(self, names: Iterable[str], previous: Mapping[str, Tensor], step: int) -> dict[str, Grouping]:
         """The cheap look between switches: where the current weights take the previous labels in one pass."""
-        return self._spread(names, lambda name, rows: self._follow(name, rows, self._by_identity(name, previous), step))
+        return self._spread(names, lambda name, rows: self._follow(name, rows, previous.get(name), step))
 
     def _form(self, name: str, rows: Tensor, previous: Tensor | None, signatures: Tensor | None, step: int) -> Tensor:
         experts, seed = self._ssd.num_experts, self._clustering_seed(name, step)
-        previous = None if previous is None else _numbers(previous)[previous]
         if self._recorded is not None:
             return self._recorded[name]
         if self._ssd.partition == "random":
@@ -91,29 +90,24 @@ class Clustering:
     def _follow(self, name: str, rows: Tensor, previous: Tensor | None, step: int) -> Tensor:
         experts = self._ssd.num_experts
         if previous is not None:
-            numbers = _numbers(previous)
-            return numbers.argsort()[warm_assignment_pass(rows, numbers[previous], experts).cpu()]
+            return warm_assignment_pass(rows, previous.to(rows.device), experts)
         seed = self._clustering_seed(name, step)
-        return kmeans_partition(rows, experts, None, seed, max_rounds=self._ssd.kmeans_rounds).labels
+        return numbered_by_first_neuron(
+            kmeans_partition(rows, experts, None, seed, max_rounds=self._ssd.kmeans_rounds).labels
+        )
 
     def _spread(self, names: Iterable[str], label: Callable[[str, Tensor], Tensor]) -> dict[str, Grouping]:
         """Each layer labelled on one rank of the stage, known to all of them."""
         names = list(names)
-        mine = {name: self._group(name, rows, label(name, rows)) for name, rows in self._rows_by_turns(names)}
+        mine = {name: self._group(rows, label(name, rows)) for name, rows in self._rows_by_turns(names)}
         parts = self._networks.topology.stage.gather_objects("labels of the neurons", mine)
         groupings = {name: grouping for part in parts for name, grouping in part.items()}
         return {name: groupings[name] for name in names}
 
-    def _group(self, name: str, rows: Tensor, labels: Tensor) -> Grouping:
+    def _group(self, rows: Tensor, labels: Tensor) -> Grouping:
         order = partition_order(labels.cpu(), self._ssd.num_experts)
         centroids = router_weights_from_bank(rows[order.to(rows.device)], self._ssd.num_experts)
-        return Grouping(labels.cpu()[self._networks.local[name].bank.neuron_ids.cpu()], centroids.cpu())
-
-    def _by_identity(self, name: str, by_position: Mapping[str, Tensor]) -> Tensor | None:
-        """What is known of a network's neurons, reordered from position to identity; None if nothing is."""
-        if name not in by_position:
-            return None
-        return by_position[name][self._networks.local[name].bank.neuron_ids.cpu().argsort()]
+        return Grouping(labels.cpu(), centroids.cpu())
 
     def _rows_by_turns(self, names: list[str]) -> Iterator[tuple[str, Tensor]]:
         """The layers that this rank labels, with all rows [F, H] by identity, fp32; at most one such matrix at a time.
@@ -155,8 +149,9 @@ class Clustering:
         return dict(zip(self._networks.names, layers, strict=True))
 
 
-def _numbers(labels: Tensor) -> Tensor:
-    """Number of each expert when they are counted in the order of their first neurons, [E] int64."""
+def numbered_by_first_neuron(labels: Tensor) -> Tensor:
+    """The same groups, numbered in the order of their first neurons."""
+    labels = labels.cpu()
     experts = int(labels.max()) + 1
     first = torch.full((experts,), labels.numel()).scatter_reduce(0, labels, torch.arange(labels.numel()), "amin")
-    return first.argsort().argsort()
+    return first.argsort().argsort()[labels]

@@ -18,8 +18,8 @@ from ssd_megatron.switching.allocation import allocate_experts, sparsity_costs
 from ssd_megatron.switching.clustering import Clustering
 from ssd_megatron.switching.loss_watch import LossWatch
 from ssd_megatron.switching.networks import Networks
-from ssd_megatron.switching.partition import partition_order, structure_similarity
-from ssd_megatron.switching.planner import Plan, Planner, contiguous_labels
+from ssd_megatron.switching.partition import structure_similarity
+from ssd_megatron.switching.planner import Plan, Planner, labels_of
 from ssd_megatron.switching.reports import CheckReport, PlacementReport, SwitchReport
 from ssd_megatron.switching.schedule import Schedule
 from ssd_megatron.switching.statistics import ProbeBatch, collect_statistics, expert_overlap
@@ -62,7 +62,7 @@ class Coordinator:
         self.schedule = schedule
         self.mode: Mode = "dense"
         self.has_partition = False  # once a switch has formed experts, the model can be evaluated in both modes
-        self._labels: dict[str, Tensor] = {}  # of this stage
+        self._labels: dict[str, Tensor] = {}  # of this stage, by neuron identity
         self._expert_ids: dict[str, Tensor] = {}  # of this stage
 
     def before_step(self, step: int) -> SwitchReport | None:
@@ -107,13 +107,8 @@ class Coordinator:
         if plan.imbalance_before <= limit or plan.imbalance_after >= plan.imbalance_before:
             return None
         self._agree_on(step, "sparse", plan)
-        size = self._ssd.num_experts
-        orders = {name: partition_order(labels, size) for name, labels in plan.labels.items()}
-        numbers = {name: labels[:: len(labels) // size] for name, labels in plan.labels.items()}
-        applied = regroup_neurons(networks, plan.labels, size, self._state)
-        renumber_routers(networks, numbers, self._state)
-        self._labels = {name: numbers[name][labels[orders[name]]] for name, labels in self._labels.items()}
-        self._expert_ids = {name: numbers[name][ids] for name, ids in self._expert_ids.items()}
+        applied = regroup_neurons(networks, plan.placed(), self._ssd.num_experts, self._state)
+        renumber_routers(networks, plan.numbers, self._state)
         return PlacementReport(
             time.perf_counter() - started, applied.bytes_moved, plan.imbalance_before, plan.imbalance_after
         )
@@ -126,11 +121,8 @@ class Coordinator:
     def partition(self) -> list[Tensor]:
         """Experts of the last switch by neuron identity, [F] int64 for each layer of all stages: what ssd.partition can
         replay (collective)."""
-        layers = {}
-        for name, ffn in self.networks.local.items():
-            identities = ffn.bank.neuron_ids.cpu()
-            layers[name] = torch.empty_like(identities)
-            layers[name][identities] = contiguous_labels(len(identities), self._ssd.num_experts)
+        local = self.networks.local
+        layers = {name: labels_of(ffn.bank, self._ssd.num_experts) for name, ffn in local.items()}
         return self.networks.all_stages("partition", layers)
 
     def set_mode(self, mode: Mode) -> None:
@@ -178,7 +170,7 @@ class Coordinator:
         loss_before = self._probe.loss()
         if not math.isfinite(loss_before):
             raise SwitchError(f"the dense loss of the probe batch was {loss_before} before a switch: it has diverged")
-        plan, applied, similarity = Plan({}), Applied(0, 0.0, 0.0), []
+        plan, applied, similarity = Plan({}, {}), Applied(0, 0.0, 0.0), []
         if wanted == "sparse":
             plan = self._planner.form_experts(self._labels, step)
             similarity = self._similarity(plan.labels)
@@ -222,9 +214,9 @@ class Coordinator:
 
     def _apply(self, plan: Plan) -> Applied:
         experts = self._ssd.num_experts
-        applied = regroup_neurons(self.networks, plan.labels, experts, self._state)
+        applied = regroup_neurons(self.networks, plan.placed(), experts, self._state)
         set_routers(self.networks, experts, self._state)
-        self._labels = {name: contiguous_labels(label.numel(), experts) for name, label in plan.labels.items()}
+        self._labels = dict(plan.labels)
         self._expert_ids = {}
         self.networks.set_top_k(self._allocate())
         self.has_partition = True

@@ -9,7 +9,8 @@ from torch import Tensor
 
 def balanced_numbering(load_E: Tensor, homes: int) -> Tensor:
     """New number of each expert, [E] int64: the busiest expert first, each to the home with the least load so far that
-    has room (Graham 1969, longest processing time first). A single home keeps the numbers.
+    has room (Graham 1969, longest processing time first). Numbers stay where that would not be better, as with a single
+    home.
 
     Args:
         load_E: tokens of each expert.
@@ -24,7 +25,8 @@ def balanced_numbering(load_E: Tensor, homes: int) -> Tensor:
         members[home].append(expert)
     numbers = torch.empty(num_experts, dtype=torch.int64)
     numbers[torch.tensor([expert for experts in members for expert in sorted(experts)])] = torch.arange(num_experts)
-    return numbers
+    better = imbalance(load_E[numbers.argsort()], homes) < imbalance(load_E, homes)
+    return numbers if better else torch.arange(num_experts)
 
 
 def imbalance(load_E: Tensor, homes: int) -> float:

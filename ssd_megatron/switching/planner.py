@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 
 from ssd_megatron.config.schema import SSDConfig
+from ssd_megatron.ffn.bank import NeuronBank
 from ssd_megatron.switching.clustering import Clustering, Grouping
 from ssd_megatron.switching.networks import Networks
 from ssd_megatron.switching.placement import balanced_numbering, imbalance
@@ -20,19 +21,25 @@ class Plan:
     """Where every neuron of this stage goes.
 
     Attributes:
-        labels: by network, expert of the neuron at each position, [F] int64, experts numbered by placement.
+        labels: by network, expert of each neuron by identity, [F] int64; the same on every layout.
+        numbers: by network, the number by which placement knows each expert, [E] int64.
         imbalance_before, imbalance_after: see SwitchReport.
     """
 
     labels: dict[str, Tensor]
+    numbers: dict[str, Tensor]
     imbalance_before: float | None = None
     imbalance_after: float | None = None
     seconds_statistics: float = 0.0
     seconds_cluster: float = 0.0
 
+    def placed(self) -> dict[str, Tensor]:
+        """Labels with the experts' placed numbers."""
+        return {name: self.numbers[name][labels] for name, labels in self.labels.items()}
+
     def digest(self) -> dict[str, str]:
-        """A hash of the labels by network, for ranks to compare."""
-        return {name: hashlib.sha256(labels.numpy().tobytes()).hexdigest() for name, labels in self.labels.items()}
+        """A hash of the placed labels by network, for ranks to compare."""
+        return {name: hashlib.sha256(labels.numpy().tobytes()).hexdigest() for name, labels in self.placed().items()}
 
 
 class Planner:
@@ -65,17 +72,14 @@ class Planner:
         Args:
             loads: by network, tokens of each expert, [E].
         """
-        labels = {
-            name: contiguous_labels(ffn.bank.neuron_ids.numel(), self._ssd.num_experts)
-            for name, ffn in self._networks.local.items()
-        }
+        labels = {name: labels_of(ffn.bank, self._ssd.num_experts) for name, ffn in self._networks.local.items()}
         return self._place(labels, loads)
 
     def _place_by_probe(self, groupings: Mapping[str, Grouping]) -> Plan:
         """Place new experts by the tokens of the probe batch that choose them."""
         labels = {name: grouping.labels for name, grouping in groupings.items()}
         if self._networks.homes == 1:
-            return Plan(labels)
+            return Plan(labels, {name: torch.arange(self._ssd.num_experts) for name in labels})
         centroids = {name: grouping.centroids for name, grouping in groupings.items()}
         statistics = collect_statistics(self._networks.local, self._probe, centroids, self._ssd.top_k, signatures=False)
         loads = {
@@ -86,25 +90,28 @@ class Planner:
 
     def _place(self, labels: Mapping[str, Tensor], loads: Mapping[str, Tensor]) -> Plan:
         homes = self._networks.homes
-        placed, before, after = {}, {}, {}
-        for name, load in loads.items():
-            numbers = balanced_numbering(load, homes)
-            placed[name] = numbers[labels[name]]
-            before[name] = imbalance(load, homes)
-            after[name] = imbalance(load[numbers.argsort()], homes)
+        numbers = {name: balanced_numbering(load, homes) for name, load in loads.items()}
+        before = {name: imbalance(load, homes) for name, load in loads.items()}
+        after = {name: imbalance(load[numbers[name].argsort()], homes) for name, load in loads.items()}
         worst_before, worst_after = (
             max(self._networks.all_stages("imbalance of the homes", values)) for values in (before, after)
         )
-        return Plan(placed, worst_before, worst_after)
+        return Plan(dict(labels), numbers, worst_before, worst_after)
 
     def _signatures(self) -> dict[str, Tensor]:
-        """Bits of every neuron on the probe batch, if the partition is made from them."""
+        """Bits of every neuron by identity on the probe batch, if the partition is made from them."""
         if self._ssd.partition != "coactivation":
             return {}
-        statistics = collect_statistics(self._networks.local, self._probe, {}, self._ssd.top_k)
-        return {name: layer.signatures for name, layer in statistics.items()}
+        local = self._networks.local
+        statistics = collect_statistics(local, self._probe, {}, self._ssd.top_k)
+        return {name: layer.signatures[_positions(local[name].bank)] for name, layer in statistics.items()}
 
 
-def contiguous_labels(neurons: int, experts: int) -> Tensor:
-    """Labels [F] of neurons that are grouped already: expert e at positions [e * F/E, (e + 1) * F/E)."""
-    return torch.arange(experts).repeat_interleave(neurons // experts)
+def labels_of(bank: NeuronBank, num_experts: int) -> Tensor:
+    """Expert of each neuron by identity, [F] int64, where experts are slices of the bank."""
+    return _positions(bank) // (bank.neuron_ids.numel() // num_experts)
+
+
+def _positions(bank: NeuronBank) -> Tensor:
+    """Position of each neuron, [F] int64, by identity."""
+    return bank.neuron_ids.cpu().argsort()

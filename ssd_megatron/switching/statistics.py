@@ -26,7 +26,8 @@ class LayerStatistics:
         active_fraction: share of (token, neuron) pairs that fire.
         signatures: [N, bytes] uint8, a bit per probe token (most significant first): the neuron fired; no bytes if they
             were not asked for.
-        expert_ids: [T, K] int64, experts that the given centroids choose; empty if none were given.
+        expert_ids: [T, K] int64, experts that the given centroids choose, sample by sample, so that the order of the
+            tokens does not depend on how the samples are cut into ranks and batches; empty if none were given.
     """
 
     active_fraction: float
@@ -97,7 +98,7 @@ def collect_statistics(
     }
     with observed(ffns, recorders):
         probe.loss()
-    return {name: _gather(recorder, probe.topology) for name, recorder in recorders.items()}
+    return {name: _gather(recorder, probe) for name, recorder in recorders.items()}
 
 
 def expert_overlap(ids_a_TK: Tensor, ids_b_TK: Tensor, num_experts: int) -> float:
@@ -129,10 +130,13 @@ def observed(ffns: Mapping[str, SwitchableFFN], observers: Mapping[str, Observer
             ffn.mode, ffn.observer = modes[name], None
 
 
-def _gather(recorder: _Recorder, topology: Topology) -> LayerStatistics:
+def _gather(recorder: _Recorder, probe: ProbeBatch) -> LayerStatistics:
     """Data-parallel ranks saw other tokens, tensor-parallel ones other neurons."""
+    topology = probe.topology
     signatures = torch.cat([torch.zeros(recorder.neurons, 0, dtype=torch.uint8), *(f.cpu() for f in recorder.fired)], 1)
-    chosen = torch.cat([torch.zeros(0, recorder.top_k, dtype=torch.int64), *(c.cpu() for c in recorder.chosen)])
+    samples = [len(batch["tokens"]) for batch in probe.batches] if recorder.chosen else []
+    by_sample = [_by_sample(ids, count) for ids, count in zip(recorder.chosen, samples, strict=True)]
+    chosen = torch.cat([torch.zeros(0, recorder.top_k, dtype=torch.int64), *by_sample])
     mine = (signatures, chosen, recorder.fired_count, recorder.pairs)
     parts = topology.stage.gather_objects("activation statistics", mine)
     tensor = topology.tensor.size
@@ -141,3 +145,9 @@ def _gather(recorder: _Recorder, topology: Topology) -> LayerStatistics:
         signatures=torch.cat([torch.cat([part[0] for part in parts[rank::tensor]], 1) for rank in range(tensor)]),
         expert_ids=torch.cat([part[1] for part in parts[::tensor]]),
     )
+
+
+def _by_sample(ids_TK: Tensor, samples: int) -> Tensor:
+    """Rows of one batch, which come position by position, ordered sample by sample."""
+    length = len(ids_TK) // max(1, samples)
+    return ids_TK.cpu().view(length, samples, ids_TK.shape[1]).transpose(0, 1).flatten(0, 1)

@@ -44,7 +44,7 @@ def regroup_neurons(networks: Networks, labels: Mapping[str, Tensor], num_expert
     Banks move one after the other, so that what is in flight is a part of one tensor of one bank.
 
     Args:
-        labels: expert of the neuron at each position, [N] int64, by network name; the same on every rank.
+        labels: expert of each neuron by identity, [F] int64, by network name; the same on every rank.
     Raises:
         SwitchError: a neuron does not have exactly the values it had before.
     """
@@ -57,7 +57,7 @@ def regroup_neurons(networks: Networks, labels: Mapping[str, Tensor], num_expert
         started = time.perf_counter()
         expected[name] = fingerprints_by_identity(ffn, bank_fingerprints(state, names, topology.stage))
         fingerprinted = time.perf_counter()
-        order = partition_order(labels[name], num_experts)
+        order = partition_order(labels[name][ffn.bank.neuron_ids.cpu()], num_experts)
         moved += move_neurons(state, names, order, topology.stage)
         ffn.bank.neuron_ids.copy_(ffn.bank.neuron_ids[order.to(ffn.bank.neuron_ids.device)])
         verify += fingerprinted - started

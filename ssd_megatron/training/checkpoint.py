@@ -12,11 +12,11 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ssd_megatron.errors import ConfigError
 from ssd_megatron.model.gpt import GPT
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.switching.coordinator import Coordinator
 from ssd_megatron.training import checkpoint_files as files
+from ssd_megatron.training.checkpoint_checks import check_identity, check_tensors
 from ssd_megatron.training.checkpoint_files import CheckpointError, FileRecord, Index, Piece, key_of
 from ssd_megatron.training.engine import Engine
 
@@ -59,15 +59,16 @@ class Checkpointer:
         topology, folder = self._topology, files.temporary_folder(self._root, step)
         if topology.is_first:
             shutil.rmtree(folder, ignore_errors=True)
-        _agree(topology, lambda: folder.mkdir(parents=True) if topology.is_first else None, self._root)
+        self._agree("written to", lambda: folder.mkdir(parents=True) if topology.is_first else None)
         owned = {
             key_of(name, kind): (fragment.start, fragment.values.detach())
             for name, kind, fragment in self._trained.engine.state.owned()
         }
         contents = {files.rank_file(topology.rank): {key: values for key, (_, values) in owned.items()} | _rng()}
-        values, shared = self._values(counters), self._shared_tensors()
+        remembered, shared = self._trained.coordinator.state_dict()
+        values, identities = self._values(counters, remembered), self._neuron_ids()
         if topology.is_first:
-            contents[files.SHARED] = shared
+            contents[files.SHARED] = identities | shared
         pieces = {key: (start, values.numel()) for key, (start, values) in owned.items()}
         self._writing = _Writing(step, folder, contents, pieces, values, in_background=self._async)
         return None if self._async else self.finish()
@@ -83,9 +84,9 @@ class Checkpointer:
         writing, self._writing = self._writing, None
         if writing is None:
             return None
-        records = _agree(self._topology, writing.result, self._root)
+        records = self._agree("written to", writing.result)
         pieces = self._topology.world.gather_objects("pieces of a checkpoint", writing.pieces)
-        shapes = self._topology.world.gather_objects("shapes of a checkpoint", self._shapes())
+        shapes = self._shapes()
         final = self._root / files.folder_name(writing.step)
 
         def commit() -> None:
@@ -94,7 +95,7 @@ class Checkpointer:
                 files.commit(self._root, index)
                 files.remove_old(self._root, writing.step, self._keep_last)
 
-        _agree(self._topology, commit, self._root)
+        self._agree("written to", commit)
         return final
 
     def restore_newest(self, tell: Callable[[str], None]) -> tuple[int, dict[str, float]] | None:
@@ -114,7 +115,7 @@ class Checkpointer:
             damage = self._damages(folder)
             if not damage:
                 restored = self._restore(folder)
-                _agree(self._topology, lambda: self._set_aside(damaged), self._root)
+                self._agree("set aside in", lambda: self._set_aside(damaged))
                 return restored
             damaged.append(folder)
             tell(f"checkpoint {folder} is damaged ({'; '.join(damage)}): it is passed over")
@@ -128,58 +129,77 @@ class Checkpointer:
                 files.set_aside(folder)
 
     def _damages(self, folder: Path) -> list[str]:
+        unreadable = None
+        found: list[str] = []
         try:
             index = files.read_index(folder)
-            found = files.damages(folder, index, self._topology.rank, self._topology.world.size)
+            found = files.index_damages(index)
+            found += files.damages(folder, index, self._topology.rank, self._topology.world.size)
         except CheckpointError as error:
-            found = [str(error)]
-        parts = self._topology.world.gather_objects("damages of a checkpoint", found)
-        return sorted({line for part in parts for line in part})
+            unreadable = str(error)
+        parts = self._topology.world.gather_objects("damages of a checkpoint", (unreadable, found))
+        first, blind = parts[0][0], [f"rank {rank}: {error}" for rank, (error, _) in enumerate(parts) if error]
+        if first is None and blind:
+            raise CheckpointError(
+                f"rank 0 can read {folder}, but {blind[0]}. All ranks need the same run_dir, on a file system that "
+                "their nodes share"
+            )
+        return [first] if first else sorted({line for _, part in parts for line in part})
 
     def _restore(self, folder: Path) -> tuple[int, dict[str, float]]:
         index = files.read_index(folder)
         values = index.values
-        _check_identity(folder, values["identity"], self._trained.identity)
+        check_identity(folder, values["identity"], self._trained.identity)
+        check_tensors(folder, index.shapes, self._shapes())
         state = self._trained.engine.state
-        self._check_tensors(folder, index)
-        for name, kind, fragment in state.held():
-            key = key_of(name, kind)
-            fragment.values.copy_(files.read_interval(folder, index, key, fragment.start, fragment.values.numel()))
+        held = {key_of(name, kind): (part.start, part.values) for name, kind, part in state.held()}
+        same_layout = values["layout"] == self._layout()
+        shared, rng = {}, {}
+
+        def read() -> None:
+            files.read_intervals(folder, index, held)
+            shared.update(files.read_tensors(folder, files.SHARED))
+            if same_layout:
+                rng.update(files.read_tensors(folder, files.rank_file(self._topology.rank), prefix=RNG))
+
+        self._agree("restored from", read)
         state.publish()
         for group, step in values["adam_steps"].items():
             state.set_adam_step(group, step)
         for group, rate in values["learning_rates"].items():
             state.set_learning_rate(group, rate)
         self._trained.engine.zero.load_loss_scaler_state(values["loss_scaler"])
-        self._trained.engine.lr_scheduler.load_state_dict(values["lr_scheduler"])
+        scheduler = self._trained.engine.lr_scheduler
+        scheduler.load_state_dict(scheduler.state_dict() | values["lr_scheduler"])
         self._trained.engine.deepspeed.global_steps = index.step
-        shared = files.read_tensors(folder, files.SHARED)
         for name, ffn in self._trained.model.ffns.items():
             ffn.bank.neuron_ids.copy_(shared[f"{name}.bank.neuron_ids"])
         self._trained.coordinator.load_state_dict(values["coordinator"], shared)
-        if values["layout"] == self._layout():
-            _set_rng(files.read_tensors(folder, files.rank_file(self._topology.rank), prefix=RNG))
+        if same_layout:
+            _set_rng(rng)
         else:
-            torch.manual_seed(hash((torch.initial_seed(), index.step, self._topology.rank)))
+            # Random numbers that no step has had; tensor-parallel ranks, whose first seeds are alike, go on alike.
+            torch.manual_seed(hash((torch.initial_seed(), index.step)))
         return index.step, values["counters"]
 
-    def _shared_tensors(self) -> dict[str, Tensor]:
-        """What all ranks have alike, of all stages (collective)."""
+    def _neuron_ids(self) -> dict[str, Tensor]:
+        """Which neuron lies where in the banks of all stages (collective)."""
         mine = {f"{name}.bank.neuron_ids": ffn.bank.neuron_ids.cpu() for name, ffn in self._trained.model.ffns.items()}
         stages = self._topology.pipeline.gather_objects("neuron identities", mine)
-        identities = {name: ids for stage in stages for name, ids in stage.items()}
-        return identities | self._trained.coordinator.state_dict()[1]
+        return {name: ids for stage in stages for name, ids in stage.items()}
 
-    def _values(self, counters: Mapping[str, float]) -> dict[str, Any]:
+    def _values(self, counters: Mapping[str, float], remembered: Mapping[str, object]) -> dict[str, Any]:
         engine = self._trained.engine
+        # A scheduler's lists are by parameter group, of which there are more with expert parallelism; rates are below.
+        scheduler = {k: v for k, v in engine.lr_scheduler.state_dict().items() if not isinstance(v, list)}
         return {
             "layout": self._layout(),
             "identity": self._trained.identity,
             "adam_steps": engine.state.adam_steps(),
             "learning_rates": engine.state.learning_rates(),
             "loss_scaler": engine.zero.loss_scaler_state(),
-            "lr_scheduler": engine.lr_scheduler.state_dict(),
-            "coordinator": self._trained.coordinator.state_dict()[0],
+            "lr_scheduler": scheduler,
+            "coordinator": dict(remembered),
             "counters": dict(counters),
         }
 
@@ -189,31 +209,37 @@ class Checkpointer:
         return {group.name: group.size for group in (t.tensor, t.pipeline, t.expert, t.data)}
 
     def _shapes(self) -> dict[str, tuple[int, ...]]:
-        return {name: spec.shape for name, spec in self._trained.engine.state.specs.items()}
+        """Of the logical tensors of all stages (collective)."""
+        mine = {name: spec.shape for name, spec in self._trained.engine.state.specs.items()}
+        stages = self._topology.pipeline.gather_objects("tensors of the model", mine)
+        return {name: shape for stage in stages for name, shape in stage.items()}
 
-    def _check_tensors(self, folder: Path, index: Index) -> None:
-        """Missing and unused tensors are both errors, and so is another shape (collective)."""
-        stages = self._topology.pipeline.gather_objects("tensors of the model", self._shapes())
-        wanted = {name: shape for stage in stages for name, shape in stage.items()}
-        if index.shapes != wanted:
-            names = sorted(
-                name for name in index.shapes.keys() | wanted.keys() if index.shapes.get(name) != wanted.get(name)
-            )
-            raise CheckpointError(f"{folder} does not hold the tensors of this model: {', '.join(names[:5])} differ")
+    def _agree(self, doing: str, action: Callable[[], T]) -> list[T]:
+        """Run `action` on every rank; all raise CheckpointError if it failed on one. Returns every rank's result."""
+        result: T | None = None
+        error = None
+        try:
+            result = action()
+        except (OSError, SafetensorError, CheckpointError) as failure:
+            error = f"rank {self._topology.rank}: {failure}"
+        gathered = self._topology.world.gather_objects("agreement on a checkpoint", (result, error))
+        errors = [failure for _, failure in gathered if failure is not None]
+        if errors:
+            raise CheckpointError(f"a checkpoint could not be {doing} {self._root}: {'; '.join(errors)}")
+        return [value for value, _ in gathered if value is not None]
 
 
 def _index(
     writing: "_Writing",
     records: list[FileRecord],
     parts: list[dict[str, tuple[int, int]]],
-    shapes: list[dict[str, tuple[int, ...]]],
+    shapes: dict[str, tuple[int, ...]],
 ) -> Index:
     pieces: dict[str, list[Piece]] = {}
     for rank, part in enumerate(parts):
         for key, (start, numel) in part.items():
             pieces.setdefault(key, []).append(Piece(files.rank_file(rank), start, numel))
-    merged = {name: shape for part in shapes for name, shape in part.items()}
-    return Index(writing.step, merged, pieces, writing.values, records)
+    return Index(writing.step, shapes, pieces, writing.values, records)
 
 
 class _Writing:
@@ -248,34 +274,6 @@ class _Writing:
     def result(self) -> list[FileRecord]:
         """The files, once written. Raises what went wrong while writing."""
         return self._written.result()
-
-
-def _agree(topology: Topology, action: Callable[[], T], root: Path) -> list[T]:
-    """Run `action` on every rank; all raise CheckpointError if it failed on one. Returns every rank's result."""
-    result: T | None = None
-    error = None
-    try:
-        result = action()
-    except (OSError, SafetensorError) as failure:
-        error = f"rank {topology.rank}: {failure}"
-    gathered = topology.world.gather_objects("agreement on a checkpoint", (result, error))
-    errors = [failure for _, failure in gathered if failure is not None]
-    if errors:
-        raise CheckpointError(f"a checkpoint could not be written to {root}: {'; '.join(errors)}")
-    return [value for value, _ in gathered if value is not None]
-
-
-def _check_identity(folder: Path, saved: Mapping[str, Any], now: Mapping[str, Any]) -> None:
-    changed = [
-        f"{field} was {saved.get(field)!r} and is {now.get(field)!r}"
-        for field in sorted(saved.keys() | now.keys())
-        if saved.get(field) != now.get(field)
-    ]
-    if changed:
-        raise ConfigError(
-            f"{folder} was made with other settings: {'; '.join(changed)}. "
-            "Use the settings it was made with, or another run_dir"
-        )
 
 
 def _rng() -> dict[str, Tensor]:

@@ -3,13 +3,14 @@
     checkpoints/step_00000100/
         index.json              what it holds, where, and every file's size and SHA-256; written last
         shared.safetensors      tensors that all ranks have alike
-        rank_00000.safetensors  what data-parallel rank 0 owns: intervals of flattened logical tensors
+        rank_00000.safetensors  what rank 0 owns, intervals of flattened logical tensors, and its RNG
 
 A checkpoint is written under a temporary name and renamed once every file is on the disk. It does not depend on who
 wrote it: an interval of a logical tensor is read from whichever files hold its parts.
 """
 
 import json
+import math
 import os
 import shutil
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from ssd_megatron.files import sha256_of
+from ssd_megatron.parallel.zero import KINDS
 
 FORMAT_VERSION = 1
 INDEX = "index.json"
@@ -66,6 +68,11 @@ class Index:
 def key_of(name: str, kind: str) -> str:
     """Key of one kind (master, exp_avg, exp_avg_sq) of a logical tensor."""
     return f"{name}|{kind}"
+
+
+def is_key(key: str) -> bool:
+    """Whether a tensor of a file is a piece of a logical tensor."""
+    return "|" in key
 
 
 def rank_file(rank: int) -> str:
@@ -144,18 +151,51 @@ def read_index(folder: Path) -> Index:
         raise CheckpointError(f"{path} cannot be read: {error}") from error
 
 
+def index_damages(index: Index) -> list[str]:
+    """Tensors of which the files do not hold every element exactly once, one line each."""
+    numels = {key_of(name, kind): math.prod(shape) for name, shape in index.shapes.items() for kind in KINDS}
+    known = {record.name for record in index.files}
+    found = []
+    for key in sorted(numels.keys() | index.pieces.keys()):
+        pieces = sorted(index.pieces.get(key, []), key=lambda piece: piece.start)
+        unknown = sorted({piece.file for piece in pieces} - known)
+        if key not in numels:
+            found.append(f"{INDEX} has pieces of {key} without its shape")
+        elif unknown:
+            found.append(f"{INDEX} has pieces of {key} in {', '.join(unknown)}, which it does not list")
+        else:
+            found += [f"{INDEX}: {key}: {what}" for what in _uncovered(pieces, numels[key])]
+    return found
+
+
+def _uncovered(pieces: list[Piece], numel: int) -> list[str]:
+    """Elements that are not in exactly one of the pieces, which are ordered by their start."""
+    found, covered = [], 0
+    for piece in [*pieces, Piece("", numel, 0)]:
+        if piece.start > covered:
+            found.append(f"elements {covered} to {piece.start - 1} are in no file")
+        elif piece.start < covered:
+            found.append(f"elements {piece.start} to {covered - 1} are there twice or too many")
+        covered = max(covered, piece.start + piece.numel)
+    return found
+
+
 def damages(folder: Path, index: Index, rank: int, ranks: int) -> list[str]:
     """What is wrong with the files that `rank` checks (every `ranks`-th), one line each."""
-    found = []
-    for record in index.files[rank::ranks]:
-        path = folder / record.name
-        if not path.exists():
-            found.append(f"{record.name} is missing")
-        elif path.stat().st_size != record.size:
-            found.append(f"{record.name} has {path.stat().st_size} bytes instead of {record.size}")
-        elif sha256_of(path) != record.sha256:
-            found.append(f"{record.name} does not have its checksum")
-    return found
+    lines = (_damage(folder / record.name, record) for record in index.files[rank::ranks])
+    return [line for line in lines if line is not None]
+
+
+def _damage(path: Path, record: FileRecord) -> str | None:
+    try:
+        size = path.stat().st_size
+        if size != record.size:
+            return f"{record.name} has {size} bytes instead of {record.size}"
+        return None if sha256_of(path) == record.sha256 else f"{record.name} does not have its checksum"
+    except FileNotFoundError:
+        return f"{record.name} is missing"
+    except OSError as error:
+        return f"{record.name} cannot be read: {error}"
 
 
 def read_tensors(folder: Path, name: str, prefix: str = "") -> dict[str, Tensor]:
@@ -166,23 +206,41 @@ def read_tensors(folder: Path, name: str, prefix: str = "") -> dict[str, Tensor]
 
 
 def read_interval(folder: Path, index: Index, key: str, start: int, numel: int) -> Tensor:
-    """Elements [start, start + numel) of a flattened logical tensor, from all files that hold parts of it.
+    """Elements [start, start + numel) of a flattened logical tensor, fp32.
 
     Raises:
         CheckpointError: the checkpoint does not hold all of them.
     """
     values = torch.empty(numel)
-    read = 0
-    for piece in index.pieces.get(key, []):
-        first, last = max(start, piece.start), min(start + numel, piece.start + piece.numel)
-        if first < last:
-            with safe_open(folder / piece.file, framework="pt") as file:
-                part = file.get_slice(key)[first - piece.start : last - piece.start]
-            values[first - start : last - start] = part
-            read += last - first
-    if read != numel:
-        raise CheckpointError(f"{folder} holds {read} of {numel} elements of {key} from {start} on")
+    read_intervals(folder, index, {key: (start, values)})
     return values
+
+
+def read_intervals(folder: Path, index: Index, targets: Mapping[str, tuple[int, Tensor]]) -> None:
+    """Fill tensors with intervals of flattened logical tensors, from all files that hold parts of them.
+
+    Each file is opened once, one at a time, and only what is needed of it is read.
+
+    Args:
+        targets: by key, the position of the first element and the flat tensor to fill.
+    Raises:
+        CheckpointError: the checkpoint does not hold all of the elements.
+    """
+    wanted: dict[str, list[tuple[str, slice, Tensor]]] = {}  # by file: key, part of the piece there, where it goes
+    for key, (start, values) in targets.items():
+        stop, found = start + values.numel(), 0
+        for piece in index.pieces.get(key, []):
+            first, last = max(start, piece.start), min(stop, piece.start + piece.numel)
+            if first < last:
+                part = slice(first - piece.start, last - piece.start)
+                wanted.setdefault(piece.file, []).append((key, part, values[first - start : last - start]))
+                found += last - first
+        if found != values.numel():
+            raise CheckpointError(f"{folder} holds {found} of {values.numel()} elements of {key} from {start} on")
+    for name, parts in wanted.items():
+        with safe_open(folder / name, framework="pt") as file:
+            for key, part, values in parts:
+                values.copy_(file.get_slice(key)[part])
 
 
 def _sync(path: Path) -> None:

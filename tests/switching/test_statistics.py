@@ -1,11 +1,14 @@
 """Statistics of the probe batch against direct counting, on one rank and on several."""
 
+import math
+
 import numpy as np
 import pytest
 import torch
 
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.switching.statistics import ProbeBatch, collect_statistics, expert_overlap, pack_bits
+from tests.layouts import DP2, EP2, EP4, ONE, PP2, PP2_EP2_DP2, TP2, TP2_EP2, TP2_PP2_EP2, Layout
 from tests.ranks import run_ranks
 from tests.small_engine import build, random_batch, run_config
 
@@ -24,28 +27,43 @@ def test_overlap_is_the_share_of_common_experts() -> None:
     assert expert_overlap(a, b, 8) == pytest.approx((2 + 1 + 0) / 6)
 
 
-def statistics(topology: Topology) -> dict[str, tuple[float, list[int], list[int]]]:
-    """Active share, packed bits and expert choices of each network on 4 probe samples spread over the ranks."""
-    config = run_config(topology.world.size)
+Statistics = dict[str, tuple[float, list[list[int]], list[list[int]]]]
+
+SAMPLES = 3
+LAYOUTS = (DP2, Layout(data=3), TP2, PP2, EP2, EP4, TP2_EP2, PP2_EP2_DP2, TP2_PP2_EP2)
+
+
+def statistics(topology: Topology, layout: Layout) -> Statistics:
+    """Active share, packed bits and expert choices of each network of this stage, on 3 probe samples spread over the
+    data-parallel ranks in order."""
+    config = run_config(topology.world.size, parallel=layout.parallel.model_dump())
     model, engine = build(topology, config)
     samples = random_batch(config, 5), random_batch(config, 6)
     whole = {name: torch.cat([sample[name] for sample in samples]) for name in samples[0]}
-    mine = range(topology.rank, 4, topology.world.size)
-    batches = [{name: values[i : i + 1] for name, values in whole.items()} for i in mine]
+    rank, ranks = topology.data.rank, topology.data.size
+    mine = slice(SAMPLES * rank // ranks, SAMPLES * (rank + 1) // ranks)
+    # As many batches on each rank, of which some are empty.
+    batches = [
+        {name: values[mine][i : i + 1] for name, values in whole.items()} for i in range(math.ceil(SAMPLES / ranks))
+    ]
     centroids = {name: torch.randn(8, 32, generator=torch.Generator().manual_seed(1)) for name in model.ffns}
     found = collect_statistics(model.ffns, ProbeBatch(batches, engine.mean_loss, topology), centroids, 2)
     assert all(ffn.observer is None and ffn.mode == "dense" for ffn in model.ffns.values())
-    return {
-        name: (s.active_fraction, sorted(s.signatures.sum(1).tolist()), sorted(s.expert_ids.flatten().tolist()))
-        for name, s in found.items()
-    }
+    return {name: (s.active_fraction, s.signatures.tolist(), s.expert_ids.tolist()) for name, s in found.items()}
 
 
-def test_ranks_together_measure_what_one_rank_does() -> None:
-    alone = run_ranks(1, statistics)[0]
-    for world_size in (2, 3):  # with three, one rank has two samples and the others one
-        for found in run_ranks(world_size, statistics):
-            assert found == alone
+@pytest.fixture(scope="module")
+def alone() -> Statistics:
+    return run_ranks(1, statistics, ONE)[0]
+
+
+@pytest.mark.parametrize("layout", LAYOUTS, ids=str)
+def test_ranks_together_measure_what_one_rank_does(alone: Statistics, layout: Layout) -> None:
+    """Bit by bit and token by token. Two data-parallel ranks have one sample and two; of four one has none."""
+    for found in run_ranks(layout.ranks, statistics, layout, parallel=layout.parallel):
+        assert len(found) == 2 // layout.pipeline
+        for name, values in found.items():
+            assert values == alone[name], name
 
 
 def active_share(topology: Topology) -> list[float]:

@@ -92,6 +92,37 @@ def test_another_format_is_refused_by_its_number(run: Path) -> None:
     assert "has format 99; this version reads format 1" in ranks.output()
 
 
+def less_and_more(index: dict[str, Any]) -> None:
+    del index["shapes"]["head.norm.bias"]
+    index["shapes"] |= {"head.scale": [2], "head.norm.weight": [4, 8]}
+    for kind in ("master", "exp_avg", "exp_avg_sq"):
+        del index["pieces"][f"head.norm.bias|{kind}"]
+        index["pieces"][f"head.scale|{kind}"] = [{"file": "rank_00000.safetensors", "start": 0, "numel": 2}]
+
+
+def test_missing_and_unused_tensors_are_errors_with_their_names(run: Path) -> None:
+    for folder in checkpoints(run):
+        index = json.loads((folder / "index.json").read_text())
+        less_and_more(index)
+        (folder / "index.json").write_text(json.dumps(index))
+    ranks = Ranks(run)
+    assert ranks.wait() == [1]
+    assert (
+        "step_00000016 does not hold the tensors of this model; missing: head.norm.bias; unused: head.scale; "
+        "of another shape: head.norm.weight ([4, 8] instead of [32])"
+    ) in ranks.output()
+
+
+def test_an_index_with_a_gap_is_damage(run: Path) -> None:
+    path = checkpoints(run)[0] / "index.json"
+    index = json.loads(path.read_text())
+    index["pieces"]["head.norm.bias|exp_avg"][0]["numel"] = 30
+    path.write_text(json.dumps(index))
+    output = train(run)
+    assert "is damaged (index.json: head.norm.bias|exp_avg: elements 30 to 31 are in no file)" in output
+    assert "resuming after step 12 of 16" in output
+
+
 def test_other_settings_are_refused_with_field_and_both_values(run: Path) -> None:
     ranks = Ranks(run, "ssd_megatron.model.ffn_hidden_size=128", "optimizer.params.lr=0.02")
     assert ranks.wait() == [2]

@@ -1,0 +1,48 @@
+"""Checkpoints as tests compare them: whatever wrote them, neurons by identity."""
+
+from pathlib import Path
+
+import torch
+from safetensors.torch import load_file
+from torch import Tensor
+
+from ssd_megatron.parallel.zero import KINDS, MASTER
+from ssd_megatron.training import checkpoint_files as files
+from ssd_megatron.training.checkpoint_tools import consolidate, verify
+
+NEURON_IDS = "neuron_ids"
+
+
+def model_by_identity(folder: Path, out: Path, kind: str = MASTER) -> dict[str, Tensor]:
+    """All logical tensors, consolidated into `out`: banks by the identity of their neurons, and routers by the first
+    neuron of their experts."""
+    consolidate(folder, out, kind)
+    model = load_file(out)
+    for bank, ids in [(n.removesuffix(NEURON_IDS), model.pop(n)) for n in list(model) if n.endswith(NEURON_IDS)]:
+        for name in model:
+            if name.startswith(bank) and not name.endswith("b_out"):
+                model[name] = model[name][ids.argsort()]
+        router = bank.replace(".bank.", ".router.weight")
+        first_ids = ids.view(len(model[router]), -1).min(1).values
+        model[router] = model[router][first_ids.argsort()]
+    return model
+
+
+def assert_written_once(folder: Path, ranks: int) -> None:
+    """Every rank has written its part, and all parts together have every element once."""
+    assert verify(folder) == []
+    index = files.read_index(folder)
+    parts = {files.rank_file(rank): load_file(folder / files.rank_file(rank)) for rank in range(ranks)}
+    elements = [sum(t.numel() for key, t in part.items() if files.is_key(key)) for part in parts.values()]
+    assert min(elements) > 0.25 * sum(elements) / ranks
+    times = {
+        files.key_of(name, kind): torch.zeros(shape, dtype=torch.int64).flatten()
+        for name, shape in index.shapes.items()
+        for kind in KINDS
+    }
+    assert sum(elements) == sum(t.numel() for t in times.values())
+    for key, pieces in index.pieces.items():
+        for piece in pieces:
+            assert parts[piece.file][key].numel() == piece.numel
+            times[key][piece.start : piece.start + piece.numel] += 1
+    assert all(bool((count == 1).all()) for count in times.values())
