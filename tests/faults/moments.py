@@ -67,7 +67,7 @@ MOMENTS = (
     Moment("save: renamed, old ones not removed", f"{_FILES}remove_old", "before", calls=5, first_rank=True),
     Moment("in an evaluation", f"{_TRAINER}Trainer._evaluate", "during", calls=3, seconds=0.02),
     Moment("restore: checking files", f"{_FILES}damages", "before", at_start=True),
-    Moment("restore: some tensors read", f"{_FILES}read_interval", "before", calls=30, at_start=True),
+    Moment("restore: reading tensors", f"{_FILES}read_intervals", "during", seconds=0.02, at_start=True),
     Moment("restore: metrics cut back", f"{_JOB}MetricsLog", "after", first_rank=True, at_start=True),
     Moment("after the last step", f"{_JOB}finish", "before", first_rank=True),
 )
