@@ -6,6 +6,7 @@ from tempfile import TemporaryDirectory
 
 import pytest
 import torch
+from torch import Tensor
 
 from ssd_megatron.model.gpt import GPT, ffn_names
 from ssd_megatron.parallel.topology import Topology
