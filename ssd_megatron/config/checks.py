@@ -161,7 +161,7 @@ def _zero_with_kept_weights(dense_gather: str, stage: int) -> Iterator[str]:
         yield problem(
             "zero_optimization.stage",
             stage,
-            'reduces gradients of each microbatch; parallel.dense_gather "step" needs 1',
+            'reduces gradients per microbatch; parallel.dense_gather "step" needs 1',
         )
 
 

@@ -200,7 +200,7 @@ class _KeptBank:
         return NeuronTensors(w_in, w_gate, b_in, b_gate, w_out)
 
     def add(self, index: int, gradient: Tensor) -> Tensor | None:
-        """Take in a microbatch's gradient; with the last one, this rank's part of the sum over microbatches and ranks."""
+        """Take in a microbatch's gradient; with the last, this rank's part of the sum over microbatches and ranks."""
         total, count = self._gradients.pop(index, (None, 0))
         total = gradient.clone() if total is None else total.add_(gradient)
         if count + 1 == self._microbatches:

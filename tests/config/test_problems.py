@@ -228,7 +228,7 @@ LAYOUTS: list[tuple[dict[str, Any], int, str]] = [
     (
         {f"{PARALLEL}.dense_gather": "step", f"{PARALLEL}.expert_parallel_size": 2, "zero_optimization.stage": 2},
         2,
-        'zero_optimization.stage (2) reduces gradients of each microbatch; parallel.dense_gather "step" needs 1',
+        'zero_optimization.stage (2) reduces gradients per microbatch; parallel.dense_gather "step" needs 1',
     ),
     (
         {f"{PARALLEL}.expert_parallel_size": 2, "zero_optimization.reduce_scatter": False},
