@@ -189,7 +189,7 @@ BEFORE_ANYTHING: list[tuple[str, Spoil, tuple[str, ...]]] = [
         setting("zero_optimization.offload_optimizer", {"device": "cpu"}),
         ("zero_optimization.offload_optimizer", "offload is not supported yet: use ZeRO stage 1 or 2"),
     ),
-    ("fp16", setting("fp16", {"enabled": True}), ('fp16 ({{"enabled": true}}) is not accepted', "use bf16")),
+    ("fp8", setting("fp8", {"enabled": True}), ('fp8 ({{"enabled": true}}) is not accepted', "use bf16")),
     (
         "batch arithmetic",
         setting("gradient_accumulation_steps", 3),
