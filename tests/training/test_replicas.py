@@ -66,7 +66,7 @@ def digest(tensor: torch.Tensor) -> str:
 
 
 def copies(ranks: list[Held]) -> dict[tuple[str, str], int]:
-    """How many ranks hold each part of a tensor, by name and kind; all must hold the same, and have seen equal losses."""
+    """Ranks that hold each part of a tensor, by name and kind; all must hold the same and have seen equal losses."""
     found = defaultdict(list)
     for held in ranks:
         for part, value in held.digests.items():
