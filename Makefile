@@ -1,6 +1,8 @@
 # make quickstart   set up everything and train a small GPT with switchable sparse-dense learning on real text
 # make test         set up everything and run the tests
 # make test-layouts   train on the whole matrix of layouts; takes many minutes
+# make test-faults  kill ranks of small jobs 50 times and start the jobs again (about 15 minutes)
+# make test-mpi, make test-multinode, make test-slurm    real launchers; each says which Debian packages it needs
 # make lint         ruff and mypy;   make docs: generate docs/config.md
 
 PYTHON ?= $(shell command -v python3.11 || command -v python3)
@@ -9,7 +11,7 @@ BIN := $(abspath $(VENV))/bin
 CONFIG ?= examples/quickstart/ds.json
 CONSTRAINTS := constraints.txt
 
-.PHONY: quickstart test test-layouts lint docs clean
+.PHONY: quickstart test test-layouts test-faults test-mpi test-multinode test-slurm lint docs clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python tools/embedded_corpus.py --out data/embedded
@@ -20,6 +22,12 @@ test: $(VENV)/.installed-dev
 
 test-layouts: $(VENV)/.installed-dev
 	PATH="$(BIN):$$PATH" pytest -m layouts
+
+test-faults: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.faults.kill --runs 50
+
+test-mpi test-multinode test-slurm: test-%: $(VENV)/.installed-dev
+	$(BIN)/python -m tests.$*.check
 
 lint: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -2,8 +2,8 @@
 
     deepspeed pretrain_ssd.py --ds_config examples/quickstart/ds.json
 
-also under torchrun, and as one process with plain python. Exit status: 0 finished, or saved and stopped on request;
-2 the configuration or the data cannot be used; 1 anything else.
+also under torchrun, srun and mpirun, and as one process with plain python. Exit status: 0 finished, or saved and
+stopped on request; 2 the configuration or the data cannot be used; 1 anything else.
 """
 
 import argparse
@@ -29,8 +29,13 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         "--set", action="append", nargs="+", default=[], metavar="PATH=VALUE", help="override a value of the config"
     )
     parser.add_argument("--dry_run", action="store_true", help="print config, sizes, memory and FLOPs, and exit")
+    parser.add_argument("--world_size", type=int, default=None, help="with --dry_run: processes of the job")
+    parser.add_argument("--rank", type=int, default=None, help="with --dry_run: rehearse this one of them")
     parser.add_argument("--local_rank", type=int, default=None, help="given by the deepspeed launcher")
-    return parser.parse_args(argv)
+    arguments = parser.parse_args(argv)
+    if not arguments.dry_run and (arguments.world_size, arguments.rank) != (None, None):
+        parser.error("--world_size and --rank belong to --dry_run: a launcher sets them for a run")
+    return arguments
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,23 +43,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse_arguments(argv)
     if arguments.local_rank is not None:
         os.environ.setdefault("LOCAL_RANK", str(arguments.local_rank))
-    rank = os.environ.get("RANK", "0")
-    is_first = rank == "0"
-
-    def tell(text: str) -> None:
-        if is_first:
-            print(text, file=sys.stderr, flush=True)
-
     # After the arguments: importing torch and DeepSpeed takes seconds.
     from ssd_megatron.parallel.collectives import CollectiveError
+    from ssd_megatron.parallel.launch import rank_of_launch
     from ssd_megatron.parallel.meeting import Meeting
     from ssd_megatron.parallel.topology import initialize_topology, leave_topology
     from ssd_megatron.switching.switch import SwitchError
     from ssd_megatron.training.checkpoint_files import CheckpointError
     from ssd_megatron.training.dry_run import print_dry_run
     from ssd_megatron.training.job import run_job
+    from ssd_megatron.training.rehearsal import print_rehearsal
     from ssd_megatron.training.start import prepare_job
     from ssd_megatron.training.trainer import TrainingError
+
+    rank = rank_of_launch()
+    is_first = rank == 0
+
+    def tell(text: str) -> None:
+        if is_first:
+            print(text, file=sys.stderr, flush=True)
 
     config = _read_config(arguments)
     if arguments.dry_run:
@@ -63,6 +70,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             return EXIT_UNUSABLE
         if is_first:
             print_dry_run(config)
+            if arguments.rank is not None:
+                print_rehearsal(config, arguments.rank)
         return EXIT_OK
     sizes = ParallelConfig() if isinstance(config, ConfigError) else config.ssd_megatron.parallel
     try:
@@ -80,9 +89,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except (ConfigError, DataError) as error:
         print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
         return EXIT_UNUSABLE
-    # OSError: a full disk, a removed folder
-    except (SwitchError, CheckpointError, TrainingError, CollectiveError, OSError) as error:
+    except (SwitchError, CheckpointError, TrainingError, CollectiveError) as error:
         print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
+        return EXIT_FAILED
+    except OSError as error:  # a full disk, a removed folder; not every error names the file
+        where = f"ssd_megatron.run_dir is {folder.path}"
+        print(f"rank {rank}: error: {error} ({where})", file=sys.stderr, flush=True)
         return EXIT_FAILED
     return EXIT_OK
 
@@ -93,9 +105,8 @@ def _read_config(arguments: argparse.Namespace) -> RunConfig | ConfigError:
 
     overrides = [assignment for group in arguments.set for assignment in group]
     try:
-        return load_config(
-            arguments.ds_config, overrides, world_size=world_size_of_launch(), hardware=detect_hardware()
-        )
+        world_size = arguments.world_size or world_size_of_launch()
+        return load_config(arguments.ds_config, overrides, world_size=world_size, hardware=detect_hardware())
     except ConfigError as error:
         return error
 

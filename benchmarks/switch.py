@@ -26,22 +26,16 @@ from rich.table import Table
 
 from benchmarks.peak_memory import PeakMemory
 from benchmarks.row import Row
-from ssd_megatron.config.load import RunConfig, load_config
-from ssd_megatron.ffn.kernels import choose_backend
-from ssd_megatron.model.gpt import GPT, ffn_names
+from ssd_megatron.config.load import load_config
 from ssd_megatron.parallel.device import IS_CUDA, detect_hardware
 from ssd_megatron.parallel.launch import world_size_of_launch
-from ssd_megatron.parallel.topology import Topology, initialize_topology, leave_topology
+from ssd_megatron.parallel.topology import initialize_topology, leave_topology
 from ssd_megatron.switching.coordinator import Coordinator
-from ssd_megatron.switching.networks import Networks
 from ssd_megatron.switching.partition import random_partition
 from ssd_megatron.switching.reports import SwitchReport
-from ssd_megatron.switching.schedule import Schedule
-from ssd_megatron.switching.statistics import ProbeBatch
 from ssd_megatron.switching.switch import regroup_neurons
-from ssd_megatron.training.engine import Engine
-from ssd_megatron.training.job import make_engine
 from ssd_megatron.training.run_folder import versions
+from ssd_megatron.training.synthetic import SyntheticJob
 
 MODELS = {
     "gpt-1.3b": {"num_layers": 24, "hidden_size": 2048, "num_attention_heads": 16, "seq_length": 2048},
@@ -55,27 +49,27 @@ STEPS_GOAL, BANKS_GOAL, GROWTH_GOAL = 10.0, 4.0, 0.01
 
 @dataclass
 class Job:
-    """What is measured."""
+    """What is measured, and how far it is."""
 
-    config: RunConfig
-    topology: Topology
-    engine: Engine
-    coordinator: Coordinator
+    job: SyntheticJob
     step: int = 0
+
+    @property
+    def coordinator(self) -> Coordinator:
+        return self.job.coordinator
 
     def train_step(self) -> float:
         """Seconds of one optimizer step."""
-        batches = [random_batch(self.config, self.step) for _ in range(self.config.gradient_accumulation_steps)]
         _wait()
         started = time.perf_counter()
-        self.engine.train_step(batches)
+        self.job.train_step(self.step + 1)
         _wait()
         return time.perf_counter() - started
 
     def switch(self) -> SwitchReport:
         """The next switch: the schedule changes the mode at every step."""
         self.step += 1
-        report = self.coordinator.before_step(self.step)
+        report = self.job.switch(self.step)
         assert report is not None
         return report
 
@@ -93,11 +87,11 @@ def main() -> int:
     extra = [_memory_of_a_move(job, seed) for seed in range(3)]
     growth = _growth(job, arguments.repeat) if arguments.repeat else None
     rows = _rows(job, dense, sparse, switches, extra, growth)
-    if job.topology.is_first:
+    if job.job.topology.is_first:
         _show(rows, switches, dense, sparse)
         if arguments.json is not None:
-            _write(arguments, rows, switches, dense, sparse, job.topology.world.size)
-    job.engine.close()
+            _write(arguments, rows, switches, dense, sparse, job.job.topology.world.size)
+    job.job.engine.close()
     leave_topology()
     return 0 if all(row.ok for row in rows) else 1
 
@@ -107,30 +101,7 @@ def build(arguments: argparse.Namespace) -> Job:
         path = Path(folder) / "ds.json"
         path.write_text(json.dumps(_ds_config(arguments)))
         config = load_config(path, world_size=world_size_of_launch(), hardware=detect_hardware())
-    section = config.ssd_megatron
-    topology = initialize_topology(section.parallel)
-    dtype = getattr(torch, config.dtype)
-    backend, _ = choose_backend("auto", device=topology.device, dtype=dtype)
-    model = GPT(section, backend, topology)
-    engine = make_engine(model, config, topology)
-    probe = ProbeBatch([random_batch(config, -1)], engine.mean_loss, topology)
-    networks = Networks(ffn_names(section.model.num_layers), model.ffns, topology)
-    schedule = Schedule(section.ssd, section.training.train_steps)
-    return Job(
-        config, topology, engine, Coordinator(section.ssd, networks, engine.state, probe, schedule, section.seed)
-    )
-
-
-def random_batch(config: RunConfig, seed: int) -> dict[str, torch.Tensor]:
-    model, device = config.ssd_megatron.model, torch.device("cuda") if IS_CUDA else torch.device("cpu")
-    shape = (config.micro_batch_size, model.seq_length + 1)
-    tokens = torch.randint(0, model.vocab_size, shape, generator=torch.Generator().manual_seed(seed + 1)).to(device)
-    return {
-        "tokens": tokens[:, :-1].contiguous(),
-        "labels": tokens[:, 1:].contiguous(),
-        "loss_mask": torch.ones(shape[0], shape[1] - 1, device=device),
-        "position_ids": torch.arange(shape[1] - 1, device=device).expand(shape[0], -1).contiguous(),
-    }
+    return Job(SyntheticJob.build(config, initialize_topology(config.ssd_megatron.parallel)))
 
 
 def _ds_config(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -191,13 +162,13 @@ def _rows(
 
 def _memory_of_a_move(job: Job, seed: int) -> int:
     """Most bytes of tensors made while all banks move to random orders."""
-    networks, experts = job.coordinator.networks, job.config.ssd_megatron.ssd.num_experts
-    neurons = job.config.ssd_megatron.model.ffn_hidden_size
+    networks, experts = job.coordinator.networks, job.job.config.ssd_megatron.ssd.num_experts
+    neurons = job.job.config.ssd_megatron.model.ffn_hidden_size
     labels = {
         name: random_partition(neurons, experts, seed + index).labels for index, name in enumerate(networks.local)
     }
     with PeakMemory() as memory:
-        regroup_neurons(networks, labels, experts, job.engine.state)
+        regroup_neurons(networks, labels, experts, job.job.engine.state)
     return memory.peak
 
 

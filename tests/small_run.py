@@ -6,7 +6,7 @@ import os
 import signal
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -83,15 +83,38 @@ def write_config(config: dict[str, Any], path: Path) -> Path:
 
 
 class Ranks:
-    """Ranks of one started job, each running `pretrain_ssd.main`; their output goes to files beside the config."""
+    """Ranks of one started job, each running `pretrain_ssd.main`; their output goes to files beside the config.
 
-    def __init__(self, ds_config: Path, *overrides: str, world_size: int = 1) -> None:
+    Args:
+        overrides: for --set.
+        prepare: called in each rank's process with its number, before `main`.
+        differently: another ds.json for single ranks.
+    """
+
+    def __init__(
+        self,
+        ds_config: Path,
+        *overrides: str,
+        world_size: int = 1,
+        prepare: Callable[[int], None] | None = None,
+        differently: Mapping[int, Path] | None = None,
+    ) -> None:
         port = free_port()
         self.outputs = [ds_config.with_name(f"{ds_config.stem}-rank{rank}.log") for rank in range(world_size)]
-        arguments = ["--ds_config", str(ds_config), *(word for item in overrides for word in ("--set", item))]
+        others = differently or {}
+        sets = [word for item in overrides for word in ("--set", item)]
         self.processes = [
             forkserver().Process(
-                target=_main, args=(rank, world_size, port, arguments, self.outputs[rank]), daemon=True
+                target=_main,
+                args=(
+                    rank,
+                    world_size,
+                    port,
+                    ["--ds_config", str(others.get(rank, ds_config)), *sets],
+                    self.outputs[rank],
+                    prepare,
+                ),
+                daemon=True,
             )
             for rank in range(world_size)
         ]
@@ -141,7 +164,14 @@ def curve(run_dir: Path) -> list[tuple[int, float, float]]:
     return [(record["step"], record["loss"], record["grad_norm"]) for record in records(run_dir, "train")]
 
 
-def _main(rank: int, world_size: int, port: int, arguments: list[str], output: Path) -> None:
+def _main(
+    rank: int,
+    world_size: int,
+    port: int,
+    arguments: list[str],
+    output: Path,
+    prepare: Callable[[int], None] | None = None,
+) -> None:
     import torch
 
     import pretrain_ssd
@@ -154,4 +184,6 @@ def _main(rank: int, world_size: int, port: int, arguments: list[str], output: P
     # One thread, whatever the machine: sums by several threads differ in the last bit.
     os.environ.update(rank_environment(rank, world_size, port), OMP_NUM_THREADS="1")
     torch.set_num_threads(1)
+    if prepare is not None:
+        prepare(rank)
     sys.exit(pretrain_ssd.main(arguments))

@@ -155,6 +155,16 @@ def _zero_with_pipeline(stages: int, stage: int) -> Iterator[str]:
         )
 
 
+@checks("parallel.dense_gather", "zero_optimization.stage")
+def _zero_with_kept_weights(dense_gather: str, stage: int) -> Iterator[str]:
+    if dense_gather == "step" and stage != 1:
+        yield problem(
+            "zero_optimization.stage",
+            stage,
+            'reduces gradients per microbatch; parallel.dense_gather "step" needs 1',
+        )
+
+
 @checks(
     "parallel.expert_parallel_size",
     "zero_optimization.contiguous_gradients",

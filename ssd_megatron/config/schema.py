@@ -117,6 +117,11 @@ class ParallelConfig(Section):
     expert_parallel_size: Positive = optional(
         1, "Data-parallel ranks that share the neurons of each feed-forward network; divides the data parallel size."
     )
+    dense_gather: Literal["microbatch", "step"] = optional(
+        "microbatch",
+        "Dense phases with expert parallelism: gather a layer's neurons in each forward and backward pass, or once per "
+        "optimizer step, in memory for all layers and their gradients.",
+    )
     timeout_seconds: Positive = optional(
         1800, "Longest wait for another rank; then the job ends and says which operation waited."
     )

@@ -59,12 +59,16 @@ class Homes:
     Args:
         gather_again: gather weights again in backward instead of keeping all layers' until then; False where the whole
             forward pass is recomputed anyway.
+        once_per_step: gather weights once per optimizer step and keep them, and their gradients, until it ends.
     """
 
-    def __init__(self, topology: Topology | None = None, *, gather_again: bool = True) -> None:
+    def __init__(
+        self, topology: Topology | None = None, *, gather_again: bool = True, once_per_step: bool = False
+    ) -> None:
         self._tensor = topology.tensor if topology is not None and topology.tensor.size > 1 else None
         self._expert = topology.expert if topology is not None and topology.expert.size > 1 else None
         self._gather_again = gather_again
+        self._kept = _KeptBank(self._expert) if once_per_step and self._expert is not None else None
         self.count = 1 if topology is None else topology.homes
         self.index = 0 if topology is None else topology.home
 
@@ -83,6 +87,9 @@ class Homes:
             yield shards
             return
         group = self._expert
+        if self._kept is not None and torch.is_grad_enabled():
+            yield self._kept.use(shards)
+            return
         whole = shards.each(lambda shard: _gather(shard, group))
         if not self._gather_again:
             yield whole
@@ -104,6 +111,16 @@ class Homes:
 
         with saved_tensors_hooks(pack, unpack):
             yield whole
+
+    def begin_step(self, microbatches: int) -> None:
+        """An optimizer step of so many forward and backward passes begins: weights have changed."""
+        if self._kept is not None:
+            self._kept.begin(microbatches)
+
+    def end_step(self) -> None:
+        """It is done: free what was kept."""
+        if self._kept is not None:
+            self._kept.begin(0)
 
     def local_ids(self, expert_ids: Tensor, num_experts: int) -> Tensor:
         """Numbers of experts among those of this home; -1 for those of others."""
@@ -157,6 +174,41 @@ class Homes:
         return local
 
 
+class _KeptBank:
+    """Gathered weights of one optimizer step, and the sum of their gradients over its microbatches."""
+
+    def __init__(self, group: Group) -> None:
+        self.group = group
+        self.begin(0)
+
+    def begin(self, microbatches: int) -> None:
+        self._microbatches = microbatches
+        self._whole: NeuronTensors | None = None
+        self._gradients: dict[int, tuple[Tensor, int]] = {}
+
+    def use(self, shards: NeuronTensors) -> NeuronTensors:
+        """All neurons; their gradients reach the shards with the last backward pass of the step."""
+        if self._whole is None:
+            self._whole = shards.each(lambda shard: _gather_rows(shard.detach(), self.group))
+        parts = zip(shards, self._whole, strict=True)
+        used = [
+            None if shard is None or whole is None else _use_kept(shard, whole, self, index)
+            for index, (shard, whole) in enumerate(parts)
+        ]
+        w_in, w_gate, b_in, b_gate, w_out = used
+        assert w_in is not None and w_out is not None
+        return NeuronTensors(w_in, w_gate, b_in, b_gate, w_out)
+
+    def add(self, index: int, gradient: Tensor) -> Tensor | None:
+        """Take in a microbatch's gradient; with the last, this rank's part of the sum over microbatches and ranks."""
+        total, count = self._gradients.pop(index, (None, 0))
+        total = gradient.clone() if total is None else total.add_(gradient)
+        if count + 1 == self._microbatches:
+            return _reduce_rows(total, self.group)
+        self._gradients[index] = (total, count + 1)
+        return None
+
+
 def _within(ids: Tensor, first: int | Tensor, count: int) -> Tensor:
     """Numbers counted from `first`; -1 where that is not in [0, count)."""
     ids = ids - first
@@ -167,6 +219,13 @@ def _gather_rows(shard: Tensor, group: Group) -> Tensor:
     whole = shard.new_empty(group.size * shard.shape[0], *shard.shape[1:])
     dist.all_gather_into_tensor(whole, shard.contiguous(), group=group.handle)
     return whole
+
+
+def _reduce_rows(dwhole: Tensor, group: Group) -> Tensor:
+    """This rank's rows of the sum over the ranks."""
+    dshard = dwhole.new_empty(dwhole.shape[0] // group.size, *dwhole.shape[1:])
+    dist.reduce_scatter_tensor(dshard, dwhole.contiguous(), group=group.handle)
+    return dshard
 
 
 def _travel(rows: Tensor, route: Route, *, forth: bool) -> Tensor:
@@ -199,10 +258,19 @@ class _Gather(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dwhole: Tensor) -> tuple[Tensor, None]:
-        group: Group = ctx.group
-        dshard = dwhole.new_empty(dwhole.shape[0] // group.size, *dwhole.shape[1:])
-        dist.reduce_scatter_tensor(dshard, dwhole.contiguous(), group=group.handle)
-        return dshard, None
+        return _reduce_rows(dwhole, ctx.group), None
+
+
+class _UseKept(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, shard: Tensor, whole: Tensor, kept: _KeptBank, index: int) -> Tensor:
+        ctx.kept, ctx.index = kept, index
+        return whole.view_as(whole)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, dwhole: Tensor) -> tuple[Tensor | None, None, None, None]:
+        return ctx.kept.add(ctx.index, dwhole), None, None, None
 
 
 class _Send(torch.autograd.Function):
@@ -244,6 +312,7 @@ class _Collect(torch.autograd.Function):
 
 
 _gather: Callable[..., Tensor] = _Gather.apply
+_use_kept: Callable[..., Tensor] = _UseKept.apply
 _send: Callable[..., Tensor] = _Send.apply
 _send_gates: Callable[..., Tensor] = _SendGates.apply
 _collect: Callable[..., Tensor] = _Collect.apply

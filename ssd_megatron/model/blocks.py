@@ -62,6 +62,7 @@ class TransformerBlock(nn.Module):
     Args:
         layer_index: position in the whole model, from 0.
         recompute: run forward again in backward instead of keeping its activations.
+        gather_once: see Homes.once_per_step.
     """
 
     def __init__(
@@ -71,10 +72,11 @@ class TransformerBlock(nn.Module):
         ffn: FFNSettings,
         layer_index: int,
         recompute: bool,
+        gather_once: bool,
         topology: Topology,
     ) -> None:
         super().__init__()
-        homes = Homes(topology, gather_again=not recompute)
+        homes = Homes(topology, gather_again=not recompute, once_per_step=gather_once)
         self.layer = TransformerLayer(config, _submodules(model, ffn, homes), layer_number=layer_index + 1)
         for parameter in self.layer.self_attention.linear_qkv.parameters():
             shard_rows(parameter, topology.tensor.rank, topology.tensor.size)

@@ -28,10 +28,11 @@ class GPT(nn.Module):
         mcore = transformer_config(model, topology)
         ffn = ffn_settings(model, config.ssd, backend)
         recompute = config.training.recompute == "full"
+        gather_once = config.parallel.dense_gather == "step"
         self.embedding = Embedding(mcore, model, topology) if topology.is_first_stage else None
         blocks = stage_blocks(model.num_layers, topology)
         self.blocks = nn.ModuleDict(
-            {str(index): TransformerBlock(mcore, model, ffn, index, recompute, topology) for index in blocks}
+            {str(i): TransformerBlock(mcore, model, ffn, i, recompute, gather_once, topology) for i in blocks}
         )
         word_embedding = None if self.embedding is None else self.embedding.word.weight
         self.head = LanguageModelHead(model, word_embedding, topology) if topology.is_last_stage else None

@@ -5,14 +5,16 @@ backend: a rank that sees no GPU, or no data, is heard.
 """
 
 import json
+import os
 from collections.abc import Callable
 from datetime import timedelta
 from typing import TypeVar
 
+import torch.distributed as dist
 from torch.distributed.rendezvous import rendezvous
 
 from ssd_megatron.errors import ConfigError, DataError
-from ssd_megatron.parallel.collectives import named, shown_ranks
+from ssd_megatron.parallel.collectives import CollectiveError, named, shown_ranks
 from ssd_megatron.parallel.launch import join_launch
 
 T = TypeVar("T")
@@ -31,8 +33,11 @@ class Meeting:
 
     def __init__(self, timeout_seconds: int) -> None:
         self.launched = join_launch()
-        with named("meeting of all ranks"):
+        try:
             self._store, self.rank, self.size = next(rendezvous("env://", timeout=timedelta(seconds=timeout_seconds)))
+        except dist.DistError as error:
+            where, reason = f"{os.environ['MASTER_ADDR']}:{os.environ['MASTER_PORT']}", str(error).splitlines()[0]
+            raise CollectiveError(f"the ranks do not meet at rank 0's address {where}: {reason}") from error
         self._topics = 0
 
     def gather(self, what: str, mine: str) -> list[str]:
@@ -42,8 +47,9 @@ class Meeting:
         with named(f"meeting of all ranks, {what}"):
             self._store.set(f"{topic}, rank {self.rank}", mine)
             if self.rank == 0:
-                texts = self._store.multi_get([f"{topic}, rank {rank}" for rank in range(self.size)])
-                self._store.set(topic, json.dumps([text.decode() for text in texts]))
+                keys = [f"{topic}, rank {rank}" for rank in range(self.size)]
+                self._wait(keys)
+                self._store.set(topic, json.dumps([text.decode() for text in self._store.multi_get(keys)]))
             gathered: list[str] = json.loads(self._store.get(topic))
         return gathered
 
@@ -69,7 +75,15 @@ class Meeting:
         with named("leaving the meeting"):
             self._store.set(f"meeting left, rank {self.rank}", "")
             if self.rank == 0:
-                self._store.wait([f"meeting left, rank {rank}" for rank in range(self.size)])
+                self._wait([f"meeting left, rank {rank}" for rank in range(self.size)])
+
+    def _wait(self, keys: list[str]) -> None:
+        """Wait for every rank's key; the message of a timeout names the ranks, where torch's names all keys."""
+        try:
+            self._store.wait(keys)
+        except dist.DistStoreError as error:
+            missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
+            raise CollectiveError(f"rank {shown_ranks(missing)} ended or did not answer") from error
 
 
 def said_by_ranks(texts: list[str]) -> str:

@@ -16,6 +16,7 @@ import torch.distributed as dist
 from deepspeed.utils import groups as deepspeed_groups
 from megatron.core import parallel_state
 from torch.distributed import distributed_c10d
+from torch.testing._internal.distributed.fake_pg import FakeStore  # registers the backend "fake"
 
 from ssd_megatron.config.schema import ParallelConfig
 from ssd_megatron.parallel.collectives import Group
@@ -105,6 +106,26 @@ def initialize_topology(sizes: ParallelConfig | None = None, meeting: Meeting | 
     deepspeed.init_distributed(
         dist_backend="nccl" if IS_CUDA else "gloo", auto_mpi_discovery=False, timeout=timeout, verbose=False
     )
+    return _build(sizes, launched)
+
+
+def pretend_topology(sizes: ParallelConfig, rank: int, world_size: int) -> Topology:
+    """Where one rank of a job of any size would stand: all groups are made, and what they do together does nothing."""
+    dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
+    deepspeed.init_distributed(verbose=False)
+    return _build(sizes, launched=False)
+
+
+def leave_topology() -> None:
+    """Leave the job: destroy every group, so that the process can end (or join another job)."""
+    for known in _DEEPSPEED_EXPERT_GROUPS:
+        known.clear()
+    deepspeed_groups.mpu = None
+    parallel_state.destroy_model_parallel()
+    deepspeed.comm.destroy_process_group()
+
+
+def _build(sizes: ParallelConfig, launched: bool) -> Topology:
     deepspeed.utils.logger.setLevel(logging.ERROR)  # its warnings speak to those who program it
     parallel_state.initialize_model_parallel(
         tensor_model_parallel_size=sizes.tensor_parallel_size,
@@ -132,15 +153,6 @@ def initialize_topology(sizes: ParallelConfig | None = None, meeting: Meeting | 
     )
     _tell_deepspeed(topology)
     return topology
-
-
-def leave_topology() -> None:
-    """Leave the job: destroy every group, so that the process can end (or join another job)."""
-    for known in _DEEPSPEED_EXPERT_GROUPS:
-        known.clear()
-    deepspeed_groups.mpu = None
-    parallel_state.destroy_model_parallel()
-    deepspeed.comm.destroy_process_group()
 
 
 def expert_group_name(topology: Topology) -> str:

@@ -4,6 +4,7 @@ ZeRO lays the parameters of an optimizer group end to end, cuts that line into e
 and keeps masters and moments of its part only. `fragment` returns what this rank owns of one parameter.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -13,6 +14,8 @@ from torch import Tensor
 
 MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
 KINDS = (MASTER, EXP_AVG, EXP_AVG_SQ)
+# Elements: DeepSpeed's nccl_start_alignment_factor.
+ALIGNMENT = 2
 # What a dynamic loss scale is, beside its settings.
 LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -23,6 +26,16 @@ class Fragment:
 
     start: int
     values: Tensor
+
+
+def partition_stops(numels: Sequence[int], ranks: int) -> list[int]:
+    """Where ZeRO cuts a group's parameters, laid end to end: ends of the ranks' parts, the last one with padding.
+
+    Source: DeepSpeed's flattening, which pads to a multiple of twice the ranks.
+    """
+    alignment = ALIGNMENT * ranks
+    size = -(-sum(numels) // alignment) * ALIGNMENT
+    return [size * (rank + 1) for rank in range(ranks)]
 
 
 class ZeroAdapter:
@@ -108,6 +121,8 @@ class ZeroAdapter:
                 state[EXP_AVG_SQ] = torch.zeros_like(flat.data)
 
     def _check_layout(self) -> None:
+        if self._optimizer.nccl_start_alignment_factor != ALIGNMENT:
+            raise RuntimeError(f"DeepSpeed aligns its flat groups to {self._optimizer.nccl_start_alignment_factor}")
         for group, parameters in enumerate(self._optimizer.bit16_groups):
             for parameter in parameters:
                 mapping = parameter._hp_mapping

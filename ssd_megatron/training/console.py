@@ -5,6 +5,7 @@ plain text without escape codes, and the progress is printed every few steps.
 """
 
 import math
+import os
 import sys
 import time
 from collections.abc import Callable
@@ -100,7 +101,12 @@ class Console:
 
     def _print(self, text: str, style: str = "") -> None:
         if self._progress is None:
-            print(text, flush=True)
+            try:
+                print(text, flush=True)
+            except (
+                BrokenPipeError
+            ):  # who read it is gone, often a launcher that died: the run saves and ends in silence
+                os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         else:
             self._progress.console.print(Text(text, style=style), soft_wrap=True)
 

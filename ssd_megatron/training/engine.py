@@ -63,13 +63,19 @@ class Engine(ABC):
         self._accumulation = config.gradient_accumulation_steps
         self._dtype = getattr(torch, config.dtype)
 
-    @abstractmethod
     def train_step(self, microbatches: Sequence[Batch]) -> StepResult:
         """Forward, backward and update for this rank's microbatches of one global batch (collective).
 
         The loss is the sum over the valid tokens of the global batch divided by their number, which is known before
         backward: it does not depend on how the batch is cut into ranks and microbatches.
         """
+        homes = [ffn.homes for ffn in self._model.ffns.values()]
+        for home in homes:
+            home.begin_step(len(microbatches))
+        result = self._step(microbatches)
+        for home in homes:
+            home.end_step()
+        return result
 
     @torch.no_grad()
     def mean_loss(self, batches: Sequence[Batch]) -> float:
@@ -90,6 +96,10 @@ class Engine(ABC):
     def close(self) -> None:
         """Free what the engine holds, so that the process can make another one."""
         self.deepspeed.destroy()
+
+    @abstractmethod
+    def _step(self, microbatches: Sequence[Batch]) -> StepResult:
+        """See train_step."""
 
     @abstractmethod
     def _losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Tensor]]:
@@ -140,7 +150,7 @@ class DataParallelEngine(Engine):
         super().__init__(model, config, topology)
         self._start(model, config, ModelParallelUnit(topology) if topology.tensor.size > 1 else None)
 
-    def train_step(self, microbatches: Sequence[Batch]) -> StepResult:
+    def _step(self, microbatches: Sequence[Batch]) -> StepResult:
         valid = self._valid_tokens(microbatches)
         scale, lr = self._loss_scale(valid), self._learning_rate()
         self._model.train()

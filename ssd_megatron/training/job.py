@@ -96,7 +96,8 @@ def _train(
         for line in (*config.notes, *missing_packages(), reason):
             console.note(line)
 
-    datasets = _datasets(config, tokenizer)
+    with named("indexing the samples"):
+        datasets = _datasets(config, tokenizer)
     model = GPT(section, backend, topology)
     with named("making the engine"):
         engine = make_engine(model, config, topology)

@@ -26,7 +26,7 @@ class PipelineParallelEngine(Engine):
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its partition
             self._start(_Pipeline(model, topology), config, mpu=None)
 
-    def train_step(self, microbatches: Sequence[Batch]) -> StepResult:
+    def _step(self, microbatches: Sequence[Batch]) -> StepResult:
         self._share_tied_weight()
         valid = self._valid_tokens(microbatches)
         lr = self._learning_rate()

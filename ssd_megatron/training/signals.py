@@ -59,12 +59,25 @@ class StopRequests:
 
 
 def _launchers() -> list[psutil.Process]:
-    """The parent and, under DeepSpeed's launcher, the `deepspeed` command above it, whose death its child survives."""
-    parent = psutil.Process().parent()
-    if parent is None:
-        return []
-    command = parent.parent() if any("deepspeed.launcher.launch" in word for word in parent.cmdline()) else None
-    return [parent] if command is None else [parent, command]
+    """The processes above this one that it must not outlive.
+
+    torchrun, slurmstepd (srun) and MPI's daemon are the parent, and end their ranks when the command that a person
+    started is gone. DeepSpeed's launcher survives what started it: the `deepspeed` command, or on another host the
+    shell and the sshd of the connection, which are watched too.
+    """
+    above = []
+    for process in psutil.Process().parents():
+        above.append(process)
+        if "deepspeed.launcher.launch" not in _command(process):
+            break
+    return above
+
+
+def _command(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())
+    except psutil.NoSuchProcess:
+        return ""
 
 
 def _is_alive(process: psutil.Process) -> bool:

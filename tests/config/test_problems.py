@@ -226,6 +226,11 @@ LAYOUTS: list[tuple[dict[str, Any], int, str]] = [
         "zero_optimization.stage (2) does not work with pipeline_parallel_size (2): use stage 1",
     ),
     (
+        {f"{PARALLEL}.dense_gather": "step", f"{PARALLEL}.expert_parallel_size": 2, "zero_optimization.stage": 2},
+        2,
+        'zero_optimization.stage (2) reduces gradients per microbatch; parallel.dense_gather "step" needs 1',
+    ),
+    (
         {f"{PARALLEL}.expert_parallel_size": 2, "zero_optimization.reduce_scatter": False},
         2,
         "zero_optimization.reduce_scatter (false) must be true with expert_parallel_size (2)",

@@ -65,6 +65,9 @@ MODELS: dict[str, tuple[str, ...]] = {
     "odd sizes": ("model.hidden_size=36", "model.num_attention_heads=4", "model.ffn_hidden_size=72"),
     "3 probe samples": ("ssd.probe_samples=3",),
     "1 probe sample": ("ssd.probe_samples=1",),
+    "gathered once": ("parallel.dense_gather=step",),
+    "gathered once, recompute": ("parallel.dense_gather=step", "training.recompute=full"),
+    "rebalanced": ("ssd.rebalance_limit=1.001", "ssd.check_interval=4"),
 }
 
 Case = tuple[str, Layout]
@@ -74,6 +77,8 @@ FEW: list[Case] = [
     ("modern", zero2(TP2_EP2)),
     ("odd sizes", zero2(TP2)),
     ("untied", PP2),
+    ("gathered once", PP2_EP2),
+    ("rebalanced", EP2),
     ("3 probe samples", DP2),
 ]
 
@@ -103,6 +108,9 @@ MATRIX: list[Case] = [
     *cases("odd sizes", DP4, zero2(TP2), zero2(EP2_DP2), EP4, TP2_PP2_DP2, Layout(tensor=2, data=2, stage=2)),
     *cases("3 probe samples", DP2, DP4, EP2_DP2, PP2_EP2_DP2),
     *cases("1 probe sample", EP2, DP4, EP2_DP2, Layout(pipeline=2, data=4)),
+    *cases("gathered once", EP2, TP2_EP2, PP2_EP2, EP2_DP2),
+    *cases("gathered once, recompute", TP2_EP2, PP2_EP2),
+    *cases("rebalanced", TP2, zero2(EP2), zero2(TP2_EP2), PP2_EP2_DP2),
 ]
 BF16: list[Case] = [
     *cases("default", DP2, TP2, PP2, EP2, zero2(EP2_DP2), TP2_PP2_EP2, PP2_EP2_DP2),

@@ -1,5 +1,6 @@
 """Stopping and killing real runs: signals, the file STOP, a rank that dies, a launcher that dies, a second start."""
 
+import base64
 import os
 import signal
 import subprocess
@@ -11,7 +12,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from tests.ranks import free_port
 from tests.small_run import Corpus, Ranks, curve, records, small_config, train, write_config
+
+ROOT = Path(__file__).parents[2]
 
 
 @pytest.fixture
@@ -88,15 +92,14 @@ def write_config_copy(path: Path) -> Path:
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
 def test_ranks_save_and_end_when_the_deepspeed_command_is_gone(long_run: Path, number: signal.Signals) -> None:
-    root = Path(__file__).parents[2]
     command = [str(Path(sys.executable).with_name("deepspeed")), "--master_port", "29731"]
     output = long_run.with_suffix(".log")
     with output.open("w") as file:
         launcher = subprocess.Popen(
-            [*command, str(root / "pretrain_ssd.py"), "--ds_config", str(long_run)],
+            [*command, str(ROOT / "pretrain_ssd.py"), "--ds_config", str(long_run)],
             stdout=file,
             stderr=subprocess.STDOUT,
-            env=os.environ | {"PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"},
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
         )
     wait_until(lambda: "step 3/3000" in output.read_text(), f"training did not start: {output.read_text()}")
     family = psutil.Process(launcher.pid).children(recursive=True)
@@ -105,6 +108,39 @@ def test_ranks_save_and_end_when_the_deepspeed_command_is_gone(long_run: Path, n
     wait_until(lambda: not any(alive(process) for process in family), "a rank outlives its launcher")
     assert "saved and stopped by signal SIGTERM" in output.read_text()
     assert records(long_run.parent / "run", "train")
+
+
+# Stands for sshd: starts a command and hands its output on.
+CONNECTION = """
+import subprocess, sys
+command = subprocess.Popen(sys.argv[1:], stdout=subprocess.PIPE, stderr=subprocess.STDOUT)
+for line in command.stdout:
+    sys.stdout.buffer.write(line)
+    sys.stdout.flush()
+"""
+
+
+def test_ranks_save_and_end_when_the_connection_to_their_host_is_gone(long_run: Path) -> None:
+    """As `deepspeed --hostfile` starts them on another host: sshd, a shell, DeepSpeed's launcher, the ranks. Who reads
+    their output is gone too."""
+    world = base64.urlsafe_b64encode(b'{"localhost": [0]}').decode()
+    launch = f"{sys.executable} -m deepspeed.launcher.launch --world_info={world} --master_port={free_port()}"
+    shell = f"cd {ROOT}; {launch} pretrain_ssd.py --ds_config {long_run}; exit $?"
+    output = long_run.with_suffix(".log")
+    with output.open("w") as file:
+        connection = subprocess.Popen(
+            [sys.executable, "-c", CONNECTION, "sh", "-c", shell],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        )
+    wait_until(lambda: "step 3/3000" in output.read_text(), f"training did not start: {output.read_text()}")
+    family = psutil.Process(connection.pid).children(recursive=True)
+    connection.kill()
+    connection.wait(10)
+    wait_until(lambda: not any(alive(process) for process in family), "a rank outlives the connection")
+    (saved,) = (long_run.parent / "run" / "checkpoints").glob("step_*")
+    assert int(saved.name.removeprefix("step_")) == last_step(long_run) >= 3
 
 
 def alive(process: psutil.Process) -> bool:

@@ -1,0 +1,79 @@
+"""A job on random tokens: the real model, engine and coordinator, without data, run folder and checkpoints. For
+benchmarks and the self-check of a cluster."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ssd_megatron.config.load import RunConfig
+from ssd_megatron.ffn.kernels import choose_backend
+from ssd_megatron.model.gpt import GPT, ffn_names
+from ssd_megatron.parallel.topology import Topology
+from ssd_megatron.switching.coordinator import Coordinator
+from ssd_megatron.switching.networks import Networks
+from ssd_megatron.switching.reports import SwitchReport
+from ssd_megatron.switching.schedule import Schedule
+from ssd_megatron.switching.statistics import ProbeBatch
+from ssd_megatron.training.data_loader import StepSampler
+from ssd_megatron.training.engine import Batch, Engine, StepResult
+from ssd_megatron.training.job import make_engine
+
+
+@dataclass
+class SyntheticJob:
+    """What `run_job` puts together, as far as it computes."""
+
+    config: RunConfig
+    topology: Topology
+    model: GPT
+    engine: Engine
+    coordinator: Coordinator
+
+    @classmethod
+    def build(cls, config: RunConfig, topology: Topology) -> "SyntheticJob":
+        section = config.ssd_megatron
+        backend, _ = choose_backend(section.ssd.backend, device=topology.device, dtype=getattr(torch, config.dtype))
+        model = GPT(section, backend, topology)
+        engine = make_engine(model, config, topology)
+        samples, rank, ranks = section.ssd.probe_samples, topology.data.rank, topology.data.size
+        mine = [-1 - sample for sample in range(samples * rank // ranks, samples * (rank + 1) // ranks)]
+        probe = ProbeBatch([random_batch(config, mine, topology.device)], engine.mean_loss, topology)
+        networks = Networks(ffn_names(section.model.num_layers), model.ffns, topology)
+        schedule = Schedule(section.ssd, section.training.train_steps)
+        coordinator = Coordinator(section.ssd, networks, engine.state, probe, schedule, section.seed)
+        return cls(config, topology, model, engine, coordinator)
+
+    def switch(self, step: int) -> SwitchReport | None:
+        """Into the mode of a step, the first of which is 1."""
+        return self.coordinator.before_step(step)
+
+    def train_step(self, step: int) -> StepResult:
+        """One optimizer step; its samples do not depend on the layout."""
+        sampler = StepSampler(
+            first_step=step,
+            last_step=step,
+            micro_batch_size=self.config.micro_batch_size,
+            accumulation=self.config.gradient_accumulation_steps,
+            rank=self.topology.data.rank,
+            ranks=self.topology.data.size,
+        )
+        return self.engine.train_step([random_batch(self.config, ids, self.topology.device) for ids in sampler])
+
+
+def random_batch(config: RunConfig, samples: list[int], device: torch.device) -> Batch:
+    """Samples by their numbers (any integers, or none): random tokens, all of them valid."""
+    model = config.ssd_megatron.model
+    rows = [_sample(number, model.seq_length + 1, model.vocab_size) for number in samples]
+    tokens = torch.cat([torch.empty(0, model.seq_length + 1, dtype=torch.int64), *rows]).to(device)
+    shape = tokens[:, :-1].shape
+    return {
+        "tokens": tokens[:, :-1].contiguous(),
+        "labels": tokens[:, 1:].contiguous(),
+        "loss_mask": torch.ones(shape, device=device),
+        "position_ids": torch.arange(shape[1], device=device).expand(shape).contiguous(),
+    }
+
+
+def _sample(number: int, length: int, vocab_size: int) -> Tensor:
+    return torch.randint(0, vocab_size, (1, length), generator=torch.Generator().manual_seed(number % 2**31))

@@ -1,0 +1,142 @@
+"""Launchers' variables: whose they are, what follows from them for torch.distributed, and where rank 0 listens."""
+
+import os
+
+import pytest
+
+from ssd_megatron.errors import ConfigError
+from ssd_megatron.parallel.launch import Launch, find_launch, first_host, join_launch, slurm_port, world_size_of_launch
+
+# As seen in a job of 2 nodes with 2 tasks each.
+SLURM_BATCH_SCRIPT = {
+    "SLURM_JOB_ID": "71",
+    "SLURM_PROCID": "0",
+    "SLURM_LOCALID": "0",
+    "SLURM_GTIDS": "0",
+    "SLURM_NTASKS": "4",
+    "SLURM_NPROCS": "4",
+    "SLURM_JOB_NODELIST": "localhost,node[2-3]",
+    "SLURM_TASKS_PER_NODE": "2(x2)",
+}
+SRUN_TASK = SLURM_BATCH_SCRIPT | {
+    "SLURM_PROCID": "3",
+    "SLURM_LOCALID": "1",
+    "SLURM_GTIDS": "2,3",
+    "SLURM_STEP_ID": "1",
+    "SLURM_STEP_NUM_TASKS": "4",
+    "SLURM_STEP_NODELIST": "localhost,node2",
+}
+OPEN_MPI = {
+    "OMPI_COMM_WORLD_RANK": "5",
+    "OMPI_COMM_WORLD_SIZE": "8",
+    "OMPI_COMM_WORLD_LOCAL_RANK": "1",
+    "OMPI_COMM_WORLD_LOCAL_SIZE": "4",
+}
+MPICH = {"PMI_RANK": "5", "PMI_SIZE": "8", "MPI_LOCALRANKID": "1", "MPI_LOCALNRANKS": "4"}
+TORCHRUN = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+DEEPSPEED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}
+
+
+@pytest.fixture
+def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
+    """What os.environ is during the test: empty at first."""
+    variables: dict[str, str] = {}
+    monkeypatch.setattr(os, "environ", variables)
+    return variables
+
+
+@pytest.mark.parametrize(
+    ("variables", "launch"),
+    [
+        ({}, Launch(None, 0, 1, 0, 1)),
+        (TORCHRUN, Launch("torch", 1, 2, 1, 2)),
+        (DEEPSPEED, Launch("torch", 3, 4, 1, 2)),
+        (OPEN_MPI, Launch("mpirun", 5, 8, 1, 4)),
+        (MPICH, Launch("mpirun", 5, 8, 1, 4)),
+        (SRUN_TASK, Launch("srun", 3, 4, 1, 2)),
+        (SLURM_BATCH_SCRIPT, Launch(None, 0, 1, 0, 1)),
+        (SRUN_TASK | {"PMI_RANK": "3", "PMI_SIZE": "4"}, Launch("srun", 3, 4, 1, 2)),  # srun --mpi=pmi2
+        (SRUN_TASK | OPEN_MPI, Launch("mpirun", 5, 8, 1, 4)),  # mpirun in a batch script
+        (SRUN_TASK | TORCHRUN, Launch("torch", 1, 2, 1, 2)),  # srun torchrun
+        (SRUN_TASK | {"WORLD_SIZE": "4"}, Launch("srun", 3, 4, 1, 2)),  # exported by the batch script
+    ],
+)
+def test_who_launched(variables: dict[str, str], launch: Launch) -> None:
+    assert find_launch(variables) == launch
+
+
+def test_srun_gives_torch_its_variables(environment: dict[str, str]) -> None:
+    environment.update(SRUN_TASK)
+    assert world_size_of_launch() == 4
+    assert join_launch() is True
+    assert {name: environment[name] for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")} == {
+        "RANK": "3",
+        "WORLD_SIZE": "4",
+        "LOCAL_RANK": "1",
+        "LOCAL_WORLD_SIZE": "2",
+    }
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("localhost", "16137")
+
+
+@pytest.mark.parametrize("variables", [SRUN_TASK, OPEN_MPI])
+def test_a_given_meeting_point_stays(environment: dict[str, str], variables: dict[str, str]) -> None:
+    environment.update(variables, MASTER_ADDR="10.1.2.3", MASTER_PORT="4711")
+    assert join_launch() is True
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("10.1.2.3", "4711")
+
+
+def test_a_given_port_goes_with_the_address_found(environment: dict[str, str]) -> None:
+    environment.update(SRUN_TASK, MASTER_PORT="4711")
+    join_launch()
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("localhost", "4711")
+
+
+def test_a_given_address_goes_with_the_port_found(environment: dict[str, str]) -> None:
+    environment.update(SRUN_TASK, MASTER_ADDR="10.1.2.3", SLURM_STEP_NODELIST="no-such-host.invalid")
+    join_launch()
+    assert (environment["MASTER_ADDR"], environment["MASTER_PORT"]) == ("10.1.2.3", "16137")
+
+
+def test_a_step_on_one_host_needs_no_name(environment: dict[str, str]) -> None:
+    environment.update(SRUN_TASK, SLURM_GTIDS="0,1,2,3", SLURM_STEP_NODELIST="no-such-host.invalid")
+    join_launch()
+    assert environment["MASTER_ADDR"] == "127.0.0.1"
+
+
+def test_a_first_node_without_address_is_named(environment: dict[str, str]) -> None:
+    environment.update(SRUN_TASK, SLURM_STEP_NODELIST="no-such-host[7-8].invalid")
+    with pytest.raises(ConfigError, match=r"no-such-host7\.invalid, the first node of the SLURM step, has no address"):
+        join_launch()
+
+
+def test_one_process_meets_nobody_elsewhere(environment: dict[str, str]) -> None:
+    """A batch script may export MASTER_ADDR for its steps and run plain python too."""
+    environment.update(SLURM_BATCH_SCRIPT, MASTER_ADDR="10.1.2.3", MASTER_PORT="4711")
+    assert join_launch() is False
+    assert (environment["RANK"], environment["WORLD_SIZE"], environment["MASTER_ADDR"]) == ("0", "1", "127.0.0.1")
+    assert environment["MASTER_PORT"] != "4711"
+
+
+@pytest.mark.parametrize(
+    ("node_list", "host"),
+    [
+        ("node7", "node7"),
+        ("n[1-2]", "n1"),
+        ("gpu[012-015,020]-ib,login1", "gpu012-ib"),
+        ("login1,gpu[012-015]", "login1"),
+        ("rack[3,5]node[08-11],rack9node1", "rack3node08"),
+        ("a-b.c[10]", "a-b.c10"),
+    ],
+)
+def test_first_host_of_a_slurm_node_list(node_list: str, host: str) -> None:
+    assert first_host(node_list) == host
+
+
+def test_slurm_ports_differ_between_jobs_and_steps_and_are_nobodys() -> None:
+    ports = [
+        slurm_port({"SLURM_JOB_ID": str(job), "SLURM_STEP_ID": str(step)})
+        for job in range(4_000_000, 4_001_000)
+        for step in range(16)
+    ]
+    assert len(set(ports)) == len(ports)
+    assert min(ports) >= 15_000 and max(ports) < 32_768
