@@ -11,8 +11,12 @@ from torch import Tensor
 
 from ssd_megatron.config.load import Hardware, RunConfig, load_config
 from ssd_megatron.config.schema import ParallelConfig
-from ssd_megatron.model.gpt import GPT
+from ssd_megatron.model.gpt import GPT, ffn_names
 from ssd_megatron.parallel.topology import Topology
+from ssd_megatron.switching.coordinator import Coordinator
+from ssd_megatron.switching.networks import Networks
+from ssd_megatron.switching.schedule import Schedule
+from ssd_megatron.switching.statistics import ProbeBatch
 from ssd_megatron.training.engine import Engine
 from ssd_megatron.training.job import make_engine
 from tests.small_run import Corpus, small_config
@@ -22,10 +26,15 @@ NOWHERE = Corpus(Path("corpus"), Path("tokenizer.model"))
 
 def run_config(world_size: int = 1, **model: Any) -> RunConfig:
     """The configuration of small_run with other model settings, without dropout; data is never opened."""
-    settings = {key: model.pop(key) for key in ("bf16", "stage", "parallel") if key in model}
+    settings = {key: model.pop(key) for key in ("bf16", "stage", "parallel", "steps", "phases") if key in model}
     raw = small_config(NOWHERE, Path("run"))
     raw["ssd_megatron"]["model"] |= {"dropout": 0.0} | model
     raw["ssd_megatron"]["parallel"] = settings.get("parallel", {})
+    if "steps" in settings:
+        raw["ssd_megatron"]["training"]["train_steps"] = settings["steps"]
+    if "phases" in settings:
+        phases = [{"start_step": step, "mode": mode} for step, mode in settings["phases"]]
+        raw["ssd_megatron"]["ssd"]["phases"] = phases
     raw["bf16"] = {"enabled": settings.get("bf16", False)}
     raw["zero_optimization"] = {"stage": settings.get("stage", 1)}
     sizes = ParallelConfig(**raw["ssd_megatron"]["parallel"])
@@ -55,11 +64,27 @@ def random_batch(config: RunConfig, seed: int) -> dict[str, Tensor]:
     }
 
 
-def train_steps(engine: Engine, config: RunConfig, steps: range) -> None:
-    """Some optimizer steps on random batches, other ones on each data-parallel rank."""
+def make_coordinator(topology: Topology, config: RunConfig, model: GPT, engine: Engine) -> Coordinator:
+    """As a job makes it, with one probe batch on each data-parallel rank."""
+    section = config.ssd_megatron
+    probe = ProbeBatch([random_batch(config, 10**6 + topology.data.rank)], engine.mean_loss, topology)
+    schedule = Schedule(section.ssd, section.training.train_steps)
+    networks = Networks(ffn_names(section.model.num_layers), model.ffns, topology)
+    return Coordinator(section.ssd, networks, engine.state, probe, schedule, section.seed)
+
+
+def train_steps(engine: Engine, config: RunConfig, steps: range, coordinator: Coordinator | None = None) -> list[float]:
+    """Some optimizer steps on random batches, other ones on each data-parallel rank, with the coordinator's switches.
+    Returns their losses."""
     ranks = config.data_parallel_size
     rank = torch.distributed.get_rank() // config.ssd_megatron.parallel.tensor_parallel_size % ranks
+    losses = []
     for step in steps:
         first = (step * config.gradient_accumulation_steps) * ranks + rank
         batches = [random_batch(config, first + m * ranks) for m in range(config.gradient_accumulation_steps)]
-        engine.train_step(batches)
+        if coordinator is not None:
+            coordinator.before_step(step)
+        losses.append(engine.train_step(batches).loss)
+        if coordinator is not None:
+            coordinator.after_step(step, losses[-1])
+    return losses

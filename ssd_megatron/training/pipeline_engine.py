@@ -27,6 +27,7 @@ class PipelineParallelEngine(Engine):
             self._start(_Pipeline(model, topology), config, mpu=None)
 
     def _step(self, microbatches: Sequence[Batch]) -> StepResult:
+        self._share_tied_weight()
         valid = self._valid_tokens(microbatches)
         lr = self._learning_rate()
         scale = torch.tensor(self._loss_scale(valid), device=self._topology.device)
@@ -38,6 +39,7 @@ class PipelineParallelEngine(Engine):
 
     def _losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Tensor]]:
         """Each stage takes one batch after the other from the stage before: the stages work at the same time."""
+        self._share_tied_weight()
         pipeline = self._topology.pipeline
         for batch in batches:
             tokens_bs = batch["tokens"]
@@ -53,6 +55,14 @@ class PipelineParallelEngine(Engine):
             else:
                 with named("sending activations"):
                     dist.send(outputs.contiguous(), pipeline.ranks[pipeline.rank + 1], group=pipeline.handle)
+
+    def _share_tied_weight(self) -> None:
+        """Give the last stage the first's copy of a tied embedding. Both get the same gradients, but add them up over
+        data-parallel ranks in another order, so that the copies would drift apart, in bf16 by percents."""
+        weight, ends = self._model.tied_weight, self._topology.embedding
+        if weight is not None and ends is not None:
+            with named("sharing the tied embedding"):
+                dist.broadcast(weight.detach(), ends.ranks[0], group=ends.handle)
 
 
 class _Stage(nn.Module):

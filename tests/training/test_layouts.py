@@ -10,7 +10,11 @@ from functools import cache
 from pathlib import Path
 
 import pytest
+import torch
 
+from ssd_megatron.parallel.zero import KINDS
+from ssd_megatron.training.checkpoint_tools import find_checkpoint
+from tests.checkpoints import model_by_identity
 from tests.layouts import (
     DP2,
     DP4,
@@ -160,8 +164,8 @@ def same_training(run_dir: Path, one: Path) -> None:
     """Sums in another order: losses differ by 2e-7 and gradient norms by 6e-7 at most, after three switches as before.
 
     The bounds after the first switch leave room for a token whose third and fourth expert score alike to the last bit,
-    and for a ReLU whose input is 0 to the last bit: the one moves the gradient norm by 1e-3, the other by 2e-5. About
-    one run in fifty, or in five, meets one, depending on the processor; none here does.
+    and for a ReLU whose input is 0 to the last bit (which moves a gradient norm by 2e-5): on another processor a run
+    may meet one, here none does. The learning rate is low enough for such a difference not to grow.
     """
     dense = slice(FIRST_SWITCH - 1)
     for name in ("loss", "grad_norm"):
@@ -177,13 +181,29 @@ def same_training(run_dir: Path, one: Path) -> None:
         assert mine["active_fraction"] == pytest.approx(expected["active_fraction"], abs=1e-3)
         for name in ("similarity", "overlap"):  # a neuron or a token may be between two experts
             assert mine[name] == pytest.approx(expected[name], abs=0.05), name
+    same_state(run_dir, one)
+
+
+def same_state(run_dir: Path, one: Path) -> None:
+    """Weights and moments of every tensor, which differ by 1e-6 at most: gradients that are too small to show in the
+    norm, as a router's, show here."""
+    for kind in KINDS:
+        mine, expected = (
+            model_by_identity(find_checkpoint(folder), run_dir.with_suffix(".safetensors"), kind)
+            for folder in (run_dir, one)
+        )
+        assert mine.keys() == expected.keys()
+        for name, tensor in expected.items():
+            assert torch.dist(mine[name], tensor) <= 1e-4 * tensor.norm(), (kind, name)
 
 
 @pytest.mark.layouts
 @pytest.mark.parametrize(("model", "layout"), BF16, ids=names(BF16))
 def test_bf16_layouts_train_as_one_process(reference: Reference, tmp_path: Path, model: str, layout: Layout) -> None:
+    """Seen: losses within 6e-5 and gradient norms within 1.3e-3 before the first switch; then, as tokens find other
+    experts, within 3.2e-4 and 1e-2."""
     run_dir, one = run(tmp_path, model, layout, bf16=True), reference(model, True)
     losses, norms = (deviation(run_dir, one, "train", name) for name in ("loss", "grad_norm"))
     dense = slice(FIRST_SWITCH - 1)
-    print("BF16", f"{max(losses[dense]):.1e} {max(norms[dense]):.1e} {max(losses):.1e} {max(norms):.1e}")
-    assert max(losses) < 1e-2 and max(norms) < 1e-1
+    assert max(losses[dense]) < 3e-4 and max(norms[dense]) < 6e-3
+    assert max(losses) < 2e-3 and max(norms) < 5e-2
