@@ -114,7 +114,9 @@ def train(sizes: Sizes, ranks: int, arguments: argparse.Namespace) -> tuple[Curv
         job.switch(step)
         result = job.train_step(step)
         curve.append((result.loss, result.grad_norm))
-    shown = ", ".join(f"{group.name} {bandwidth(group):.3g}" for group in groups(topology)) or "-"
+    shown = (
+        ", ".join(f"{group.name.removesuffix('-parallel')} {bandwidth(group):.3g}" for group in groups(topology)) or "-"
+    )
     is_first = topology.is_first
     job.engine.close()
     leave_topology()

@@ -3,6 +3,7 @@ so that it must come (and, being the package of every module here, does come) be
 
 import logging
 import os
+import warnings
 
 import torch
 
@@ -13,3 +14,4 @@ if not torch.cuda.is_available():
 
 # Their warnings speak to those who program them.
 logging.getLogger("megatron.core").setLevel(logging.ERROR)
+warnings.filterwarnings("ignore", r"`torch\.distributed\.\w+` is deprecated", FutureWarning)
