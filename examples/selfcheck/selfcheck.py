@@ -29,6 +29,7 @@ from ssd_megatron.parallel.collectives import Group
 from ssd_megatron.parallel.device import IS_CUDA, detect_hardware, share_cores
 from ssd_megatron.parallel.launch import find_launch
 from ssd_megatron.parallel.topology import Topology, initialize_topology, leave_topology
+from ssd_megatron.switching.switch import SwitchError
 from ssd_megatron.training.synthetic import SyntheticJob
 
 STEPS = 20
@@ -53,11 +54,21 @@ class Sizes(NamedTuple):
         return f"TP {self.tensor} x PP {self.pipeline} x EP {self.expert}, ZeRO {self.stage}"
 
 
+class Outcome(NamedTuple):
+    """Of a layout: losses and gradient norms of all steps, bandwidths in words, why a switch failed or nothing, and
+    whether this is the rank that speaks."""
+
+    curve: Curve
+    bandwidths: str
+    failure: str
+    is_first: bool
+
+
 def main() -> int:
     arguments = _arguments()
     share_cores()
     if arguments.reference is not None:
-        arguments.reference.write_text(json.dumps(train(Sizes(), 1, arguments)[0]))
+        arguments.reference.write_text(json.dumps(train(Sizes(), 1, arguments).curve))
         return 0
     ranks = find_launch(os.environ).world_size
     console = Console(highlight=False)
@@ -66,17 +77,19 @@ def main() -> int:
     table = Table("layout", "losses", "gradient norms", "bandwidth, GB/s", "seconds", "verdict")
     for sizes in layouts(ranks):
         started = time.perf_counter()
-        curve, bandwidth, is_first = train(sizes, ranks, arguments)
-        if not is_first:
+        outcome = train(sizes, ranks, arguments)
+        if not outcome.is_first:
             continue
         expected = expected or reference(ranks, arguments)
-        loss, norm = (worst(curve, expected, index) for index in (0, 1))
+        loss, norm = (worst(outcome.curve, expected, index) for index in (0, 1))
         allowed = TOLERANCE["bfloat16" if arguments.bf16 else "float32"]
         fine = loss <= allowed[0] and norm <= allowed[1]
         good &= fine
         seconds = time.perf_counter() - started
         verdict = "ok" if fine else "WRONG"
-        table.add_row(str(sizes), f"{loss:.0e}", f"{norm:.0e}", bandwidth, f"{seconds:.1f}", verdict)
+        table.add_row(str(sizes), f"{loss:.0e}", f"{norm:.0e}", outcome.bandwidths, f"{seconds:.1f}", verdict)
+        if outcome.failure:
+            console.print(f"{sizes}: {outcome.failure}", soft_wrap=True)
         console.print(f"{sizes}: losses differ by {loss:.0e}, gradient norms by {norm:.0e}: {verdict}", soft_wrap=True)
     if expected:
         console.print(table)
@@ -104,25 +117,29 @@ def layouts(ranks: int) -> list[Sizes]:
     return [s for s in candidates if ranks % (s.tensor * s.pipeline * s.expert) == 0]
 
 
-def train(sizes: Sizes, ranks: int, arguments: argparse.Namespace) -> tuple[Curve, str, bool]:
-    """Losses and gradient norms of all steps, bandwidths in words, and whether this is the rank that speaks."""
+def train(sizes: Sizes, ranks: int, arguments: argparse.Namespace) -> Outcome:
     config = run_config(sizes, ranks, arguments)
     topology = initialize_topology(config.ssd_megatron.parallel)
     job = SyntheticJob.build(config, topology)
     curve: Curve = []
-    for step in range(1, STEPS + 1):
-        job.switch(step)
-        result = job.train_step(step)
-        curve.append((result.loss, result.grad_norm))
+    failure = ""
+    try:
+        for step in range(1, STEPS + 1):
+            job.switch(step)
+            result = job.train_step(step)
+            curve.append((result.loss, result.grad_norm))
+    except SwitchError as error:  # on every rank alike
+        failure = str(error)
+        curve += [(math.nan, math.nan)] * (STEPS - len(curve))
     shown = (
         ", ".join(f"{group.name.removesuffix('-parallel')} {bandwidth(group):.3g}" for group in groups(topology)) or "-"
     )
-    is_first = topology.is_first
+    outcome = Outcome(curve, shown, failure, topology.is_first)
     job.engine.close()
     leave_topology()
     # The next job of this process meets at another port, where rank 0 listens and not torchrun's agent.
     os.environ.update(MASTER_PORT=str(int(os.environ["MASTER_PORT"]) + 1), TORCHELASTIC_USE_AGENT_STORE="False")
-    return curve, shown, is_first
+    return outcome
 
 
 def run_config(sizes: Sizes, ranks: int, arguments: argparse.Namespace) -> RunConfig:

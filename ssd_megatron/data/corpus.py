@@ -78,6 +78,9 @@ def token_range(corpus: Corpus, cache_dir: Path, report: Callable[[str], None]) 
     """Smallest and largest token id of a corpus.
 
     Reads all of .bin once; the result is kept in `cache_dir` for as long as path, size and time of the file stay.
+
+    Raises:
+        DataError: it cannot be kept there.
     """
     stat = corpus.bin_path.stat()
     identity = f"{corpus.bin_path.resolve()} {stat.st_size} {stat.st_mtime_ns}"
@@ -92,7 +95,10 @@ def token_range(corpus: Corpus, cache_dir: Path, report: Callable[[str], None]) 
     for start in range(0, len(tokens), SCAN_CHUNK):
         chunk = tokens[start : start + SCAN_CHUNK]
         smallest, largest = min(smallest, int(chunk.min())), max(largest, int(chunk.max()))
-    write_atomically(cached, json.dumps([smallest, largest]).encode())
+    try:
+        write_atomically(cached, json.dumps([smallest, largest]).encode())
+    except OSError as error:
+        raise DataError(f"data.cache_dir: {cached} cannot be written: {error}") from error
     return smallest, largest
 
 

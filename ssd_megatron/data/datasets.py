@@ -138,7 +138,15 @@ def _build(config: GPTDatasetConfig, position: int, samples: int, is_builder_ran
     if dist.get_rank() == 0:
         _drop_damaged_indices(Path(config.path_to_cache))
     sizes = [samples if split == position else 0 for split in range(len(SPLITS))]
-    dataset = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: is_builder_rank, config).build()[position]
+    try:
+        dataset = BlendedMegatronDatasetBuilder(GPTDataset, sizes, lambda: is_builder_rank, config).build()[position]
+    except Exception as error:
+        cause = error.__cause__ or error  # mcore raises a bare Exception from an OSError
+        if not isinstance(cause, OSError):
+            raise
+        raise DataError(
+            f"data.cache_dir: the index of the samples cannot be written to {config.path_to_cache}: {cause}"
+        ) from error
     return None if dataset is None else SampleDataset(dataset, samples)
 
 

@@ -120,6 +120,15 @@ class Group:
                 dist.all_gather_object(gathered, mine, group=self.handle)
         return gathered
 
+    def objects_to_first(self, what: str, mine: T) -> list[T]:
+        """Every rank's object, by rank, on this group's first rank; elsewhere none."""
+        if self.size == 1:
+            return [mine]
+        gathered: list[Any] = [None] * self.size if self.rank == 0 else []
+        with named(self._where(what)):
+            dist.gather_object(mine, gathered or None, self.ranks[0], group=self.handle)
+        return gathered
+
     def agree(self, what: str, value: Any) -> None:
         """Check that every rank has the same value (ready for JSON).
 

@@ -9,6 +9,7 @@ from ssd_megatron.model.cost import ffn_matrices, forward_flops, qkv_size
 from ssd_megatron.model.memory import OPTIMIZER_BYTES, Dtype, Layout
 from ssd_megatron.planning.cluster import Cluster
 from ssd_megatron.planning.traffic import all_gather, seconds, step_traffic
+from ssd_megatron.switching.allocation import MOST_MEASURED
 
 # Fresh balanced k-means on a CPU: 6.1 s for 16,384 neurons of 4,096 into 64 experts (docs/log.md, 2 cores).
 KMEANS_SECONDS = 6.1 / (16384 * 4096 * 64)
@@ -97,11 +98,12 @@ def _same_part(start: float, length: float, part: float) -> float:
 
 def probe_seconds(model: ModelConfig, ssd: SSDConfig, layout: Layout, cluster: Cluster) -> float:
     """Forward passes of the probe batch, spread over the data-parallel ranks: dense before and after the switch, sparse
-    after it, and with top_k_allocation measured, one for each layer and number of experts 2, 4, 8 ... tried."""
+    after it, and with top_k_allocation measured, one for each layer (of deep models,
+    run of layers) and number of experts 2, 4, 8 ... tried."""
     flops = forward_flops(model, ssd)
     passes = 3
     if ssd.top_k_allocation == "measured":
-        passes += 1 + model.num_layers * max(0, math.ceil(math.log2(ssd.num_experts)) - 1)
+        passes += 1 + min(model.num_layers, MOST_MEASURED) * max(0, math.ceil(math.log2(ssd.num_experts)) - 1)
     tokens = math.ceil(ssd.probe_samples / layout.data) * model.seq_length
     forward = model.num_layers * (flops.attention + flops.ffn) + flops.head
     return passes * tokens * forward / (cluster.flops_per_second * layout.tensor)

@@ -6,7 +6,7 @@ dealt out by what they save of the probe loss, at the same cost. Not in the SSD 
 """
 
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 
 import torch
@@ -17,18 +17,35 @@ from ssd_megatron.switching.statistics import ProbeBatch
 
 Curve = list[tuple[int, float]]
 
+# Deep models would spend most of a switch on measuring: their networks are measured in so many runs of neighbours.
+MOST_MEASURED = 16
+
 
 @torch.no_grad()
 def sparsity_costs(networks: Networks, probe: ProbeBatch, num_experts: int, least: int) -> list[Curve]:
     """What the probe loss rises by when one network alone is sparse (collective over the job).
 
-    To be called in dense mode, when neurons are grouped and routers are set.
+    Of a run of neighbours that are measured together, each is taken to cause an equal part. To be called in dense mode,
+    when neurons are grouped and routers are set.
 
     Returns:
         by network of all stages: (experts, rise of the loss) for experts = least, 2 least, 4 least ... and all (0).
     """
     dense = probe.loss()
-    return [_cost_curve(networks.local.get(name), probe, dense, num_experts, least) for name in networks.names]
+    curves: list[Curve] = []
+    for run in measured_together(networks.names):
+        curves += [_cost_curve(networks, run, probe, dense, num_experts, least)] * len(run)
+    return curves
+
+
+def measured_together(names: Sequence[str]) -> list[Sequence[str]]:
+    """The networks one by one, or if there are more than MOST_MEASURED the first alone, as it differs most, and the
+    others in equal runs of neighbours."""
+    first, rest, runs = names[:1], names[1:], MOST_MEASURED - 1
+    if len(rest) <= runs:
+        return [[name] for name in names]
+    ends = [round(len(rest) * run / runs) for run in range(runs + 1)]
+    return [first, *(rest[start:end] for start, end in pairwise(ends))]
 
 
 def allocate_experts(costs: Sequence[Curve], top_k: int, least: int) -> list[int]:
@@ -50,23 +67,25 @@ def allocate_experts(costs: Sequence[Curve], top_k: int, least: int) -> list[int
     return allocated
 
 
-def _cost_curve(ffn: SwitchableFFN | None, probe: ProbeBatch, dense: float, num_experts: int, least: int) -> Curve:
-    """Of a network, which may be another stage's."""
+def _cost_curve(
+    networks: Networks, run: Sequence[str], probe: ProbeBatch, dense: float, num_experts: int, least: int
+) -> Curve:
+    """Of each network of the run, some of which may be other stages'."""
+    local = [networks.local[name] for name in run if name in networks.local]
     curve: Curve = []
     experts = least
     while experts < num_experts:
-        with _sparse(ffn, experts):
-            curve.append((experts, probe.loss() - dense))
+        with ExitStack() as sparse:
+            for ffn in local:
+                sparse.enter_context(_sparse(ffn, experts))
+            curve.append((experts, (probe.loss() - dense) / len(run)))
         experts *= 2
     return [*curve, (num_experts, 0.0)]
 
 
 @contextmanager
-def _sparse(ffn: SwitchableFFN | None, experts: int) -> Iterator[None]:
+def _sparse(ffn: SwitchableFFN, experts: int) -> Iterator[None]:
     """Within: the network is sparse with so many experts per token."""
-    if ffn is None:
-        yield
-        return
     before = ffn.router.top_k
     ffn.mode, ffn.router.top_k = "sparse", experts
     try:

@@ -84,10 +84,17 @@ class Checkpointer:
         writing, self._writing = self._writing, None
         if writing is None:
             return None
+        try:
+            return self._commit(writing)
+        except CheckpointError:
+            if self._topology.is_first:  # a full disk needs the space
+                shutil.rmtree(writing.folder, ignore_errors=True)
+            raise
+
+    def _commit(self, writing: "_Writing") -> Path:
         records = self._agree("written to", writing.result)
-        pieces = self._topology.world.gather_objects("pieces of a checkpoint", writing.pieces)
+        pieces = self._topology.world.objects_to_first("pieces of a checkpoint", writing.pieces)
         shapes = self._shapes()
-        final = self._root / files.folder_name(writing.step)
 
         def commit() -> None:
             if self._topology.is_first:
@@ -96,7 +103,7 @@ class Checkpointer:
                 files.remove_old(self._root, writing.step, self._keep_last)
 
         self._agree("written to", commit)
-        return final
+        return self._root / files.folder_name(writing.step)
 
     def restore_newest(self, tell: Callable[[str], None]) -> tuple[int, dict[str, float]] | None:
         """Restore the newest checkpoint that is whole; damaged ones are told and passed over.
@@ -255,7 +262,7 @@ class _Writing:
         *,
         in_background: bool,
     ) -> None:
-        self.step, self.pieces, self.values = step, pieces, values
+        self.step, self.folder, self.pieces, self.values = step, folder, pieces, values
         # Copies, also of what is on the CPU already, if training goes on while they are written.
         copies = {
             name: {key: tensor.detach().to("cpu", copy=in_background) for key, tensor in tensors.items()}

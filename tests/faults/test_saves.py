@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from ssd_megatron.training.checkpoint_files import checkpoints
+from ssd_megatron.training.checkpoint_files import TEMPORARY, checkpoints
 from tests.faults.jobs import (
     INTERVAL,
     LAYOUTS,
@@ -78,6 +78,18 @@ def test_a_really_full_disk_ends_all_and_leaves_a_whole_checkpoint(tmp_path: Pat
     ranks = job.start("ssd_megatron.checkpoint.keep_last=null")
     assert_ended(ranks, "No space left on device")
     assert_whole(job, job.newest())
+    assert not list(job.checkpoints.glob(f"{TEMPORARY}*"))
+
+
+@pytest.mark.parametrize("free_pages", [0, 2])
+def test_a_disk_too_full_for_the_index_of_the_samples_is_named(
+    tmp_path: Path, small_disk: Path, free_pages: int
+) -> None:
+    job = make_job(tmp_path / "job", LAYOUTS["TP2"])
+    (small_disk / "other").write_bytes(bytes((700 // 4 - free_pages) * 4096))
+    ranks = job.start(f"ssd_megatron.data.cache_dir={small_disk}")
+    assert ranks.wait()[0] == 2
+    assert_one_error(ranks, "error: data.cache_dir: ", "No space left on device")
 
 
 def flip_bit(path: Path) -> None:

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from ssd_megatron.parallel.topology import Topology
-from ssd_megatron.switching.allocation import allocate_experts, sparsity_costs
+from ssd_megatron.switching.allocation import MOST_MEASURED, allocate_experts, measured_together, sparsity_costs
 from ssd_megatron.switching.networks import Networks
 from ssd_megatron.switching.statistics import ProbeBatch
 from tests.ranks import run_ranks
@@ -34,6 +34,16 @@ def test_the_number_of_experts_is_kept_and_no_layer_gets_more_than_it_has() -> N
         allocated = allocate_experts(costs, top_k, least=1)
         assert sum(allocated) == 5 * top_k
         assert max(allocated) <= 8 and min(allocated) >= 1
+
+
+@pytest.mark.parametrize("layers", [1, 2, MOST_MEASURED, MOST_MEASURED + 1, 24, 80])
+def test_deep_models_are_measured_in_runs_of_neighbours(layers: int) -> None:
+    names = [str(layer) for layer in range(layers)]
+    runs = measured_together(names)
+    assert [name for run in runs for name in run] == names
+    assert len(runs) == min(layers, MOST_MEASURED)
+    assert len(runs[0]) == 1
+    assert max(map(len, runs[1:]), default=1) - min(map(len, runs[1:]), default=1) <= 1
 
 
 def measured(topology: Topology) -> tuple[list[list[tuple[int, float]]], list[list[float]]]:

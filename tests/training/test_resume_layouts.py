@@ -4,12 +4,14 @@ not, on the same samples; on the same layout bit by bit, with dropout too."""
 import json
 import shutil
 from collections.abc import Callable
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 
+from ssd_megatron.parallel.device import detect_hardware
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.parallel.zero import KINDS
 from ssd_megatron.training import checkpoint_files as files
@@ -141,6 +143,27 @@ def test_the_same_layout_goes_on_bit_by_bit(
 @pytest.mark.parametrize(("layout", "bf16"), [(TP2, True), (PP2, False)], ids=["TP2 bf16", "PP2 fp32"])
 def test_two_ranks_go_on_bit_by_bit(whole: Whole, tmp_path: Path, layout: Layout, bf16: bool) -> None:
     assert_bit_by_bit(whole(layout, bf16=bf16, dropout=0.2), layout, 5, tmp_path)
+
+
+@pytest.mark.skipif(not detect_hardware().fp16, reason="this CPU does not compute in fp16")
+@pytest.mark.parametrize("layout", [ONE, TP2, PP2], ids=["1 process", "TP2", "PP2"])
+def test_the_loss_scale_goes_on_where_it_was(tmp_path: Path, layout: Layout) -> None:
+    """The first steps overflow and are skipped, and the scale grows again."""
+    config = config_of(tmp_path, dropout=0.2)
+    config["fp16"] = {"enabled": True, "initial_scale_power": 20, "hysteresis": 1, "loss_scale_window": 3}
+    whole_dir = run_layout(tmp_path / "whole", layout, config)
+    expected = loss_scales(whole_dir)
+    scales = [scale for _, scale in expected]
+    assert expected[0][0] and any(later > earlier for earlier, later in pairwise(scales)), expected
+    for stop in (1, 4):
+        run_dir = resumed(whole_dir, stop, layout, tmp_path / f"from {stop}")
+        assert loss_scales(run_dir) == expected
+        assert curve(run_dir) == curve(whole_dir)
+
+
+def loss_scales(run_dir: Path) -> list[tuple[bool, float]]:
+    """Whether each step was skipped, and the loss scale."""
+    return [(record["skipped"], record["loss_scale"]) for record in records(run_dir, "train")]
 
 
 def test_a_checkpoint_written_in_the_background_is_as_good(whole: Whole, tmp_path: Path) -> None:
