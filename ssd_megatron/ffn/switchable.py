@@ -110,8 +110,8 @@ class SwitchableFFN(nn.Module):
             y_TH = self._compute(x_TH, homes.local_ids(expert_ids_TK, num_experts), gates_TK)
         else:
             route, ids_RK = homes.route(expert_ids_TK, num_experts)
-            y_RH = self._compute(homes.send(x_TH, route), ids_RK, homes.send_gates(gates_TK, route))
-            y_TH = homes.collect(y_RH, route)
+            y_RH = self._compute(route.send(x_TH), ids_RK, route.send_gates(gates_TK))
+            y_TH = route.collect(y_RH)
         return homes.leave(y_TH)
 
     def _compute(self, x_TH: Tensor, local_ids_TK: Tensor, gates_TK: Tensor | None) -> Tensor:
