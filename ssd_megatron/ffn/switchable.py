@@ -101,7 +101,8 @@ class SwitchableFFN(nn.Module):
     def _sparse(self, x_TH: Tensor) -> Tensor:
         num_experts, homes = self.settings.num_experts, self.homes
         expert_ids_TK, gates_TK = self.router.route(x_TH, self._expert_means())
-        self.expert_load = torch.bincount(expert_ids_TK.flatten(), minlength=num_experts)
+        ids = expert_ids_TK.flatten()
+        self.expert_load = ids.new_zeros(num_experts).scatter_add_(0, ids, torch.ones_like(ids))
         # A tensor-parallel rank has the gradients of its own experts' gates only; the router, which all have alike,
         # gets their sum.
         gates_TK = None if gates_TK is None else homes.enter(gates_TK)
