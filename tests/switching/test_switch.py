@@ -181,8 +181,8 @@ def test_verification_catches(fault: str) -> None:
 
 
 def router_rates(topology: Topology) -> list[tuple[float, float]]:
-    """Learning rates of routers and matrices in a dense step and in the first sparse one, with a scheduler that does not
-    move between them, as after a step that was skipped."""
+    """Learning rates of routers and matrices in a dense step and in the first sparse one, with a scheduler that does
+    not move between them, as after a step that was skipped."""
     config = run_config(phases=[(1, "dense"), (2, "sparse")])
     model, engine = build(topology, config)
     coordinator = make_coordinator(topology, config, model, engine)
