@@ -16,6 +16,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -108,11 +109,11 @@ def compare(name: str, trial: Trial, arguments: Any) -> Iterator[Row]:
 
 
 def at_equal_loss(runs: Sequence[Reached], loss: float) -> Reached | None:
-    """What a run that ends with `loss` costs, from runs of ascending length: between the last that ends above it and the
-    next, evenly in the logarithm of cost; of the first if that ends below already; None if all end above."""
+    """What a run that ends with `loss` costs, from runs of ascending length: between the last that ends above it and
+    the next, evenly in the logarithm of cost; of the first if that ends below already; None if all end above."""
     if runs[0].loss <= loss:
         return runs[0]
-    for short, long in zip(runs, runs[1:], strict=False):
+    for short, long in pairwise(runs):
         if long.loss <= loss:
             share = (short.loss - loss) / (short.loss - long.loss)
             cost = (math.exp((1 - share) * math.log(a) + share * math.log(b)) for a, b in _costs(short, long))
