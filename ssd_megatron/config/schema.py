@@ -1,6 +1,7 @@
 """The section "ssd_megatron" of ds.json as frozen, typed models. The description of a field is its documentation.
 
-What one field may be is said here; what concerns several fields is in checks.py.
+What one field may be is said here; what concerns several fields is in checks.py and
+layout_checks.py.
 """
 
 import math
