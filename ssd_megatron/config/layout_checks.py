@@ -67,6 +67,34 @@ def _zero_with_kept_weights(dense_gather: str, stage: int) -> Iterator[str]:
         )
 
 
+@LAYOUT_CHECKS("parallel.dense_gather", "parallel.expert_parallel_size", "ssd.schedule")
+def _gather_without_effect(dense_gather: str, expert: int, schedule: str) -> Iterator[str]:
+    if dense_gather == "step" and (expert == 1 or schedule == "sparse"):
+        other = f'ssd.schedule "{schedule}"' if expert > 1 else "expert_parallel_size 1"
+        yield problem("parallel.dense_gather", dense_gather, f"has no effect with {other}: leave it out")
+
+
+@LAYOUT_CHECKS("ssd.rebalance_limit", "parallel.tensor_parallel_size", "parallel.expert_parallel_size")
+def _rebalance_without_effect(limit: float | None, tensor: int, expert: int) -> Iterator[str]:
+    if limit is not None and tensor * expert == 1:
+        yield problem(
+            "ssd.rebalance_limit",
+            limit,
+            "has no effect with tensor_parallel_size 1 and expert_parallel_size 1, where one rank has all experts: "
+            "leave it out",
+        )
+
+
+@LAYOUT_CHECKS("zero_optimization.overlap_comm", "parallel.pipeline_parallel_size")
+def _overlap_with_pipeline(overlap: bool, stages: int) -> Iterator[str]:
+    if overlap and stages > 1:
+        yield problem(
+            "zero_optimization.overlap_comm",
+            overlap,
+            f"has no effect with pipeline_parallel_size ({stages}), where DeepSpeed switches it off: leave it out",
+        )
+
+
 @LAYOUT_CHECKS(
     "parallel.expert_parallel_size",
     "zero_optimization.contiguous_gradients",
@@ -76,6 +104,7 @@ def _zero_with_experts(expert: int, contiguous: bool, scatter: bool) -> Iterator
     for name, value in (("contiguous_gradients", contiguous), ("reduce_scatter", scatter)):
         if expert > 1 and not value:
             yield problem(f"zero_optimization.{name}", value, f"must be true with expert_parallel_size ({expert})")
+
 
 @LAYOUT_CHECKS("zero_optimization.allgather_bucket_size")
 def _allgather_bucket(size: int) -> Iterator[str]:

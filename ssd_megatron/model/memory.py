@@ -5,13 +5,11 @@ vocabulary; TP, PP, EP, DP sizes of the layout.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
-from ssd_megatron.config.load import RunConfig
+from ssd_megatron.config.load import Dtype, RunConfig
 from ssd_megatron.config.schema import ModelConfig, SSDConfig
 from ssd_megatron.model.cost import bank_parameters, ffn_matrices, norm_parameters, qkv_size
 
-Dtype = Literal["float32", "bfloat16", "float16"]
 BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 OPTIMIZER_BYTES = 12  # fp32 master and two fp32 moments (ZeRO, arXiv 1910.02054)
 BUCKET_PADDING = 1.25  # at most, of the slots of sparse networks (ffn/kernels/dispatch.py)

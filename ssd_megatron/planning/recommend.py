@@ -4,10 +4,11 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ssd_megatron.config.load import Dtype
 from ssd_megatron.config.schema import ModelConfig, SSDConfig, SsdMegatronConfig
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.model.cost import flops_per_token
-from ssd_megatron.model.memory import Dtype, Layout, Memory, memory_per_rank, modes_of
+from ssd_megatron.model.memory import Layout, Memory, memory_per_rank, modes_of
 from ssd_megatron.planning.cluster import GIB, TERA, Cluster
 from ssd_megatron.planning.switches import SwitchTime, switch_time
 from ssd_megatron.planning.times import StepTime, step_time

@@ -3,9 +3,10 @@ it hidden behind the other (DeepSpeed overlaps nothing by default), latencies le
 
 from dataclasses import dataclass
 
+from ssd_megatron.config.load import Dtype
 from ssd_megatron.config.schema import ModelConfig, SSDConfig
 from ssd_megatron.model.cost import ffn_matrices, forward_flops
-from ssd_megatron.model.memory import BYTES, Dtype, Layout, rank_parameters
+from ssd_megatron.model.memory import BYTES, Layout, rank_parameters
 from ssd_megatron.planning.cluster import GIGA, Cluster
 from ssd_megatron.planning.traffic import Transfer, seconds, step_traffic
 

@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from ssd_megatron.config.load import Dtype
 from ssd_megatron.config.schema import ModelConfig, SSDConfig
 from ssd_megatron.model.cost import bank_parameters, ffn_matrices
-from ssd_megatron.model.memory import BYTES, Dtype, Layout, expert_ranks_per_token, rank_parameters
+from ssd_megatron.model.memory import BYTES, Layout, expert_ranks_per_token, rank_parameters
 from ssd_megatron.planning.cluster import Cluster
 
 GroupName = Literal["tensor", "pipeline", "expert", "data", "expert_data", "embedding"]
