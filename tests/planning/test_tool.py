@@ -74,7 +74,10 @@ def test_recommendations_are_as_many_as_asked_for(tmp_path: Path, capsys: pytest
         (["--tensor", "16"], "parallel.tensor_parallel_size (16) must divide model.num_attention_heads (40)"),
         (["--tensor", "2", "--pipeline", "5"], "must divide the number of processes (64)"),
         (["--expert", "5"], "parallel.expert_parallel_size (5) must divide the data parallel size (64"),
-        (["--pipeline", "4"], "zero_optimization.stage (2) does not work with pipeline_parallel_size (4): use stage 1"),
+        (
+            ["--pipeline", "4", "--set", "zero_optimization.stage=2"],
+            "zero_optimization.stage (2) does not work with pipeline_parallel_size (4): use stage 1",
+        ),
         (["--gpus_per_node", "24"], "--gpus (64) must be whole nodes of --gpus_per_node (24)"),
         (["--link", "outer=3"], "--link outer=3: must be intra=GB/s or inter=GB/s"),
         (["--link", "inter=fast"], "--link inter=fast: must be"),
