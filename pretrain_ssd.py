@@ -52,11 +52,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ssd_megatron.training.checkpoint_files import CheckpointError
     from ssd_megatron.training.dry_run import print_dry_run
     from ssd_megatron.training.job import run_job
-    from ssd_megatron.training.rehearsal import print_rehearsal
+    from ssd_megatron.training.rehearsal import print_rehearsal, rehearse
     from ssd_megatron.training.start import prepare_job
     from ssd_megatron.training.trainer import TrainingError
 
-    rank = rank_of_launch()
+    try:
+        rank = rank_of_launch()
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr, flush=True)
+        return EXIT_UNUSABLE
     is_first = rank == 0
 
     def tell(text: str) -> None:
@@ -69,9 +73,14 @@ def main(argv: Sequence[str] | None = None) -> int:
             tell(f"error: {config}")
             return EXIT_UNUSABLE
         if is_first:
+            try:
+                rehearsal = None if arguments.rank is None else rehearse(config, arguments.rank)
+            except ConfigError as error:
+                tell(f"error: {error}")
+                return EXIT_UNUSABLE
             print_dry_run(config)
-            if arguments.rank is not None:
-                print_rehearsal(config, arguments.rank)
+            if rehearsal is not None:
+                print_rehearsal(rehearsal)
         return EXIT_OK
     sizes = ParallelConfig() if isinstance(config, ConfigError) else config.ssd_megatron.parallel
     try:

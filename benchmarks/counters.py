@@ -8,6 +8,7 @@ import torch.distributed as dist
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from ssd_megatron.ffn.gathered_weights import KeptBank
 from ssd_megatron.planning.traffic import all_gather, all_reduce
 
 
@@ -97,6 +98,25 @@ class GradientBytes:
             return original(*args, **kwargs)
 
         setattr(optimizer, name, watched)
+
+
+class GatheredBytes:
+    """Most bytes of gathered weights that are kept for a step, and of their gradients between microbatches."""
+
+    def __init__(self) -> None:
+        self.weights = self.gradients = 0
+        kept: dict[int, tuple[int, int]] = {}
+        original = KeptBank.add
+
+        def watched(bank: KeptBank, index: int, gradient: Tensor) -> Tensor | None:
+            reduced = original(bank, index, gradient)
+            weights = [whole for whole in bank._whole or () if whole is not None]
+            kept[id(bank)] = bytes_of(weights), bytes_of([total for total, _ in bank._gradients.values()])
+            now = [sum(sizes) for sizes in zip(*kept.values(), strict=True)]
+            self.weights, self.gradients = max(self.weights, now[0]), max(self.gradients, now[1])
+            return reduced
+
+        KeptBank.add = watched
 
 
 def bytes_of(tensors: Any) -> int:

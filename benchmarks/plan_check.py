@@ -25,7 +25,7 @@ from rich.table import Table
 from torch import Tensor
 from torch.autograd.graph import saved_tensors_hooks
 
-from benchmarks.counters import GradientBytes, KeptBytes, SentBytes, bytes_of
+from benchmarks.counters import GatheredBytes, GradientBytes, KeptBytes, SentBytes, bytes_of
 from ssd_megatron.config.load import Hardware, RunConfig, load_config
 from ssd_megatron.config.schema import ParallelConfig
 from ssd_megatron.ffn import routers
@@ -55,8 +55,10 @@ LAYOUTS = (
     Layout(pipeline=2, data=2, expert=2, microbatches=3),
     Layout(tensor=2, data=2, expert=2, microbatches=2, recompute=True),
     Layout(pipeline=2, data=2, expert=2, microbatches=3, recompute=True),
+    Layout(pipeline=2, data=2, expert=2, microbatches=3, gather_once=True),
+    Layout(tensor=2, data=2, expert=2, microbatches=2, recompute=True, gather_once=True),
 )
-QUICK = (0, 5, 8, 9)
+QUICK = (0, 5, 8, 9, 12)
 MODELS: dict[str, dict[str, Any]] = {
     "GPT": {"activation": "relu"},
     "gated, rotary, untied": {
@@ -104,6 +106,7 @@ def configured(model: dict[str, Any], layout: Layout) -> RunConfig:
         "tensor_parallel_size": layout.tensor,
         "pipeline_parallel_size": layout.pipeline,
         "expert_parallel_size": layout.expert,
+        "dense_gather": "step" if layout.gather_once else "microbatch",
     }
     section["ssd"] |= {"num_experts": 16, "top_k": 4}
     section["training"]["recompute"] = "full" if layout.recompute else "none"
@@ -121,7 +124,7 @@ def measured(topology: Topology, name: str, layout: Layout) -> list[Check]:
     optimizer = engine.deepspeed.optimizer
     checks = []
     routers.expert_scores = even_scores
-    gradients = GradientBytes(optimizer)
+    gradients, gathered = GradientBytes(optimizer), GatheredBytes()
     for mode in ("dense", "sparse"):
         for ffn in model.ffns.values():
             ffn.mode = "sparse" if mode == "sparse" else "dense"
@@ -150,13 +153,17 @@ def measured(topology: Topology, name: str, layout: Layout) -> list[Check]:
             "gradients": (gradients.peak, memory.gradients),
             "optimizer": (sum(bytes_of(t) for t in (*flat, *states)), memory.optimizer),
         }
-        # What is saved while weights are gathered, or recomputed, is not seen here.
-        if not layout.recompute and (layout.expert == 1 or mode == "sparse"):
-            # The loss keeps its softmax in fp32, a part of `logits`.
+        # What is saved while weights are gathered for a pass, or recomputed, is not seen here.
+        if not layout.recompute and (layout.expert == 1 or mode == "sparse" or layout.gather_once):
+            # The loss keeps its softmax in fp32, a part of `logits`; weights that are kept are not parameters.
             tokens = MICRO_BATCH * section.model.seq_length
             softmax = tokens * section.model.padded_vocab_size // layout.tensor * 4
-            expected = memory.activations + (softmax if topology.is_last_stage else 0)
+            expected = memory.activations + memory.kept_weights + (softmax if topology.is_last_stage else 0)
             numbers["activations"] = (kept.peak, expected)
+        if mode == "dense" and layout.gather_once:
+            others = 1 - 1 / layout.expert  # the rank's own are among `gradients`
+            numbers["kept gradients"] = (gathered.gradients * others, memory.kept_gradients)
+            numbers["kept weights"] = (gathered.weights, memory.kept_weights)
         if mode == "sparse" and topology.is_first_stage and topology.homes > 1:
             numbers["switch"] = (
                 moved_by_a_switch(model, engine, topology),
@@ -215,7 +222,7 @@ def compared(
 def main() -> int:
     """Run all checks; returns the exit status."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="four layouts of one model")
+    parser.add_argument("--quick", action="store_true", help="five layouts of one model")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every number to a file")
     arguments = parser.parse_args()
     os.environ["PYTHONWARNINGS"] = "ignore"  # for the ranks

@@ -1,7 +1,7 @@
 """Predict memory, communication and time of a run on a cluster, and recommend how to cut it.
 
-Give --tensor, --pipeline or --expert for one layout (the others are 1, batch, ZeRO and recomputation as configured);
-without them, all layouts that fit are compared.
+Give --tensor, --pipeline or --expert for one layout (the others are 1; batch, ZeRO, recomputation and dense_gather as
+configured); without them, all layouts that fit are compared.
 """
 
 import argparse
@@ -24,7 +24,9 @@ EXAMPLE = """example:
 """
 PARALLEL = "ssd_megatron.parallel."
 # What the recommendation chooses itself.
-OURS = ("train_micro_batch_size_per_gpu=auto", "gradient_accumulation_steps=auto")
+OURS = ("train_micro_batch_size_per_gpu=auto", "gradient_accumulation_steps=auto", f"{PARALLEL}dense_gather=")
+# What does not matter here, and some layouts refuse.
+IGNORED = ("ssd_megatron.ssd.rebalance_limit=",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -53,7 +55,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _load(arguments: argparse.Namespace, overrides: list[str], world_size: int) -> RunConfig:
     given = [assignment for group in arguments.set for assignment in group]
     hardware = Hardware("cuda", bf16=True, name=arguments.gpu)
-    return load_config(arguments.ds_config, [*given, *overrides], world_size=world_size, hardware=hardware)
+    return load_config(arguments.ds_config, [*given, *overrides, *IGNORED], world_size=world_size, hardware=hardware)
 
 
 def _cluster(arguments: argparse.Namespace) -> Cluster:

@@ -25,6 +25,7 @@ from rich.table import Table
 
 from ssd_megatron.config.load import RunConfig, load_config
 from ssd_megatron.config.schema import ParallelConfig
+from ssd_megatron.errors import ConfigError
 from ssd_megatron.parallel.collectives import Group
 from ssd_megatron.parallel.device import IS_CUDA, detect_hardware, share_cores
 from ssd_megatron.parallel.launch import find_launch
@@ -70,7 +71,11 @@ def main() -> int:
     if arguments.reference is not None:
         arguments.reference.write_text(json.dumps(train(Sizes(), 1, arguments).curve))
         return 0
-    ranks = find_launch(os.environ).world_size
+    try:
+        ranks = find_launch(os.environ).world_size
+    except ConfigError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
     console = Console(highlight=False)
     expected: Curve = []
     good = True

@@ -1,5 +1,6 @@
 """DeepSpeed's batch arithmetic, train_batch_size = micro batch * accumulation * data parallel size, with `"auto"`."""
 
+import math
 from dataclasses import dataclass
 from typing import Literal
 
@@ -25,6 +26,27 @@ class Batch:
 def largest_divisor(number: int, limit: int) -> int:
     """The largest divisor of `number` that is at most `limit`, at least 1."""
     return next((d for d in range(min(number, limit), 1, -1) if number % d == 0), 1)
+
+
+def data_parallel_size(world_size: int, tensor: int, pipeline: int, expert: int) -> int:
+    """Ranks that hold the same layers and see different samples.
+
+    Raises:
+        ConfigError: the sizes do not fit the number of processes.
+    """
+    data_parallel, rest = divmod(world_size, tensor * pipeline)
+    if rest:
+        raise ConfigError(
+            f"parallel.tensor_parallel_size ({tensor}) * pipeline_parallel_size ({pipeline}) = {tensor * pipeline} "
+            f"must divide the number of processes ({world_size}): start {math.lcm(world_size, tensor * pipeline)}, or "
+            "use smaller sizes"
+        )
+    if data_parallel % expert:
+        raise ConfigError(
+            f"parallel.expert_parallel_size ({expert}) must divide the data parallel size ({data_parallel} = "
+            f"{world_size} processes / {tensor} tensor / {pipeline} pipeline): try {math.gcd(data_parallel, expert)}"
+        )
+    return data_parallel
 
 
 def resolve_batch(train: Count, micro: Count, accumulation: Count, data_parallel: int, micro_limit: int) -> Batch:

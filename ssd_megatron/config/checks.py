@@ -1,18 +1,17 @@
-"""What fields must be to each other. Each check names the fields it reads and yields the problems it sees.
-
-A check whose fields are not all usable is left out: their own problems are reported already.
+"""What fields must be to each other: sizes of the model, phases, data, learning rate; layout_checks.py has the layouts.
+Each check names the fields it reads and yields the problems it sees.
 """
 
-import math
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from ssd_megatron.config.check_list import CheckList, divisors_near
+from ssd_megatron.config.layout_checks import LAYOUT_CHECKS
 from ssd_megatron.config.report import problem
 from ssd_megatron.config.schema import PhaseConfig
 
-Check = Callable[..., Iterable[str]]
-CHECKS: list[tuple[tuple[str, ...], Check]] = []
+CHECKS = CheckList()
 
 _ADAPTIVE_ONLY = (
     "sparse_fraction",
@@ -35,16 +34,6 @@ ACTS_ONLY_IF: dict[str, tuple[str, tuple[Any, ...]]] = {
 }
 
 
-def checks(*paths: str) -> Callable[[Check], Check]:
-    """Register a check with the fields it is called with."""
-
-    def register(check: Check) -> Check:
-        CHECKS.append((paths, check))
-        return check
-
-    return register
-
-
 def run_checks(values: Mapping[str, Any], given: Iterable[str]) -> list[str]:
     """All problems between usable `values`; `given` are the fields that the file or `--set` names."""
     problems = [
@@ -52,10 +41,7 @@ def run_checks(values: Mapping[str, Any], given: Iterable[str]) -> list[str]:
         for path, (other, wanted) in without_effect(values).items()
         if path in set(given) and values[path] is not None
     ]
-    for paths, check in CHECKS:
-        if all(path in values for path in paths):
-            problems.extend(check(*(values[path] for path in paths)))
-    return problems
+    return [*problems, *CHECKS.run(values), *LAYOUT_CHECKS.run(values)]
 
 
 def without_effect(values: Mapping[str, Any]) -> dict[str, tuple[str, tuple[Any, ...]]]:
@@ -71,15 +57,7 @@ def _choices(values: tuple[Any, ...]) -> str:
     return " or ".join("null" if value is None else f'"{value}"' for value in values)
 
 
-def divisors_near(number: int, wanted: int) -> str:
-    """The divisors of `number` next below and above `wanted`, as a suggestion."""
-    small = [d for d in range(1, math.isqrt(number) + 1) if number % d == 0]
-    divisors = sorted({*small, *(number // d for d in small)})
-    below, above = [d for d in divisors if d <= wanted], [d for d in divisors if d > wanted]
-    return " or ".join(str(d) for d in below[-1:] + above[:1])
-
-
-@checks("model.hidden_size", "model.num_attention_heads", "model.position_embedding")
+@CHECKS("model.hidden_size", "model.num_attention_heads", "model.position_embedding")
 def _heads(hidden: int, heads: int, positions: str) -> Iterator[str]:
     if hidden % heads:
         hint = divisors_near(hidden, heads)
@@ -93,90 +71,21 @@ def _heads(hidden: int, heads: int, positions: str) -> Iterator[str]:
         )
 
 
-@checks("model.num_attention_heads", "model.num_query_groups")
+@CHECKS("model.num_attention_heads", "model.num_query_groups")
 def _query_groups(heads: int, groups: int) -> Iterator[str]:
     if heads % groups:
         hint = divisors_near(heads, groups)
         yield problem("model.num_query_groups", groups, f"must divide model.num_attention_heads ({heads}): try {hint}")
 
 
-@checks("model.ffn_hidden_size", "ssd.num_experts")
+@CHECKS("model.ffn_hidden_size", "ssd.num_experts")
 def _experts(neurons: int, experts: int) -> Iterator[str]:
     if neurons % experts:
         hint = divisors_near(neurons, experts)
         yield problem("ssd.num_experts", experts, f"must divide model.ffn_hidden_size ({neurons}): try {hint}")
 
 
-@checks("parallel.tensor_parallel_size", "model.num_attention_heads", "model.num_query_groups")
-def _heads_by_tensor(tensor: int, heads: int, groups: int) -> Iterator[str]:
-    for name, value in (("num_attention_heads", heads), ("num_query_groups", groups)):
-        if value % tensor:
-            hint = divisors_near(value, tensor)
-            yield problem("parallel.tensor_parallel_size", tensor, f"must divide model.{name} ({value}): try {hint}")
-            return
-
-
-@checks("parallel.tensor_parallel_size", "model.vocab_size", "model.make_vocab_size_divisible_by")
-def _vocabulary_by_tensor(tensor: int, vocab_size: int, multiple: int) -> Iterator[str]:
-    padded = math.ceil(vocab_size / multiple) * multiple
-    if padded % tensor:
-        yield problem(
-            "parallel.tensor_parallel_size",
-            tensor,
-            f"must divide the padded vocabulary ({padded}): try model.make_vocab_size_divisible_by "
-            f"{math.lcm(multiple, tensor)}",
-        )
-
-
-@checks("parallel.pipeline_parallel_size", "model.num_layers")
-def _layers_by_pipeline(stages: int, layers: int) -> Iterator[str]:
-    if layers % stages:
-        hint = divisors_near(layers, stages)
-        yield problem("parallel.pipeline_parallel_size", stages, f"must divide model.num_layers ({layers}): try {hint}")
-
-
-@checks("parallel.tensor_parallel_size", "parallel.expert_parallel_size", "ssd.num_experts")
-def _experts_by_homes(tensor: int, expert: int, num_experts: int) -> Iterator[str]:
-    if num_experts % (tensor * expert):
-        hint = divisors_near(num_experts // math.gcd(num_experts, tensor), expert)
-        yield problem(
-            "parallel.expert_parallel_size",
-            expert,
-            f"* parallel.tensor_parallel_size ({tensor}) must divide ssd.num_experts ({num_experts}): try "
-            f"expert_parallel_size {hint}, or num_experts {math.lcm(num_experts, tensor * expert)}",
-        )
-
-
-@checks("parallel.pipeline_parallel_size", "zero_optimization.stage")
-def _zero_with_pipeline(stages: int, stage: int) -> Iterator[str]:
-    if stages > 1 and stage != 1:
-        yield problem(
-            "zero_optimization.stage", stage, f"does not work with pipeline_parallel_size ({stages}): use stage 1"
-        )
-
-
-@checks("parallel.dense_gather", "zero_optimization.stage")
-def _zero_with_kept_weights(dense_gather: str, stage: int) -> Iterator[str]:
-    if dense_gather == "step" and stage != 1:
-        yield problem(
-            "zero_optimization.stage",
-            stage,
-            'reduces gradients per microbatch; parallel.dense_gather "step" needs 1',
-        )
-
-
-@checks(
-    "parallel.expert_parallel_size",
-    "zero_optimization.contiguous_gradients",
-    "zero_optimization.reduce_scatter",
-)
-def _zero_with_experts(expert: int, contiguous: bool, scatter: bool) -> Iterator[str]:
-    for name, value in (("contiguous_gradients", contiguous), ("reduce_scatter", scatter)):
-        if expert > 1 and not value:
-            yield problem(f"zero_optimization.{name}", value, f"must be true with expert_parallel_size ({expert})")
-
-
-@checks("ssd.num_experts", "ssd.top_k", "ssd.router_update")
+@CHECKS("ssd.num_experts", "ssd.top_k", "ssd.router_update")
 def _top_k(experts: int, top_k: int, router_update: str) -> Iterator[str]:
     if top_k > experts:
         hint = max(1, experts // 4)
@@ -190,7 +99,7 @@ def _top_k(experts: int, top_k: int, router_update: str) -> Iterator[str]:
         )
 
 
-@checks("ssd.schedule", "ssd.sparse_fraction", "ssd.warmup_fraction", "ssd.final_dense_fraction")
+@CHECKS("ssd.schedule", "ssd.sparse_fraction", "ssd.warmup_fraction", "ssd.final_dense_fraction")
 def _fractions(schedule: str, sparse: float, warmup: float, final: float) -> Iterator[str]:
     if schedule == "adaptive" and sparse + warmup + final > 1 + 1e-9:
         room = max(0.0, 1 - warmup - final)
@@ -202,7 +111,7 @@ def _fractions(schedule: str, sparse: float, warmup: float, final: float) -> Ite
         )
 
 
-@checks("ssd.schedule", "ssd.phases", "training.train_steps")
+@CHECKS("ssd.schedule", "ssd.phases", "training.train_steps")
 def _phases(schedule: str, phases: tuple[PhaseConfig, ...] | None, steps: int) -> Iterator[str]:
     if schedule != "fixed":
         return
@@ -222,19 +131,19 @@ def _phases(schedule: str, phases: tuple[PhaseConfig, ...] | None, steps: int) -
         yield problem(last, starts[-1], f"must be at most training.train_steps ({steps})")
 
 
-@checks("ssd.check_layers", "model.num_layers")
+@CHECKS("ssd.check_layers", "model.num_layers")
 def _check_layers(check_layers: int | None, layers: int) -> Iterator[str]:
     if check_layers is not None and check_layers > layers:
         yield problem("ssd.check_layers", check_layers, f"must be at most model.num_layers ({layers})")
 
 
-@checks("ssd.partition")
+@CHECKS("ssd.partition")
 def _recorded_partition(partition: str | Path) -> Iterator[str]:
     if isinstance(partition, Path) and not partition.is_file():
         yield problem("ssd.partition", partition, "is no file: record it first, or use kmeans")
 
 
-@checks("training.train_steps", "training.stop_after_step")
+@CHECKS("training.train_steps", "training.stop_after_step")
 def _stop(steps: int, stop: int | None) -> Iterator[str]:
     if stop is not None and stop > steps:
         yield problem(
@@ -242,7 +151,7 @@ def _stop(steps: int, stop: int | None) -> Iterator[str]:
         )
 
 
-@checks("data.paths", "data.train_paths", "data.valid_paths", "data.test_paths")
+@CHECKS("data.paths", "data.train_paths", "data.valid_paths", "data.test_paths")
 def _data_paths(paths: Any, train: Any, valid: Any, test: Any) -> Iterator[str]:
     if paths is not None and train is not None:
         yield problem("data.paths", paths, "cannot go with data.train_paths: keep one of them")
@@ -255,7 +164,7 @@ def _data_paths(paths: Any, train: Any, valid: Any, test: Any) -> Iterator[str]:
             yield problem(f"data.{name}", value, "needs data.train_paths: or use data.paths and data.split")
 
 
-@checks("scheduler", "training.train_steps")
+@CHECKS("scheduler", "training.train_steps")
 def _scheduler_steps(scheduler: Any, steps: int) -> Iterator[str]:
     if scheduler is None or scheduler.type == "WarmupLR":
         return
@@ -276,7 +185,7 @@ def _scheduler_steps(scheduler: Any, steps: int) -> Iterator[str]:
         )
 
 
-@checks("scheduler", "optimizer.params.lr")
+@CHECKS("scheduler", "optimizer.params.lr")
 def _peak_rate(scheduler: Any, lr: float) -> Iterator[str]:
     if scheduler is not None and scheduler.type in ("WarmupLR", "WarmupDecayLR"):
         peak, start = scheduler.params.warmup_max_lr, scheduler.params.warmup_min_lr
@@ -290,13 +199,13 @@ def _peak_rate(scheduler: Any, lr: float) -> Iterator[str]:
             yield problem("scheduler.params.warmup_min_lr", start, f"must be at most optimizer.params.lr ({lr})")
 
 
-@checks("fp16.enabled", "bf16.enabled")
+@CHECKS("fp16.enabled", "bf16.enabled")
 def _one_precision(fp16: bool, bf16: bool | str) -> Iterator[str]:
     if fp16 and bf16 is True:
         yield problem("fp16.enabled", fp16, "cannot go with bf16.enabled: keep one of them")
 
 
-@checks("optimizer.params.torch_adam")
+@CHECKS("optimizer.params.torch_adam")
 def _torch_adam(torch_adam: bool | str) -> Iterator[str]:
     if torch_adam is False:
         yield problem(
@@ -306,13 +215,7 @@ def _torch_adam(torch_adam: bool | str) -> Iterator[str]:
         )
 
 
-@checks("model.position_embedding", "data.reset_position_ids")
+@CHECKS("model.position_embedding", "data.reset_position_ids")
 def _reset_positions(positions: str, reset: bool) -> Iterator[str]:
     if reset and positions == "rope":
         yield problem("data.reset_position_ids", reset, "has no effect with rope: use false, or learned positions")
-
-
-@checks("zero_optimization.allgather_bucket_size")
-def _allgather_bucket(size: int) -> Iterator[str]:
-    if size % 2:
-        yield problem("zero_optimization.allgather_bucket_size", size, f"must be even: try {size + 1}")

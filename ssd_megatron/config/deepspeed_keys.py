@@ -134,10 +134,8 @@ class ZeroKeys(Section):
     reduce_scatter: bool = optional(True, "Reduce gradients to their owners instead of to all ranks.")
     reduce_bucket_size: Size = optional(500_000_000, "Elements reduced at a time.")
     use_multi_rank_bucket_allreduce: bool = optional(True, "One all-reduce for the buckets of several ranks.")
-    allgather_partitions: bool = optional(True, "Collect updated parameters by all-gather instead of broadcasts.")
     allgather_bucket_size: Size = optional(500_000_000, "Elements gathered at a time.")
     overlap_comm: bool = optional(False, "Overlap the reduction of gradients with the backward pass.")
-    ignore_unused_parameters: bool = optional(True, "Parameters without gradient are no error.")
 
 
 class TensorBoardKeys(Section):

@@ -2,13 +2,19 @@
 
 import hashlib
 import json
-import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from ssd_megatron.config.batch import ACCUMULATION, MICRO, TOKENS_PER_MICRO_BATCH, Batch, resolve_batch
+from ssd_megatron.config.batch import (
+    ACCUMULATION,
+    MICRO,
+    TOKENS_PER_MICRO_BATCH,
+    Batch,
+    data_parallel_size,
+    resolve_batch,
+)
 from ssd_megatron.config.checks import run_checks, without_effect
 from ssd_megatron.config.deepspeed_keys import CsvKeys, DsJson, TensorBoardKeys, WSDParams
 from ssd_megatron.config.refused import reason_for
@@ -17,6 +23,8 @@ from ssd_megatron.config.schema import SPARSE_ACTIVATIONS, SsdMegatronConfig
 from ssd_megatron.config.source import assign, parse_assignment, read_json
 from ssd_megatron.errors import ConfigError
 
+Dtype = Literal["float32", "bfloat16", "float16"]
+SHORT_NAMES: dict[Dtype, str] = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}
 # Below run_dir, for monitors whose output_path is "auto".
 FOLDERS = {"tensorboard": "tensorboard", "csv_monitor": "csv"}
 
@@ -42,7 +50,7 @@ class RunConfig:
     micro_batch_size: int
     gradient_accumulation_steps: int
     data_parallel_size: int
-    dtype: Literal["float32", "bfloat16", "float16"]
+    dtype: Dtype
     zero_stage: Literal[1, 2]
     notes: tuple[str, ...]  # to be said once, at the start
 
@@ -90,6 +98,7 @@ _FREE_TO_CHANGE = frozenset(
         "optimizer.params.fused",
         "optimizer.params.torch_adam",
         "ssd.backend",
+        "ssd.rebalance_limit",
         "training.eval_interval",
         "training.eval_steps",
         "training.max_bad_steps",
@@ -121,7 +130,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, world_size: int, h
     values, found = validate(raw)
     problems += found
     problems += run_checks(values, {shown(field) for field in _flat(raw)})
-    problems += _fp16(values, hardware)
+    problems += _precision(values, hardware)
     batch, batch_problems = _batch(values, world_size, hardware)
     problems += batch_problems
     if problems or batch is None:
@@ -145,10 +154,25 @@ def _override(raw: dict[str, Any], assignments: Sequence[str]) -> list[str]:
     return problems
 
 
-def _fp16(values: dict[str, Any], hardware: Hardware) -> list[str]:
+def _precision(values: dict[str, Any], hardware: Hardware) -> Iterator[str]:
+    """What depends on the machine."""
     if values.get("fp16.enabled") and not hardware.fp16:
-        return [f"fp16.enabled (true) needs a device that computes in fp16; {hardware.name} does not: use bf16"]
-    return []
+        yield f"fp16.enabled (true) needs a device that computes in fp16; {hardware.name} does not: use bf16"
+    needed = ("fp16.enabled", "bf16.enabled", "communication_data_type", "parallel.expert_parallel_size")
+    if all(name in values for name in needed):
+        fp16, bf16, sent, expert = (values[name] for name in needed)
+        dtype = SHORT_NAMES[_dtype(fp16, bf16, hardware)]
+        if expert > 1 and sent not in (None, dtype):
+            yield (
+                f'communication_data_type ("{sent}") does not hold for expert-parallel weights, whose gradients are '
+                f"reduced in the type of training, {dtype}: leave it out, or use expert_parallel_size 1"
+            )
+
+
+def _dtype(fp16: bool, bf16: bool | Literal["auto"], hardware: Hardware) -> Dtype:
+    if bf16 is True or (bf16 == "auto" and hardware.bf16 and not fp16):
+        return "bfloat16"
+    return "float16" if fp16 else "float32"
 
 
 def _batch(values: dict[str, Any], world_size: int, hardware: Hardware) -> tuple[Batch | None, list[str]]:
@@ -164,32 +188,10 @@ def _batch(values: dict[str, Any], world_size: int, hardware: Hardware) -> tuple
         return None, [str(error)]
 
 
-def data_parallel_size(world_size: int, tensor: int, pipeline: int, expert: int) -> int:
-    """Ranks that hold the same layers and see different samples.
-
-    Raises:
-        ConfigError: the sizes do not fit the number of processes.
-    """
-    data_parallel, rest = divmod(world_size, tensor * pipeline)
-    if rest:
-        raise ConfigError(
-            f"parallel.tensor_parallel_size ({tensor}) * pipeline_parallel_size ({pipeline}) = {tensor * pipeline} "
-            f"must divide the number of processes ({world_size}): start {math.lcm(world_size, tensor * pipeline)}, or "
-            "use smaller sizes"
-        )
-    if data_parallel % expert:
-        raise ConfigError(
-            f"parallel.expert_parallel_size ({expert}) must divide the data parallel size ({data_parallel} = "
-            f"{world_size} processes / {tensor} tensor / {pipeline} pipeline): try {math.gcd(data_parallel, expert)}"
-        )
-    return data_parallel
-
-
 def _resolve(keys: DsJson, batch: Batch, hardware: Hardware) -> RunConfig:
     section = keys.ssd_megatron
-    bf16 = keys.bf16.enabled
-    if bf16 == "auto":
-        bf16 = hardware.bf16 and not keys.fp16.enabled
+    dtype = _dtype(keys.fp16.enabled, keys.bf16.enabled, hardware)
+    bf16 = dtype == "bfloat16"
     deepspeed = keys.model_dump(mode="json", exclude_unset=True, exclude={SECTION, "scheduler"})
     deepspeed |= {
         "train_batch_size": batch.train,
@@ -215,7 +217,7 @@ def _resolve(keys: DsJson, batch: Batch, hardware: Hardware) -> RunConfig:
         micro_batch_size=batch.micro,
         gradient_accumulation_steps=batch.accumulation,
         data_parallel_size=batch.train // (batch.micro * batch.accumulation),
-        dtype="bfloat16" if bf16 else "float16" if keys.fp16.enabled else "float32",
+        dtype=dtype,
         zero_stage=keys.zero_optimization.stage,
         notes=tuple(_notes(keys, batch, bf16, hardware)),
     )

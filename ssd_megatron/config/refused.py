@@ -1,5 +1,5 @@
 """Keys that are known and refused by name, each with what to use instead. A block that is switched off asks for nothing
-and is left out: `"fp8": {"enabled": false}`.
+and is left out: `"fp8": {"enabled": false}`; and so is a switch that is always on, where it is on.
 """
 
 from typing import Any
@@ -30,6 +30,8 @@ REFUSED: dict[str, str] = {
     "nebula": _OWN_CHECKPOINTS,
     "datastates": _OWN_CHECKPOINTS,
     "aio": _OFFLOAD,
+    "zero_optimization.allgather_partitions": "DeepSpeed always gathers updated parameters: leave it out",
+    "zero_optimization.ignore_unused_parameters": "DeepSpeed reads it with CPU offload only: leave it out",
     "zero_optimization.round_robin_gradients": "a switch needs the parameters in order: leave it out",
     "zero_allow_untested_optimizer": "AdamW and Adam need no permission: leave it out",
     "zero_force_ds_cpu_optimizer": _OFFLOAD,
@@ -55,7 +57,7 @@ REFUSED: dict[str, str] = {
     "prescale_gradients": _GRADIENTS,
     "gradient_predivide_factor": _GRADIENTS,
     "gradient_allreduce_op": _GRADIENTS,
-    "disable_allgather": "not supported: see zero_optimization.allgather_partitions",
+    "disable_allgather": "not supported: leave it out",
     "sparse_gradients": "removed from DeepSpeed: leave it out",
     "sparse_attention": "removed from DeepSpeed: leave it out",
     "compression_training": "removed from DeepSpeed: leave it out",
@@ -101,6 +103,9 @@ REFUSED: dict[str, str] = {
 }
 
 
+_ALWAYS_ON = ("zero_optimization.allgather_partitions", "zero_optimization.ignore_unused_parameters")
+
+
 def reason_for(path: str) -> str | None:
     """Why a key is refused, or None if it is not known at all."""
     if path.startswith("zero_optimization.stage3_"):
@@ -108,6 +113,8 @@ def reason_for(path: str) -> str | None:
     return REFUSED.get(path)
 
 
-def switched_off(value: Any) -> bool:
-    """Whether the value of a refused key asks for nothing."""
+def asks_for_nothing(path: str, value: Any) -> bool:
+    """Whether the value of a refused key changes nothing."""
+    if path in _ALWAYS_ON:
+        return value is True
     return value is False or (isinstance(value, dict) and value.get("enabled") is False)

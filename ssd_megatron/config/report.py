@@ -17,7 +17,7 @@ from pydantic_core import ErrorDetails
 
 from ssd_megatron.config.deepspeed_keys import DsJson
 from ssd_megatron.config.fields import Section
-from ssd_megatron.config.refused import reason_for, switched_off
+from ssd_megatron.config.refused import asks_for_nothing, reason_for
 
 SECTION = "ssd_megatron"
 
@@ -65,10 +65,11 @@ def known_fields(model: type[Section] = DsJson, prefix: str = "") -> dict[str, F
 
 
 def without_switched_off(raw: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """The file without blocks of refused features that are switched off anyway."""
+    """The file without keys of refused features that ask for nothing."""
     kept = {}
     for name, value in raw.items():
-        if not (reason_for(shown(prefix + name)) and switched_off(value)):
+        path = shown(prefix + name)
+        if not (reason_for(path) and asks_for_nothing(path, value)):
             kept[name] = without_switched_off(value, f"{prefix}{name}.") if isinstance(value, dict) else value
     return kept
 

@@ -1,6 +1,6 @@
 """The section "ssd_megatron" of ds.json as frozen, typed models. The description of a field is its documentation.
 
-What one field may be is said here; what concerns several fields is in checks.py.
+What one field may be is said here; what concerns several fields is in checks.py and layout_checks.py.
 """
 
 import math
@@ -123,7 +123,9 @@ class ParallelConfig(Section):
         "optimizer step, in memory for all layers and their gradients.",
     )
     timeout_seconds: Positive = optional(
-        1800, "Longest wait for another rank; then the job ends and says which operation waited."
+        1800,
+        "Longest wait for another rank; then the job ends. On gloo it says which operation waited; on NCCL "
+        "the watchdog ends the process.",
     )
 
     @property
@@ -250,11 +252,6 @@ class SsdMegatronConfig(Section):
     ffn_expansion: Annotated[
         None, only(None, f"{NOT_IN_THIS_VERSION} (larger sparse networks): leave it out and set model.ffn_hidden_size")
     ] = optional(None, "Feed-forward networks larger than the dense ones; not in this version.")
-
-    @property
-    def neurons_per_expert(self) -> int:
-        """Neurons of one expert, `model.ffn_hidden_size / ssd.num_experts`."""
-        return self.model.ffn_hidden_size // self.ssd.num_experts
 
     @property
     def data_cache_dir(self) -> Path:

@@ -81,7 +81,6 @@ class TransformerBlock(nn.Module):
         for parameter in self.layer.self_attention.linear_qkv.parameters():
             shard_rows(parameter, topology.tensor.rank, topology.tensor.size)
         self.recompute = recompute
-        self.seq_length = model.seq_length
         self.rotary = None
         if model.position_embedding == "rope":
             self.rotary = RotaryEmbedding(

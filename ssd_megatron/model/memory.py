@@ -5,13 +5,11 @@ vocabulary; TP, PP, EP, DP sizes of the layout.
 """
 
 from dataclasses import dataclass
-from typing import Literal
 
-from ssd_megatron.config.load import RunConfig
+from ssd_megatron.config.load import Dtype, RunConfig
 from ssd_megatron.config.schema import ModelConfig, SSDConfig
 from ssd_megatron.model.cost import bank_parameters, ffn_matrices, norm_parameters, qkv_size
 
-Dtype = Literal["float32", "bfloat16", "float16"]
 BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 OPTIMIZER_BYTES = 12  # fp32 master and two fp32 moments (ZeRO, arXiv 1910.02054)
 BUCKET_PADDING = 1.25  # at most, of the slots of sparse networks (ffn/kernels/dispatch.py)
@@ -29,6 +27,7 @@ class Layout:
         microbatches: forward passes of a rank in one optimizer step.
         zero_stage: 1 or 2.
         recompute: activations of layers are computed again in backward.
+        gather_once: expert-parallel ranks gather dense weights once per optimizer step, not in every pass.
     """
 
     tensor: int = 1
@@ -39,6 +38,7 @@ class Layout:
     microbatches: int = 1
     zero_stage: int = 1
     recompute: bool = False
+    gather_once: bool = False
 
     @property
     def ranks(self) -> int:
@@ -67,6 +67,7 @@ def layout_of(config: RunConfig) -> Layout:
         microbatches=config.gradient_accumulation_steps,
         zero_stage=config.zero_stage,
         recompute=training.recompute == "full",
+        gather_once=sizes.dense_gather == "step",
     )
 
 
@@ -93,10 +94,13 @@ class Memory:
 
     Attributes:
         parameters, gradients, optimizer: of the whole step.
+        kept_weights: of all the stage's layers, gathered over the expert-parallel ranks once for the whole step.
+        kept_gradients: of those weights, summed over microbatches; without those of the rank's own neurons, which are
+            in `gradients` and come with the last microbatch.
         buckets: DeepSpeed's buffers for reducing gradients.
         activations: kept between forward and backward.
         logits: of the last stage, with their softmax and gradient.
-        gathered: weights of one layer, gathered over the expert-parallel ranks, and a gradient.
+        gathered: weights of one layer, gathered over the expert-parallel ranks for a pass, and a gradient.
         working: largest need within one layer.
         update: gradients in fp32 during the optimizer step, when activations are gone.
     """
@@ -104,6 +108,8 @@ class Memory:
     parameters: int
     gradients: int
     optimizer: int
+    kept_weights: int
+    kept_gradients: int
     buckets: int
     activations: int
     logits: int
@@ -113,13 +119,14 @@ class Memory:
 
     @property
     def resident(self) -> int:
-        return self.parameters + self.gradients + self.optimizer
+        return self.parameters + self.gradients + self.optimizer + self.kept_weights
 
     @property
     def total(self) -> int:
         """Peak: in a backward pass or in the update, whichever needs more."""
         # A layer's working memory is not needed while the logits are, at the very start of backward.
-        backward = self.buckets + self.activations + max(self.logits, self.gathered + self.working)
+        backward = self.kept_gradients + self.buckets + self.activations
+        backward += max(self.logits, self.gathered + self.working)
         return self.resident + max(backward, self.update)
 
 
@@ -175,14 +182,24 @@ def stage_memory(
     # One buffer; a second one with a pipeline (reduce_gradients makes it beside setup_buckets'); a flattened copy.
     buckets = (2 if layout.pipeline > 1 else 1) * reduce_bucket_size + min(reduce_bucket_size, parameters.total)
     last = stage == layout.pipeline - 1
-    gathered = 0.0
+    kept_weights = kept_gradients = gathered = 0.0
     if mode == "dense" and layout.expert > 1:
         matrix = model.hidden_size * model.ffn_hidden_size / layout.tensor
-        gathered = (ffn_matrices(model) + 1) * matrix
+        if not layout.gather_once:
+            gathered = (ffn_matrices(model) + 1) * matrix
+        elif layout.microbatches > 1:
+            kept_weights = parameters.bank * layout.expert
+            kept_gradients = kept_weights - parameters.bank
+            gathered = matrix
+        else:
+            kept_weights = parameters.bank * layout.expert
+            gathered = 2 * matrix  # a gradient, and the copy of it that is to be summed
     return Memory(
         parameters=parameters.total * size,
         gradients=round(kept * size),
         optimizer=round(owned * OPTIMIZER_BYTES),
+        kept_weights=round(kept_weights * size),
+        kept_gradients=round(kept_gradients * size),
         buckets=buckets * size,
         activations=round(tokens * stage_activation_bytes(model, ssd, layout, stage, mode, size)),
         logits=tokens * logit_bytes(model, layout.tensor, size) if last else 0,

@@ -44,8 +44,16 @@ def find_launch(environment: Mapping[str, str]) -> Launch:
 
     Only srun sets SLURM_STEP_NUM_TASKS; a batch script and the shell of salloc have SLURM_PROCID and SLURM_NTASKS too,
     and are one process.
+
+    Raises:
+        ConfigError: RANK and WORLD_SIZE are set for several processes, and LOCAL_RANK is not.
     """
     if "RANK" in environment and "WORLD_SIZE" in environment:
+        if "LOCAL_RANK" not in environment and int(environment["WORLD_SIZE"]) > 1:
+            raise ConfigError(
+                f"LOCAL_RANK is missing: RANK ({environment['RANK']}) and WORLD_SIZE ({environment['WORLD_SIZE']}) are "
+                "set, so it must be this process's number on its host, from 0"
+            )
         # LOCAL_WORLD_SIZE is torchrun's, LOCAL_SIZE deepspeed's.
         local_world_size = environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", "1"))
         numbers = (environment["RANK"], environment["WORLD_SIZE"], environment.get("LOCAL_RANK", "0"), local_world_size)
@@ -62,12 +70,12 @@ def find_launch(environment: Mapping[str, str]) -> Launch:
 
 
 def world_size_of_launch() -> int:
-    """Number of processes that the launcher started."""
+    """Number of processes that the launcher started. Raises ConfigError as find_launch does."""
     return find_launch(os.environ).world_size
 
 
 def rank_of_launch() -> int:
-    """Number of this process among them."""
+    """Number of this process among them. Raises ConfigError as find_launch does."""
     return find_launch(os.environ).rank
 
 
@@ -78,13 +86,13 @@ def join_launch() -> bool:
     Returns:
         whether a launcher started this process.
 
-
     Raises:
-        ConfigError: the first node of a SLURM step has no address; mpi4py speaks with another MPI than the one that
-            started this process.
+        ConfigError: as find_launch; the first node of a SLURM step has no address; mpi4py speaks with another MPI than
+            the one that started this process.
     """
     launch = find_launch(os.environ)
     if launch.launcher == "torch":
+        os.environ["LOCAL_RANK"] = str(launch.local_rank)
         return True
     os.environ |= _meeting_point(launch) | {
         "RANK": str(launch.rank),

@@ -1,13 +1,15 @@
 """Plans: what a layout needs and how fast it is, and which layouts to take."""
 
+import itertools
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ssd_megatron.config.load import Dtype
 from ssd_megatron.config.schema import ModelConfig, SSDConfig, SsdMegatronConfig
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.model.cost import flops_per_token
-from ssd_megatron.model.memory import Dtype, Layout, Memory, memory_per_rank, modes_of
+from ssd_megatron.model.memory import Layout, Memory, memory_per_rank, modes_of
 from ssd_megatron.planning.cluster import GIB, TERA, Cluster
 from ssd_megatron.planning.switches import SwitchTime, switch_time
 from ssd_megatron.planning.times import StepTime, step_time
@@ -155,8 +157,9 @@ def _batches(job: Job, tensor: int, pipeline: int, expert: int, data: int) -> It
         if (micro > 1 and micro * job.model.seq_length > MOST_TOKENS_PER_MICROBATCH) or microbatches < pipeline:
             continue
         for zero_stage in (1, 2) if pipeline == 1 else (1,):
-            for recompute in (False, True):
-                yield Layout(tensor, pipeline, expert, data, micro, microbatches, zero_stage, recompute)
+            can_keep = expert > 1 and zero_stage == 1 and "dense" in modes_of(job.ssd)
+            for recompute, gather_once in itertools.product((False, True), (False, True) if can_keep else (False,)):
+                yield Layout(tensor, pipeline, expert, data, micro, microbatches, zero_stage, recompute, gather_once)
 
 
 def divisors(number: int) -> list[int]:

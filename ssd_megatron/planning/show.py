@@ -36,7 +36,20 @@ class Table:
 
 def overview(job: Job, plans: Sequence[Plan]) -> Table:
     """One line for each plan."""
-    columns = ("TP", "PP", "EP", "DP", "microbatches", "ZeRO", "recompute", "GiB", "dense s", "sparse s", "mean s")
+    columns = (
+        "TP",
+        "PP",
+        "EP",
+        "DP",
+        "microbatches",
+        "ZeRO",
+        "recompute",
+        "gather",
+        "GiB",
+        "dense s",
+        "sparse s",
+        "mean s",
+    )
     rows = []
     for plan in plans:
         layout = plan.layout
@@ -48,6 +61,7 @@ def overview(job: Job, plans: Sequence[Plan]) -> Table:
                 f"{layout.microbatches} x {layout.micro_batch_size}",
                 str(layout.zero_stage),
                 "full" if layout.recompute else "none",
+                "-" if layout.expert == 1 else "step" if layout.gather_once else "microbatch",
                 f"{plan.memory.total / GIB:.1f}" + ("" if plan.fits else " (too much)"),
                 *times,
                 f"{plan.mean_seconds:.3f}",

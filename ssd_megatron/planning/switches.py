@@ -4,9 +4,10 @@ import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 
+from ssd_megatron.config.load import Dtype
 from ssd_megatron.config.schema import ModelConfig, SSDConfig
 from ssd_megatron.model.cost import ffn_matrices, forward_flops, qkv_size
-from ssd_megatron.model.memory import OPTIMIZER_BYTES, Dtype, Layout
+from ssd_megatron.model.memory import OPTIMIZER_BYTES, Layout
 from ssd_megatron.planning.cluster import Cluster
 from ssd_megatron.planning.traffic import all_gather, seconds, step_traffic
 from ssd_megatron.switching.allocation import MOST_MEASURED

@@ -3,9 +3,10 @@ it hidden behind the other (DeepSpeed overlaps nothing by default), latencies le
 
 from dataclasses import dataclass
 
+from ssd_megatron.config.load import Dtype
 from ssd_megatron.config.schema import ModelConfig, SSDConfig
 from ssd_megatron.model.cost import ffn_matrices, forward_flops
-from ssd_megatron.model.memory import BYTES, Dtype, Layout, rank_parameters
+from ssd_megatron.model.memory import BYTES, Layout, rank_parameters
 from ssd_megatron.planning.cluster import GIGA, Cluster
 from ssd_megatron.planning.traffic import Transfer, seconds, step_traffic
 
@@ -45,25 +46,28 @@ def step_time(
     *,
     multi_rank: bool = True,
 ) -> StepTime:
-    """Of the whole job: the slowest stage sets the pace of 1F1B, bubble (PP - 1) / microbatches of its time
-    (GPipe, arXiv 1811.06965; PipeDream-flush, arXiv 2006.09503)."""
+    """Of the whole job: the slowest stage sets the pace of 1F1B, bubble (PP - 1) times what it needs for a microbatch
+    (GPipe, arXiv 1811.06965; PipeDream-flush, arXiv 2006.09503). What it does once a step, it does in the first or the
+    last microbatch, and the other stages wait for that too."""
     stages = []
     for stage in range(layout.pipeline):
         traffic = step_traffic(model, ssd, layout, stage, mode, dtype, multi_rank=multi_rank)
         spent = {name: 0.0 for name in ("tensor", "expert", "pipeline", "data")}
+        microbatch = microbatch_compute(model, ssd, layout, stage, mode, cluster, dtype)
+        compute = layout.microbatches * microbatch
         for transfer in traffic:
-            spent[_spent_on(transfer)] += seconds(transfer, layout, cluster) * transfer.times
-        compute = layout.microbatches * microbatch_compute(model, ssd, layout, stage, mode, cluster, dtype)
-        stages.append({"compute": compute, **spent})
+            once, part = seconds(transfer, layout, cluster), _spent_on(transfer)
+            spent[part] += once * transfer.times
+            microbatch += once if part != "data" else 0.0
+        stages.append({"compute": compute, "microbatch": microbatch, **spent})
     slowest = max(stages, key=lambda stage: stage["compute"] + stage["tensor"] + stage["expert"] + stage["pipeline"])
-    paced = slowest["compute"] + slowest["tensor"] + slowest["expert"] + slowest["pipeline"]
     return StepTime(
         compute=slowest["compute"],
         tensor=slowest["tensor"],
         expert=slowest["expert"],
         pipeline=slowest["pipeline"],
         data=max(stage["data"] for stage in stages),
-        bubble=paced * (layout.pipeline - 1) / layout.microbatches,
+        bubble=slowest["microbatch"] * (layout.pipeline - 1),
         update=max(
             rank_parameters(model, ssd, layout, stage).owned(layout) * UPDATE_TRAFFIC / (cluster.gpu.memory_gbs * GIGA)
             for stage in range(layout.pipeline)

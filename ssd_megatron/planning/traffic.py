@@ -10,9 +10,10 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from ssd_megatron.config.load import Dtype
 from ssd_megatron.config.schema import ModelConfig, SSDConfig
 from ssd_megatron.model.cost import bank_parameters, ffn_matrices
-from ssd_megatron.model.memory import BYTES, Dtype, Layout, expert_ranks_per_token, rank_parameters
+from ssd_megatron.model.memory import BYTES, Layout, expert_ranks_per_token, rank_parameters
 from ssd_megatron.planning.cluster import Cluster
 
 GroupName = Literal["tensor", "pipeline", "expert", "data", "expert_data", "embedding"]
@@ -132,8 +133,9 @@ def _expert(model: ModelConfig, ssd: SSDConfig, layout: Layout, mode: str, size:
     if mode == "dense":
         whole = layers * bank_parameters(model) / layout.tensor * size
         weights = layers * ffn_matrices(model) * model.hidden_size * model.ffn_hidden_size / layout.tensor * size
-        # Forward needs all, backward (or the recomputed forward) the matrices again.
-        again = whole if layout.recompute else weights
+        # Forward needs all, backward (or the recomputed forward) the matrices again, unless they were kept.
+        again = 0.0 if layout.gather_once else whole if layout.recompute else weights
+        times = 1 if layout.gather_once else times
         yield Transfer("expert", "weights", "all-gather", all_gather(whole + again, ranks), times)
         yield Transfer("expert", "weight gradients", "reduce-scatter", all_gather(whole, ranks), times)
         return

@@ -10,7 +10,8 @@ Every line has `step` (the first step is 1) and `kind`:
 | check  | similarity, similarity_layers, overlap (null at the first check), active_fraction (per layer), stable,    |
 |        | seconds                                                                                                   |
 | switch | from, to, seconds, seconds_{statistics, cluster, transfer, verify}, bytes_moved, loss_before,             |
-|        | loss_after, loss_sparse, reason, similarity, top_k (the last two by layer)                                |
+|        | loss_after, loss_sparse, reason, similarity, top_k (these two by layer), imbalance_before,                |
+|        | imbalance_after (as below, of the probe batch; null back to dense and where one rank has all experts)     |
 | load   | expert_load: per layer, tokens of the busiest expert over the mean; home_load: per layer, tokens of each  |
 |        | of the tensor x expert parallel ranks that share the experts                                              |
 | placement | experts moved to other ranks inside a sparse phase: seconds, bytes_moved, imbalance_before,        |

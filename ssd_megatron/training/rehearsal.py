@@ -34,6 +34,7 @@ class Rehearsal:
     """One rank on paper.
 
     Attributes:
+        rank, world_size: which rank of how many.
         groups: ranks in each of its groups.
         blocks: layers of its stage.
         parameters: elements that it holds.
@@ -42,6 +43,7 @@ class Rehearsal:
     """
 
     rank: int
+    world_size: int
     groups: dict[str, tuple[int, ...]]
     blocks: range
     parameters: int
@@ -50,20 +52,24 @@ class Rehearsal:
     seconds: float
 
 
-def rehearse(config: RunConfig, rank: int, world_size: int) -> Rehearsal:
+def rehearse(config: RunConfig, rank: int) -> Rehearsal:
     """Build what one rank of the job would build before its first step, and plan a switch.
 
     Raises:
         ConfigError: there is no such rank.
     """
+    section, sizes = config.ssd_megatron, config.ssd_megatron.parallel
+    world_size = config.data_parallel_size * sizes.tensor_parallel_size * sizes.pipeline_parallel_size
     if not 0 <= rank < world_size:
         raise ConfigError(f"--rank ({rank}) must be between 0 and {world_size - 1}")
     started = time.perf_counter()
-    section = config.ssd_megatron
-    topology = pretend_topology(section.parallel, rank, world_size)
+    topology = pretend_topology(sizes, rank, world_size)
     if topology.pipeline.size > 1:  # the groups that PipelineEngine makes for itself
-        sizes = {"num_pp": topology.pipeline.size, "num_mp": topology.tensor.size, "num_dp": topology.data.size}
-        PipelineParallelGrid(PipeModelDataParallelTopology(**sizes))
+        PipelineParallelGrid(
+            PipeModelDataParallelTopology(
+                num_pp=topology.pipeline.size, num_mp=topology.tensor.size, num_dp=topology.data.size
+            )
+        )
     backend, _ = choose_backend(section.ssd.backend, device=topology.device, dtype=getattr(torch, config.dtype))
     with torch.device("meta"):
         model = GPT(section, backend, topology)
@@ -71,6 +77,7 @@ def rehearse(config: RunConfig, rank: int, world_size: int) -> Rehearsal:
     named_groups = (topology.tensor, topology.pipeline, topology.data, topology.expert, topology.expert_data)
     result = Rehearsal(
         rank=rank,
+        world_size=world_size,
         groups={group.name: group.ranks for group in named_groups},
         blocks=stage_blocks(section.model.num_layers, topology),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
@@ -100,13 +107,10 @@ def owners_on_paper(model: GPT, topology: Topology) -> dict[str, list[Interval]]
     return owners
 
 
-def print_rehearsal(config: RunConfig, rank: int) -> None:
+def print_rehearsal(rehearsal: Rehearsal) -> None:
     """Print one rank's groups, layers, parameters, and its part of a switch."""
-    sizes = config.ssd_megatron.parallel
-    world_size = config.data_parallel_size * sizes.tensor_parallel_size * sizes.pipeline_parallel_size
-    rehearsal = rehearse(config, rank, world_size)
     console = rich.console.Console(highlight=False, soft_wrap=True)
-    table = Table(f"rank {rank} of {world_size}", "", title="Rehearsal", title_justify="left")
+    table = Table(f"rank {rehearsal.rank} of {rehearsal.world_size}", "", title="Rehearsal", title_justify="left")
     for name, ranks in rehearsal.groups.items():
         shown = ", ".join(map(str, ranks[:8])) + (" ..." if len(ranks) > 8 else "")
         table.add_row(f"{name} ranks", f"{len(ranks)}: {shown}")

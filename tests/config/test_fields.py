@@ -1,6 +1,6 @@
 import pytest
 
-from ssd_megatron.config.checks import divisors_near
+from ssd_megatron.config.check_list import divisors_near
 from ssd_megatron.config.fields import split_blend
 
 

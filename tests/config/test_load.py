@@ -23,7 +23,6 @@ def test_defaults_are_filled_in(load: Load) -> None:
     model = config.ssd_megatron.model
     assert (model.num_query_groups, model.ffn_hidden_size, model.head_dim) == (4, 256, 16)
     assert model.padded_vocab_size == 1024
-    assert config.ssd_megatron.neurons_per_expert == 16
     assert config.ssd_megatron.data_cache_dir == Path("runs/test/data_cache")
     assert config.deepspeed["gradient_clipping"] == 1.0
     assert config.deepspeed["zero_optimization"]["stage"] == config.zero_stage == 1
@@ -185,6 +184,12 @@ def test_fingerprint_allows_what_a_resumed_run_may_change(load: Load, override: 
     assert load({}, override).fingerprint() == load().fingerprint()
 
 
+def test_fingerprint_does_not_depend_on_the_layout(load: Load) -> None:
+    homes = load({f"{SSD}.rebalance_limit": 1.2, "ssd_megatron.parallel.tensor_parallel_size": 2}, world_size=2)
+    assert homes.ssd_megatron.ssd.rebalance_limit == 1.2
+    assert homes.fingerprint() == load().fingerprint()
+
+
 @pytest.mark.parametrize(
     ("override", "path"),
     [
@@ -239,7 +244,8 @@ def test_gpt_examples_have_the_usual_shapes_and_wide_experts() -> None:
     shapes = {}
     for path in sorted((ROOT / "examples/gpt").glob("*.json")):
         section = load_config(path, world_size=8, hardware=GPU).ssd_megatron
-        shapes[path.stem] = (section.model.num_layers, section.model.hidden_size, section.neurons_per_expert)
+        neurons = section.model.ffn_hidden_size // section.ssd.num_experts
+        shapes[path.stem] = (section.model.num_layers, section.model.hidden_size, neurons)
     assert shapes == {
         "124m": (12, 768, 256),
         "350m": (24, 1024, 256),

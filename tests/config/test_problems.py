@@ -76,6 +76,14 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"zero_optimization": True}, "zero_optimization (true) must be an object in braces"),
     ({"zero_optimization.offload_optimizer": {"device": "cpu"}}, "offload is not supported yet: use ZeRO stage 1 or 2"),
     ({"zero_optimization.stage3_max_live_parameters": 1}, "belongs to ZeRO-3, which is not supported yet"),
+    (
+        {"zero_optimization.allgather_partitions": False},
+        "zero_optimization.allgather_partitions (false) is not accepted: DeepSpeed always gathers",
+    ),
+    (
+        {"zero_optimization.ignore_unused_parameters": False},
+        "zero_optimization.ignore_unused_parameters (false) is not accepted: DeepSpeed reads it with CPU offload only",
+    ),
     ({"activation_checkpointing": {}}, 'use ssd_megatron.training.recompute "full"'),
     ({"checkpoint": {"load_universal": True}}, "checkpoints are this project's own: use ssd_megatron.checkpoint"),
     ({"elasticity": {"enabled": True}}, "start it again on any number of processes"),
@@ -231,6 +239,38 @@ LAYOUTS: list[tuple[dict[str, Any], int, str]] = [
         'zero_optimization.stage (2) reduces gradients per microbatch; parallel.dense_gather "step" needs 1',
     ),
     (
+        {f"{PARALLEL}.dense_gather": "step"},
+        1,
+        'parallel.dense_gather ("step") has no effect with expert_parallel_size 1: leave it out',
+    ),
+    (
+        {f"{PARALLEL}.dense_gather": "step", f"{PARALLEL}.expert_parallel_size": 2, f"{SSD}.schedule": "sparse"},
+        2,
+        'parallel.dense_gather ("step") has no effect with ssd.schedule "sparse": leave it out',
+    ),
+    (
+        {f"{SSD}.rebalance_limit": 1.2},
+        4,
+        "ssd.rebalance_limit (1.2) has no effect with tensor_parallel_size 1 and expert_parallel_size 1",
+    ),
+    (
+        {f"{PARALLEL}.pipeline_parallel_size": 2, "zero_optimization.overlap_comm": True},
+        2,
+        "zero_optimization.overlap_comm (true) has no effect with pipeline_parallel_size (2), where DeepSpeed switches "
+        "it off: leave it out",
+    ),
+    (
+        {f"{PARALLEL}.expert_parallel_size": 2, "communication_data_type": "bf16"},
+        2,
+        'communication_data_type ("bf16") does not hold for expert-parallel weights, whose gradients are reduced in '
+        "the type of training, fp32: leave it out, or use expert_parallel_size 1",
+    ),
+    (
+        {f"{PARALLEL}.expert_parallel_size": 2, "communication_data_type": "fp32", "bf16.enabled": True},
+        2,
+        'communication_data_type ("fp32") does not hold for expert-parallel weights',
+    ),
+    (
         {f"{PARALLEL}.expert_parallel_size": 2, "zero_optimization.reduce_scatter": False},
         2,
         "zero_optimization.reduce_scatter (false) must be true with expert_parallel_size (2)",
@@ -257,6 +297,25 @@ def test_a_layout_that_does_not_fit_is_refused(
     with pytest.raises(ConfigError) as caught:
         load({"train_batch_size": 96} | changes, world_size=world_size)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "world_size"),
+    [
+        ({f"{PARALLEL}.dense_gather": "microbatch"}, 1),
+        ({f"{PARALLEL}.dense_gather": "step", f"{PARALLEL}.expert_parallel_size": 2}, 2),
+        ({f"{SSD}.rebalance_limit": None}, 1),
+        ({f"{SSD}.rebalance_limit": 1.2, f"{PARALLEL}.expert_parallel_size": 2}, 2),
+        ({"zero_optimization.overlap_comm": False, f"{PARALLEL}.pipeline_parallel_size": 2}, 2),
+        ({"zero_optimization.overlap_comm": True}, 2),
+        ({"communication_data_type": "bf16"}, 2),
+        ({"communication_data_type": "fp32", f"{PARALLEL}.expert_parallel_size": 2}, 2),
+        ({"zero_optimization.allgather_partitions": True, "zero_optimization.ignore_unused_parameters": True}, 1),
+    ],
+)
+def test_what_has_an_effect_or_is_the_default_is_accepted(load: Load, changes: dict[str, Any], world_size: int) -> None:
+    config = load(changes, world_size=world_size)
+    assert {"allgather_partitions", "ignore_unused_parameters"}.isdisjoint(config.deepspeed["zero_optimization"])
 
 
 def test_data_parallel_size_is_what_model_parallelism_leaves(load: Load) -> None:

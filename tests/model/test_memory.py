@@ -135,6 +135,24 @@ def test_expert_ranks_split_banks_and_so_their_optimizer_state_over_fewer() -> N
     assert (plain.gathered, split.gathered) == (0, 2 * 3 * 64 * 256)  # two matrices and a gradient
 
 
+@pytest.mark.parametrize(("microbatches", "gradients", "passing"), [(1, 0, 2), (3, 1, 1)])
+def test_weights_gathered_once_are_kept_for_the_step_with_gradients_of_several_microbatches(
+    microbatches: int, gradients: int, passing: int
+) -> None:
+    layout = Layout(tensor=2, pipeline=2, data=4, expert=4, microbatches=microbatches)
+    once, passes = (small_memory(replace(layout, gather_once=once)) for once in (True, False))
+    matrix = 64 * 256 // 2 * 2  # bytes, of half of the neurons
+    banks = 2 * (2 * matrix + 256 // 2 * 2)  # layers, matrices and a bias
+    assert once.kept_weights == banks
+    assert once.kept_gradients == banks * 3 / 4 * gradients
+    assert (once.gathered, passes.gathered) == (passing * matrix, 3 * matrix)
+    assert passes.kept_weights == passes.kept_gradients == 0
+    kept = once.kept_weights + once.kept_gradients
+    assert once.total == passes.total + kept - (3 - passing) * matrix
+    sparse, plain = (small_memory(replace(layout, gather_once=once), "sparse") for once in (True, False))
+    assert sparse == plain
+
+
 def test_stages_keep_the_microbatches_that_they_wait_for() -> None:
     layout = Layout(pipeline=4, microbatches=8)
     kept = [small_memory(layout, stage=stage, tie_embeddings=False).activations for stage in range(4)]
@@ -169,7 +187,9 @@ def test_memory_is_that_of_the_fullest_stage_and_mode() -> None:
 
 
 def test_the_peak_is_in_backward_or_in_the_update() -> None:
-    memory = Memory(1, 2, 4, buckets=10, activations=20, logits=5, gathered=2, working=4, update=7)
+    memory = Memory(
+        1, 2, 4, kept_weights=0, kept_gradients=0, buckets=10, activations=20, logits=5, gathered=2, working=4, update=7
+    )
     assert memory.resident == 7 and memory.total == 7 + 10 + 20 + 6
     assert replace(memory, update=100).total == 107
 

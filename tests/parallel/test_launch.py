@@ -5,7 +5,15 @@ import os
 import pytest
 
 from ssd_megatron.errors import ConfigError
-from ssd_megatron.parallel.launch import Launch, find_launch, first_host, join_launch, slurm_port, world_size_of_launch
+from ssd_megatron.parallel.launch import (
+    Launch,
+    find_launch,
+    first_host,
+    join_launch,
+    rank_of_launch,
+    slurm_port,
+    world_size_of_launch,
+)
 
 # As seen in a job of 2 nodes with 2 tasks each.
 SLURM_BATCH_SCRIPT = {
@@ -63,6 +71,19 @@ def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
 )
 def test_who_launched(variables: dict[str, str], launch: Launch) -> None:
     assert find_launch(variables) == launch
+
+
+def test_several_torch_ranks_need_a_local_rank(environment: dict[str, str]) -> None:
+    environment.update({"RANK": "3", "WORLD_SIZE": "4"})
+    for asked in (join_launch, rank_of_launch, world_size_of_launch):
+        with pytest.raises(ConfigError, match=r"LOCAL_RANK is missing: RANK \(3\) and WORLD_SIZE \(4\) are set"):
+            asked()
+
+
+def test_a_single_torch_rank_is_the_first_on_its_host(environment: dict[str, str]) -> None:
+    environment.update({"RANK": "0", "WORLD_SIZE": "1"})
+    assert join_launch() is True
+    assert environment["LOCAL_RANK"] == "0"
 
 
 def test_srun_gives_torch_its_variables(environment: dict[str, str]) -> None:

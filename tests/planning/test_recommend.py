@@ -20,6 +20,12 @@ def test_every_layout_divides_what_it_splits() -> None:
     assert {layout.tensor for layout in found} == {1, 2, 4}
 
 
+def test_dense_weights_are_gathered_once_a_step_where_that_can_be() -> None:
+    once = [layout for layout in layouts(job()) if layout.gather_once]
+    assert once and all(layout.expert > 1 and layout.zero_stage == 1 for layout in once)
+    assert not [layout for layout in layouts(job(ssd=ssd(schedule="sparse"))) if layout.gather_once]
+
+
 def test_query_groups_limit_tensor_parallelism() -> None:
     assert {layout.tensor for layout in layouts(job(num_query_groups=2))} == {1, 2}
 

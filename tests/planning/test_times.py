@@ -1,5 +1,7 @@
 """Times of steps against numbers worked out by hand."""
 
+from dataclasses import replace
+
 import pytest
 
 from ssd_megatron.model.cost import flops_per_token, forward_flops
@@ -36,6 +38,20 @@ def test_the_bubble_is_one_stage_less_than_stages_over_microbatches() -> None:
     # The last stage sets the pace: one layer and the head.
     flops = forward_flops(model(), ssd())
     assert time.compute == pytest.approx(8 * 32 * 3 * (flops.attention + flops.ffn + flops.head) / RATE)
+
+
+def test_stages_wait_for_what_others_do_once_a_step() -> None:
+    """Weights gathered once: the first microbatch is late by it at every stage, the others are not."""
+    layout = Layout(pipeline=4, expert=2, data=2, microbatches=8)
+    passes, once = (
+        step_time(model(), ssd(), replace(layout, gather_once=once), "dense", cluster(8), "bfloat16")
+        for once in (False, True)
+    )
+    bank = (2 * 64 * 256 + 256) * 2 / 2  # bytes that travel of the only layer of a stage
+    assert once.expert == pytest.approx(2 * bank / 400e9)
+    assert passes.expert > 8 * once.expert
+    assert once.bubble == pytest.approx(3 * ((once.compute + once.pipeline) / 8 + once.expert))
+    assert once.total < passes.total
 
 
 def test_wide_experts_are_bound_by_arithmetic_and_narrow_ones_by_memory() -> None:

@@ -59,6 +59,37 @@ def test_a_layout_asked_for_is_shown_with_memory_bytes_and_times(
     assert plan["step_seconds"]["dense"] == pytest.approx(sum(plan["seconds"]["dense"].values()))
 
 
+def test_weights_gathered_once_a_step_take_memory_and_save_bytes(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    plans = []
+    for gather in ("microbatch", "step"):
+        path = tmp_path / f"{gather}.json"
+        setting = f"ssd_megatron.parallel.dense_gather={gather}"
+        assert tool()([*config(), "--pipeline", "4", "--expert", "2", "--set", setting, "--json", str(path)]) == 0
+        assert f" {gather} " in capsys.readouterr().out
+        plans += json.loads(path.read_text())["plans"]
+    (passes, once), banks = plans, 40 // 4 * 2 * 5120 * 20480 * 2
+    assert passes["memory"]["kept_weights"] == 0
+    assert once["memory"]["kept_weights"] == pytest.approx(banks, rel=0.01)
+    assert once["memory_total"] > passes["memory_total"]
+    sent = [
+        sum(t["sent"] * t["times"] for t in plan["traffic"]["dense"] if t["group"] == "expert")
+        for plan in (passes, once)
+    ]
+    assert sent[0] > 8 * sent[1] > 0
+
+
+def test_settings_that_only_some_layouts_take_do_not_stop_a_recommendation(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    settings = ["ssd_megatron.parallel.dense_gather=step", "ssd_megatron.ssd.rebalance_limit=1.2"]
+    assert tool()([*config(), "--set", *settings]) == 0
+    recommended = capsys.readouterr().out
+    assert tool()(config()) == 0
+    assert recommended == capsys.readouterr().out
+
+
 def test_recommendations_are_as_many_as_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     path = tmp_path / "plan.json"
     assert tool()([*config(), "--top", "3", "--json", str(path), "--link", "intra=300", "inter=25"]) == 0
@@ -74,7 +105,10 @@ def test_recommendations_are_as_many_as_asked_for(tmp_path: Path, capsys: pytest
         (["--tensor", "16"], "parallel.tensor_parallel_size (16) must divide model.num_attention_heads (40)"),
         (["--tensor", "2", "--pipeline", "5"], "must divide the number of processes (64)"),
         (["--expert", "5"], "parallel.expert_parallel_size (5) must divide the data parallel size (64"),
-        (["--pipeline", "4"], "zero_optimization.stage (2) does not work with pipeline_parallel_size (4): use stage 1"),
+        (
+            ["--pipeline", "4", "--set", "zero_optimization.stage=2"],
+            "zero_optimization.stage (2) does not work with pipeline_parallel_size (4): use stage 1",
+        ),
         (["--gpus_per_node", "24"], "--gpus (64) must be whole nodes of --gpus_per_node (24)"),
         (["--link", "outer=3"], "--link outer=3: must be intra=GB/s or inter=GB/s"),
         (["--link", "inter=fast"], "--link inter=fast: must be"),

@@ -2,6 +2,7 @@
 
 import itertools
 import math
+from dataclasses import replace
 from typing import Any
 
 import pytest
@@ -50,6 +51,16 @@ def test_dense_expert_parallel_ranks_gather_weights_twice_and_reduce_gradients_o
     whole = 4 * 2 * H * 256 / 2 * BF16  # layers, matrices, half of the neurons
     assert transfers["expert", "weights"].sent == 2 * whole * 3 / 4
     assert transfers["expert", "weight gradients"].step_bytes == 5 * whole * 3 / 4
+
+
+@pytest.mark.parametrize("recompute", [False, True])
+def test_weights_gathered_once_travel_once_a_step(recompute: bool) -> None:
+    layout = Layout(expert=4, data=4, microbatches=5, recompute=recompute, gather_once=True)
+    transfers = sent("dense", layout, add_bias=False)
+    whole = 4 * 2 * H * 256 * BF16
+    assert transfers["expert", "weights"].step_bytes == whole * 3 / 4
+    assert transfers["expert", "weight gradients"].step_bytes == whole * 3 / 4
+    assert sent("sparse", layout) == sent("sparse", replace(layout, gather_once=False))
 
 
 def test_sparse_tokens_travel_once_to_each_rank_that_has_one_of_their_experts() -> None:

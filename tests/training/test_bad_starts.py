@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import torch
 
+from pretrain_ssd import main
 from ssd_megatron.data.tokenizers import train_sentencepiece
 from ssd_megatron.switching.partition import save_partition
 from tests.small_run import Corpus, Ranks, curve, small_config, train, write_config
@@ -344,6 +345,16 @@ def test_a_run_dir_that_cannot_be_written_is_named(start: Start) -> None:
 def test_a_recorded_partition_that_does_not_fit_is_answered(start: Start, sizes: list[int], said: str) -> None:
     partition_of(*sizes)(start)
     assert_one_message(start.ranks(), start, ("ssd.partition ({folder}/experts.safetensors)", said))
+
+
+def test_a_rank_without_local_rank_is_told_so(
+    start: Start, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in (("RANK", "1"), ("WORLD_SIZE", "2")):
+        monkeypatch.setenv(name, value)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert main(["--ds_config", str(write_config(start.config, start.file))]) == 2
+    assert capsys.readouterr().err.startswith("error: LOCAL_RANK is missing: RANK (1) and WORLD_SIZE (2) are set")
 
 
 def test_only_the_first_of_two_ranks_speaks_and_both_end_alike(start: Start) -> None:

@@ -50,6 +50,8 @@ MODERN = (
     "model.tie_embeddings=false",
     "model.add_bias=false",
 )
+# Without effect, and so refused, where one rank has all neurons.
+GATHERED_ONCE, REBALANCED = "parallel.dense_gather=step", "ssd.rebalance_limit=1.001"
 # What differs from the default: 2 layers, hidden 32, 2 heads, 64 ReLU neurons in 8 experts, biases, layernorm, learned
 # positions, tied embeddings, a straight-through router, 8 samples a step, 8 probe samples.
 MODELS: dict[str, tuple[str, ...]] = {
@@ -69,9 +71,9 @@ MODELS: dict[str, tuple[str, ...]] = {
     "odd sizes": ("model.hidden_size=36", "model.num_attention_heads=4", "model.ffn_hidden_size=72"),
     "3 probe samples": ("ssd.probe_samples=3",),
     "1 probe sample": ("ssd.probe_samples=1",),
-    "gathered once": ("parallel.dense_gather=step",),
-    "gathered once, recompute": ("parallel.dense_gather=step", "training.recompute=full"),
-    "rebalanced": ("ssd.rebalance_limit=1.001", "ssd.check_interval=4"),
+    "gathered once": (GATHERED_ONCE,),
+    "gathered once, recompute": (GATHERED_ONCE, "training.recompute=full"),
+    "rebalanced": (REBALANCED, "ssd.check_interval=4"),
 }
 
 Case = tuple[str, Layout]
@@ -131,7 +133,8 @@ def reference(tmp_path_factory: pytest.TempPathFactory) -> Reference:
 
 
 def run(folder: Path, model: str, layout: Layout, bf16: bool = False) -> Path:
-    overrides = [f"ssd_megatron.{setting}" for setting in MODELS[model]]
+    settings = [s for s in MODELS[model] if layout.homes > 1 or s not in (GATHERED_ONCE, REBALANCED)]
+    overrides = [f"ssd_megatron.{setting}" for setting in settings]
     return run_layout(
         folder, layout, oracle_config(folder, PHASES, STEPS), f"bf16.enabled={str(bf16).lower()}", *overrides
     )

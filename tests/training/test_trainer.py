@@ -385,3 +385,16 @@ def test_the_command_line_option_makes_nothing(
     assert list(tmp_path.iterdir()) == []
     # GPT-2's 124,439,808, 47 rows of padding in the vocabulary, and 12 routers of 12 experts.
     assert f"{124_439_808 + 47 * 768 + 12 * 12 * 768:,}" in capsys.readouterr().out
+
+
+def test_a_dry_run_shows_weights_that_are_gathered_once_a_step(capsys: pytest.CaptureFixture[str]) -> None:
+    example = next(path for path in EXAMPLES if path.stem == "13b")
+    kept = []
+    for gather in ("microbatch", "step"):
+        settings = ["expert_parallel_size=8", f"dense_gather={gather}"]
+        overrides = ["--set", "bf16.enabled=true", *(f"ssd_megatron.parallel.{setting}" for setting in settings)]
+        arguments = ["--ds_config", str(example), "--dry_run", "--world_size", "8", *overrides]
+        assert pretrain_ssd.main(arguments) == 0
+        rows = [line.split() for line in capsys.readouterr().out.splitlines()]
+        kept += [float(words[3]) for words in rows if words[1:2] == ["kept_weights"]]
+    assert kept == [0.0, pytest.approx(40 * 2 * 5120 * 20480 * 2 / 2**30, rel=0.01)]
