@@ -1,0 +1,306 @@
+"""A whole training step: dense and sparse, beside the same GPT with a plain network and beside Hugging Face's models.
+
+    python -m benchmarks.step [--quick] [--model NAME] [--json FILE] [--profile DIR]
+
+A step is data, forward, backward, clipping and optimizer, on random tokens through the real engine. All models live in
+one process and take turns; a row compares medians. What the feed-forward network's speed-up implies for the step
+follows from Amdahl's law: its forward and backward are timed alone in both modes, layer by layer, on inputs of a real
+step. Memory is what one step makes, workspaces included, beyond parameters and optimizer state (on a GPU: all).
+"""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+
+import torch
+from torch import Tensor
+from torch.profiler import ProfilerActivity, profile
+
+from benchmarks.jobs import MODELS, job_config, sparse_settings
+from benchmarks.peak_memory import PeakMemory
+from benchmarks.references import Reference, hugging_face_steps, plain_step
+from benchmarks.row import Missing, Row
+from benchmarks.table import parser_for, report
+from benchmarks.timing import matmul_rate, paired, take_turns, wait
+from ssd_megatron.config.load import RunConfig
+from ssd_megatron.ffn.kernels.dispatch import dispatch
+from ssd_megatron.ffn.switchable import Mode, SwitchableFFN
+from ssd_megatron.model.cost import flops_per_token
+from ssd_megatron.parallel.device import IS_CUDA, keep_freed_memory
+from ssd_megatron.parallel.topology import initialize_topology, leave_topology
+from ssd_megatron.training.synthetic import SyntheticJob
+
+PLAIN_GOAL, REFERENCE_GOAL, AMDAHL_GOAL, ROUTING_GOAL, MEMORY_GOAL, MFU_GOAL = 1.02, 1.0, 0.85, 0.05, 1.0, 0.45
+CARD_TFLOPS = 790.0  # what an H200 gives for bf16 products of random numbers
+
+
+class Ours:
+    """The real job, in either mode."""
+
+    def __init__(self, config: RunConfig) -> None:
+        self.config = config
+        self.job = SyntheticJob.build(config, initialize_topology(config.ssd_megatron.parallel))
+        self.steps = 0
+        self.loss = float("nan")
+
+    def step(self, mode: Mode) -> None:
+        self.job.coordinator.set_mode(mode)
+        self.steps += 1
+        self.loss = self.job.train_step(self.steps).loss
+
+    @property
+    def networks(self) -> list[SwitchableFFN]:
+        return list(self.job.model.ffns.values())
+
+
+def configured(arguments: argparse.Namespace) -> RunConfig:
+    """The job of a model by name, with what the arguments say otherwise."""
+    model = {"vocab_size": 50257} | MODELS[arguments.model]
+    if arguments.layers is not None:
+        model["num_layers"] = arguments.layers
+    neurons = model.get("ffn_hidden_size", 4 * model["hidden_size"])
+    experts = arguments.experts or neurons // (256 if neurons < 8192 else 512)
+    samples = max(1, arguments.tokens // model["seq_length"])
+    micro = max(1, min(samples, arguments.micro_tokens // model["seq_length"]))
+    return job_config(
+        model, samples=samples, micro_batch=micro, bf16=arguments.dtype == "bf16", ssd=sparse_settings(experts)
+    )
+
+
+def rows(config: RunConfig, turns: int, *, compiled: bool, families: list[str]) -> Iterator[Row | Missing]:
+    ours = Ours(config)
+    ours.step("dense")
+    yield _switch_and_compare_memory(ours)
+
+    references: list[Reference | Missing] = [plain_step(config, ours.job)]
+    references += [r for family in families for r in hugging_face_steps(family, config, ours.job.topology, compiled)]
+    runnable = [reference for reference in references if isinstance(reference, Reference)]
+    variants: dict[str, Callable[[int], object]] = {"dense": lambda _: ours.step("dense")}
+    variants |= {reference.name: reference.step for reference in runnable}
+    variants["sparse"] = lambda _: ours.step("sparse")
+    times = take_turns(variants, turns)
+    medians = {name: statistics.median(values) for name, values in times.items()}
+
+    tokens = config.train_batch_size * config.ssd_megatron.model.seq_length
+    products = _seconds_of_products(config, tokens, ours.job.topology.device)
+    for reference in references:
+        if isinstance(reference, Missing):
+            yield reference
+            continue
+        goal = PLAIN_GOAL if reference is references[0] else REFERENCE_GOAL
+        ideal = 1.0 if reference is references[0] else products / medians[reference.name]
+        yield Row(
+            f"dense step / {reference.name}",
+            paired(times["dense"], times[reference.name]),
+            goal,
+            ideal,
+            details={
+                "ours s": medians["dense"],
+                "theirs s": medians[reference.name],
+                "ours tokens/s": tokens / medians["dense"],
+                "theirs tokens/s": tokens / medians[reference.name],
+                "parameters theirs / ours": reference.parameters / _parameters(ours),
+            },
+        )
+    yield from _sparse_rows(ours, times, tokens, turns)
+    yield _mfu_row(config, tokens / medians["dense"])
+    ours.job.engine.close()
+
+
+def _sparse_rows(ours: Ours, times: dict[str, list[float]], tokens: int, turns: int) -> Iterator[Row | Missing]:
+    ffn = take_turns(_ffn_variants(ours), turns)
+    passes = ours.config.gradient_accumulation_steps
+    dense, sparse = (statistics.median(times[mode]) for mode in ("dense", "sparse"))
+    ffn_dense, ffn_sparse = (passes * statistics.median(ffn[mode]) for mode in ("dense", "sparse"))
+    implied = dense / (dense - ffn_dense + ffn_sparse)
+    yield Row(
+        "speed-up of a sparse step / what the network's implies",
+        paired(times["dense"], times["sparse"]) / implied,
+        AMDAHL_GOAL,
+        1.0,
+        at_least=True,
+        details={
+            "dense s": dense,
+            "sparse s": sparse,
+            "sparse tokens/s": tokens / sparse,
+            "speed-up": dense / sparse,
+            "implied": implied,
+            "network's": ffn_dense / ffn_sparse,
+            "network's share of a dense step": ffn_dense / dense,
+        },
+    )
+    name = "router, top-k and metadata / sparse network"
+    if "routing" not in ffn:
+        yield Missing(name, f"the metadata of backend {ours.networks[0].settings.backend} is inside its kernels")
+        return
+    routing = passes * statistics.median(ffn["routing"])
+    yield Row(
+        name,
+        paired(ffn["routing"], ffn["sparse"]),
+        ROUTING_GOAL,
+        0.0,
+        details={"routing ms": routing * 1e3, "network ms": ffn_sparse * 1e3},
+    )
+
+
+def _ffn_variants(ours: Ours) -> dict[str, Callable[[int], object]]:
+    """Forward and backward of all layers' networks in both modes, and what chooses and places experts, alone.
+
+    Gradients come from autograd.grad: nothing reaches the engine's buffers.
+    """
+    seen: list[tuple[SwitchableFFN, Tensor]] = []
+
+    def keep(network: SwitchableFFN, inputs: tuple[Tensor, ...]) -> None:
+        seen.append((network, inputs[0].detach().clone().requires_grad_()))
+
+    hooks = [network.register_forward_pre_hook(keep) for network in ours.networks]
+    ours.step("dense")
+    for hook in hooks:
+        hook.remove()
+    seen = seen[: len(ours.networks)]
+    dys = [torch.randn_like(x) for _, x in seen]
+
+    def run(mode: Mode, _: int) -> None:
+        ours.job.coordinator.set_mode(mode)
+        for (network, x), dy in zip(seen, dys, strict=True):
+            wanted = [x, *network.bank.neuron_parameters().values()]
+            wanted += [network.router.weight] if mode == "sparse" else []
+            torch.autograd.grad(network(x)[0], wanted, dy)
+
+    def routing(_: int) -> None:
+        for network, x in seen:
+            x_TH = x.flatten(0, 1)
+            ids_TK, gates_TK = network.router.route(x_TH)
+            torch.bincount(ids_TK.flatten(), minlength=network.settings.num_experts)
+            dispatch(ids_TK, network.settings.num_experts, x_TH.shape[1] * x_TH.element_size())
+            assert gates_TK is not None
+            torch.autograd.grad(gates_TK, [x, network.router.weight], torch.ones_like(gates_TK))
+
+    variants: dict[str, Callable[[int], object]] = {"dense": partial(run, "dense"), "sparse": partial(run, "sparse")}
+    return variants | ({"routing": routing} if ours.networks[0].settings.backend == "torch" else {})
+
+
+def _switch_and_compare_memory(ours: Ours) -> Row:
+    """Dense before anything sparse has run, then sparse: workspaces that outlive a step count."""
+    if IS_CUDA:
+        dense = _peak_of_a_cuda_step(ours, "dense")
+        ours.job.switch(1)
+        sparse = _peak_of_a_cuda_step(ours, "sparse")
+    else:
+        with PeakMemory() as made:
+            ours.step("dense")
+            dense = made.peak
+            ours.job.switch(1)
+            made.peak = made.live
+            ours.step("sparse")
+            sparse = made.peak
+    model, ssd = ours.config.ssd_megatron.model, ours.config.ssd_megatron.ssd
+    tokens = ours.config.micro_batch_size * model.seq_length
+    size = torch.finfo(getattr(torch, ours.config.dtype)).bits // 8
+    hidden = model.num_layers * tokens * model.ffn_hidden_size * size * (3 if model.gated else 1)
+    return Row(
+        "peak memory of a step, sparse / dense",
+        sparse / dense,
+        MEMORY_GOAL,
+        1 - hidden * (1 - ssd.top_k / ssd.num_experts) / dense,
+        details={"dense MiB": dense / 2**20, "sparse MiB": sparse / 2**20},
+    )
+
+
+def _peak_of_a_cuda_step(ours: Ours, mode: Mode) -> int:
+    wait()
+    torch.cuda.reset_peak_memory_stats()
+    ours.step(mode)
+    wait()
+    return torch.cuda.max_memory_allocated()
+
+
+def _mfu_row(config: RunConfig, tokens_per_second: float) -> Row | Missing:
+    name = f"MFU of dense steps against {CARD_TFLOPS:.0f} TFLOP/s"
+    if not IS_CUDA:
+        return Missing(name, "needs CUDA")
+    flops = flops_per_token(config.ssd_megatron.model, config.ssd_megatron.ssd).dense * tokens_per_second
+    return Row(name, flops / (CARD_TFLOPS * 1e12), MFU_GOAL, 1.0, at_least=True, details={"TFLOP/s": flops / 1e12})
+
+
+def _seconds_of_products(config: RunConfig, tokens: int, device: torch.device) -> float:
+    """Of a dense step, if nothing but its matrix products took time."""
+    model, ssd = config.ssd_megatron.model, config.ssd_megatron.ssd
+    micro_tokens = config.micro_batch_size * model.seq_length
+    dtype = getattr(torch, config.dtype)
+    rate = matmul_rate(micro_tokens, model.hidden_size, model.ffn_hidden_size, dtype, device)
+    return tokens * flops_per_token(model, ssd).dense / rate
+
+
+def _parameters(ours: Ours) -> int:
+    return sum(parameter.numel() for parameter in ours.job.model.parameters())
+
+
+def profile_phases(config: RunConfig, folder: Path) -> None:
+    """A table of operators and a trace of one step in each mode."""
+    folder.mkdir(parents=True, exist_ok=True)
+    ours = Ours(config)
+    ours.step("dense")
+    ours.job.switch(1)
+    activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if IS_CUDA else [])]
+    modes: tuple[Mode, ...] = ("dense", "sparse")
+    for mode in modes:
+        ours.step(mode)
+        with profile(activities=activities) as profiled:
+            ours.step(mode)
+            wait()
+        by = "self_device_time_total" if IS_CUDA else "self_cpu_time_total"
+        (folder / f"{mode}.txt").write_text(profiled.key_averages().table(sort_by=by, row_limit=40) + "\n")
+        profiled.export_chrome_trace(str(folder / f"{mode}.trace.json.gz"))
+    ours.job.engine.close()
+
+
+def main(argv: list[str] | None = None) -> int:
+    arguments = _arguments(argv)
+    if arguments.threads is not None:
+        torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
+    config = configured(arguments)
+    families = ["opt"] if arguments.quick else ["opt", "gpt2"]
+    found = rows(config, arguments.turns, compiled=not arguments.quick and not arguments.eager, families=families)
+    model = config.ssd_megatron.model
+    title = (
+        f"{arguments.model}: {model.num_layers} layers, h {model.hidden_size}, d_ff {model.ffn_hidden_size}, "
+        f"{config.ssd_megatron.ssd.num_experts} experts, {arguments.tokens} tokens a step, {config.dtype}"
+    )
+    met = report(title, found, arguments.json)
+    if arguments.profile is not None:
+        profile_phases(config, arguments.profile)
+    leave_topology()
+    return 0 if met else 1
+
+
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = parser_for(__doc__)
+    parser.add_argument("--model", choices=MODELS)
+    parser.add_argument("--layers", type=int, help="layers instead of the model's")
+    parser.add_argument("--experts", type=int, help="experts per layer; of 256 or 512 neurons without it")
+    parser.add_argument("--tokens", type=int, help="tokens of one optimizer step")
+    parser.add_argument("--micro_tokens", type=int, default=8192, help="tokens of one forward pass, at most")
+    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="bf16" if IS_CUDA else "fp32")
+    parser.add_argument("--turns", type=int, help="timed steps of each variant")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument("--eager", action="store_true", help="leave torch.compile of Hugging Face's models out")
+    parser.add_argument("--profile", type=Path, metavar="DIR", help="keep tables of operators and traces here")
+    arguments = parser.parse_args(argv)
+    if arguments.model is None:
+        arguments.model = ("gpt-124m" if arguments.quick else "gpt-1.3b") if IS_CUDA else "wide"
+    if arguments.tokens is None:
+        arguments.tokens = 16384 if IS_CUDA else 1024 if arguments.quick else 2048
+    if arguments.layers is None and arguments.quick and not IS_CUDA:
+        arguments.layers = 2
+    if arguments.turns is None:
+        arguments.turns = 5 if arguments.quick else 9
+    return arguments
+
+
+if __name__ == "__main__":
+    sys.exit(main())
