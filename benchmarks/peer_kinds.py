@@ -1,10 +1,9 @@
 """Sparse feed-forward networks of others behind one interface, each with its weights in its own layout.
 
-Shapes: T tokens, H hidden, F neurons, E experts of N neurons, K experts per token, S = T * K token copies.
+Shapes: T tokens, H hidden, E experts of N neurons, K experts per token, S = T * K token copies.
 """
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
 
@@ -12,123 +11,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from ssd_megatron.ffn.bank import NeuronBank
-from ssd_megatron.ffn.kernels import choose_backend, reference, sparse_ffn
-
-
-class NotHere(Exception):
-    """A peer cannot do this; the message says why."""
-
-
-@dataclass(frozen=True)
-class Work:
-    """Inputs [T, H], chosen experts [T, K] and the gradient of the output."""
-
-    x_TH: Tensor
-    ids_TK: Tensor
-    dy_TH: Tensor
-
-
-@dataclass(frozen=True)
-class Problem:
-    """One network's weights."""
-
-    bank: NeuronBank
-    num_experts: int
-    top_k: int
-
-    @classmethod
-    def random(
-        cls,
-        hidden: int,
-        neurons: int,
-        num_experts: int,
-        top_k: int,
-        activation: str,
-        dtype: torch.dtype,
-        device: torch.device,
-    ) -> "Problem":
-        torch.manual_seed(0)
-        bank = NeuronBank(hidden, neurons, activation, False, dtype=dtype, device=device)
-        with torch.no_grad():
-            for weight in bank.neuron_parameters().values():
-                weight.normal_(std=hidden**-0.5)
-        return cls(bank, num_experts, top_k)
-
-    @property
-    def hidden(self) -> int:
-        return self.bank.w_in.shape[1]
-
-    @property
-    def expert_size(self) -> int:
-        return len(self.bank.w_in) // self.num_experts
-
-    @property
-    def gated(self) -> bool:
-        return self.bank.activation.gated
-
-    def by_expert(self, name: str) -> Tensor:
-        """Weights `w_in`, `w_gate` or `w_out`, [E, N, H]."""
-        weight: Tensor = getattr(self.bank, name).detach()
-        return weight.view(self.num_experts, -1, self.hidden)
-
-    def work(self, tokens: int, seed: int) -> Work:
-        """Random tokens; each expert is as likely as any other."""
-        like, generator = self.bank.w_in, torch.Generator().manual_seed(seed)
-        x_TH, dy_TH = (torch.randn(tokens, self.hidden, generator=generator).to(like) for _ in range(2))
-        scores_TE = torch.rand(tokens, self.num_experts, generator=generator).to(like.device)
-        return Work(x_TH.requires_grad_(), scores_TE.topk(self.top_k, dim=1).indices, dy_TH)
-
-    def brute_force(self, work: Work, *, dense: bool) -> dict[str, Tensor]:
-        """Output and gradients in fp32, by the bank's names."""
-        x_TH = work.x_TH.detach().float().requires_grad_()
-        weights = self.bank.tensors().each(lambda t: t.detach().float().requires_grad_())
-        everything_TE = torch.arange(self.num_experts, device=x_TH.device).expand(len(x_TH), -1)
-        ids = everything_TE if dense else work.ids_TK
-        y_TH = reference.sparse_ffn(x_TH, ids, None, weights, self.bank.activation, self.num_experts)
-        y_TH.backward(work.dy_TH.float())
-        present = {name: t for name, t in weights._asdict().items() if t is not None}
-        return _gradients(y_TH, x_TH, present)
-
-
-@dataclass
-class Contender:
-    """A network that runs.
-
-    Attributes:
-        forward: x [T, H] and ids [T, K] to y [T, H].
-        weights: its parameters by the names of the bank's tensors, or by its own.
-        in_bank: its gradients by name, brought to the names and order of the bank's.
-        dense: computes all neurons.
-    """
-
-    forward: Callable[[Tensor, Tensor], Tensor]
-    weights: Mapping[str, Tensor]
-    in_bank: Callable[[dict[str, Tensor]], dict[str, Tensor]] = field(default=lambda gradients: gradients)
-    dense: bool = False
-
-    def forward_and_backward(self, work: Work) -> Tensor:
-        work.x_TH.grad = None
-        for weight in self.weights.values():
-            weight.grad = None
-        y_TH = self.forward(work.x_TH, work.ids_TK)
-        y_TH.backward(work.dy_TH)
-        return y_TH
-
-    def results(self, work: Work) -> dict[str, Tensor]:
-        """Output and gradients by the bank's names, [F, H] for weights."""
-        y_TH = self.forward_and_backward(work)
-        raw = _gradients(y_TH, work.x_TH, self.weights)
-        outer = {name: raw.pop(name) for name in ("y", "x")}
-        return outer | {name: grad.reshape(-1, grad.shape[-1]) for name, grad in self.in_bank(raw).items()}
-
-
-def _gradients(y_TH: Tensor, x_TH: Tensor, weights: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    found = {"y": y_TH.detach()}
-    for name, tensor in {"x": x_TH, **weights}.items():
-        assert tensor.grad is not None, name
-        found[name] = tensor.grad.detach().clone()
-    return found
+from benchmarks.peer_problem import Contender, NotHere, Problem, ones_for
+from ssd_megatron.ffn.kernels import choose_backend, sparse_ffn
 
 
 def ours(problem: Problem) -> Contender:
@@ -136,7 +20,7 @@ def ours(problem: Problem) -> Contender:
     backend, _ = choose_backend("auto", bank.w_in.device, bank.w_in.dtype)
 
     def forward(x_TH: Tensor, ids_TK: Tensor) -> Tensor:
-        gates_TK = _ones(ids_TK, x_TH).requires_grad_()
+        gates_TK = ones_for(ids_TK, x_TH).requires_grad_()
         return sparse_ffn(x_TH, ids_TK, gates_TK, bank.tensors(), bank.activation, problem.num_experts, backend)
 
     return Contender(forward, bank.neuron_parameters())
@@ -217,7 +101,7 @@ def deepspeed_grouped_experts(problem: Problem) -> Contender:
         rows = unpermute_by_local_expert(experts(rows, aligned_E), indices, copies)
         y: Tensor = combine_from_routed(
             rows,
-            top_scores=_ones(ids_TK, x_TH),
+            top_scores=ones_for(ids_TK, x_TH),
             token_indices_sorted=order_S,
             top_k=problem.top_k,
             score_apply="pre",
@@ -259,7 +143,7 @@ def hugging_face(implementation: str) -> Callable[[Problem], Contender]:
             return parts | {"w_out": grads["down"].mT}
 
         return Contender(
-            lambda x_TH, ids_TK: experts(x_TH, ids_TK, _ones(ids_TK, x_TH).requires_grad_()),
+            lambda x_TH, ids_TK: experts(x_TH, ids_TK, ones_for(ids_TK, x_TH).requires_grad_()),
             {"up": up, "down": experts.down_proj},
             in_bank,
         )
@@ -295,7 +179,7 @@ def megablocks(problem: Problem) -> Contender:
         _set(weight, problem.by_expert(name).reshape(weight.shape))
 
     def forward(x_TH: Tensor, ids_TK: Tensor) -> Tensor:
-        y_T1H: Tensor = layer(x_TH.unsqueeze(1), None, _ones(ids_TK, x_TH).requires_grad_(), ids_TK)
+        y_T1H: Tensor = layer(x_TH.unsqueeze(1), None, ones_for(ids_TK, x_TH).requires_grad_(), ids_TK)
         return y_T1H.squeeze(1)
 
     return Contender(forward, weights)
@@ -322,7 +206,7 @@ def scattermoe(problem: Problem) -> Contender:
         return parts | {"w_out": grads["down"].mT}
 
     return Contender(
-        lambda x_TH, ids_TK: layer(x_TH, _ones(ids_TK, x_TH).requires_grad_(), ids_TK),
+        lambda x_TH, ids_TK: layer(x_TH, ones_for(ids_TK, x_TH).requires_grad_(), ids_TK),
         {"up": layer.experts.weight, "down": layer.output_experts.weight},
         in_bank,
     )
@@ -373,10 +257,6 @@ def _sorted(ids_TK: Tensor, num_experts: int) -> tuple[Tensor, Tensor, Tensor]:
     copy_S = torch.empty_like(order_S)
     copy_S[order_S] = torch.arange(len(order_S), device=order_S.device)
     return order_S // ids_TK.shape[1], torch.bincount(ids_TK.flatten(), minlength=num_experts), copy_S.view_as(ids_TK)
-
-
-def _ones(ids_TK: Tensor, like: Tensor) -> Tensor:
-    return torch.ones(ids_TK.shape, dtype=like.dtype, device=like.device)
 
 
 @torch.no_grad()

@@ -17,7 +17,8 @@ from functools import partial
 
 import torch
 
-from benchmarks.peer_kinds import PEERS, Contender, NotHere, Problem, Work
+from benchmarks.peer_kinds import PEERS
+from benchmarks.peer_problem import Contender, NotHere, Problem, Work
 from benchmarks.row import Missing, Row
 from benchmarks.table import parser_for, report
 from benchmarks.timing import paired, take_turns

@@ -12,48 +12,25 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Iterator
-from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.jobs import MODELS, job_config, sparse_settings
-from benchmarks.peak_memory import PeakMemory
+from benchmarks.our_job import Ours, network_variants, switch_and_compare_memory
 from benchmarks.references import Reference, hugging_face_steps, plain_step
 from benchmarks.row import Missing, Row
 from benchmarks.table import parser_for, report
 from benchmarks.timing import matmul_rate, paired, take_turns, wait
 from ssd_megatron.config.load import RunConfig
-from ssd_megatron.ffn.kernels.dispatch import dispatch
-from ssd_megatron.ffn.switchable import Mode, SwitchableFFN
+from ssd_megatron.ffn.switchable import Mode
 from ssd_megatron.model.cost import flops_per_token
 from ssd_megatron.parallel.device import IS_CUDA, keep_freed_memory
-from ssd_megatron.parallel.topology import initialize_topology, leave_topology
-from ssd_megatron.training.synthetic import SyntheticJob
+from ssd_megatron.parallel.topology import leave_topology
 
 PLAIN_GOAL, REFERENCE_GOAL, AMDAHL_GOAL, ROUTING_GOAL, MEMORY_GOAL, MFU_GOAL = 1.02, 1.0, 0.85, 0.05, 1.0, 0.45
 CARD_TFLOPS = 790.0  # what an H200 gives for bf16 products of random numbers
-
-
-class Ours:
-    """The real job, in either mode."""
-
-    def __init__(self, config: RunConfig) -> None:
-        self.config = config
-        self.job = SyntheticJob.build(config, initialize_topology(config.ssd_megatron.parallel))
-        self.steps = 0
-        self.loss = float("nan")
-
-    def step(self, mode: Mode) -> None:
-        self.job.coordinator.set_mode(mode)
-        self.steps += 1
-        self.loss = self.job.train_step(self.steps).loss
-
-    @property
-    def networks(self) -> list[SwitchableFFN]:
-        return list(self.job.model.ffns.values())
 
 
 def configured(arguments: argparse.Namespace) -> RunConfig:
@@ -73,7 +50,7 @@ def configured(arguments: argparse.Namespace) -> RunConfig:
 def rows(config: RunConfig, turns: int, *, compiled: bool, families: list[str]) -> Iterator[Row | Missing]:
     ours = Ours(config)
     ours.step("dense")
-    yield _switch_and_compare_memory(ours)
+    yield switch_and_compare_memory(ours, MEMORY_GOAL)
 
     references: list[Reference | Missing] = [plain_step(config, ours.job)]
     references += [r for family in families for r in hugging_face_steps(family, config, ours.job.topology, compiled)]
@@ -111,7 +88,7 @@ def rows(config: RunConfig, turns: int, *, compiled: bool, families: list[str]) 
 
 
 def _sparse_rows(ours: Ours, times: dict[str, list[float]], tokens: int, turns: int) -> Iterator[Row | Missing]:
-    ffn = take_turns(_ffn_variants(ours), turns)
+    ffn = take_turns(network_variants(ours), turns)
     passes = ours.config.gradient_accumulation_steps
     dense, sparse = (statistics.median(times[mode]) for mode in ("dense", "sparse"))
     ffn_dense, ffn_sparse = (passes * statistics.median(ffn[mode]) for mode in ("dense", "sparse"))
@@ -144,78 +121,6 @@ def _sparse_rows(ours: Ours, times: dict[str, list[float]], tokens: int, turns: 
         0.0,
         details={"routing ms": routing * 1e3, "network ms": ffn_sparse * 1e3},
     )
-
-
-def _ffn_variants(ours: Ours) -> dict[str, Callable[[int], object]]:
-    """Forward and backward of all layers' networks in both modes, and what chooses and places experts, alone.
-
-    Gradients come from autograd.grad: nothing reaches the engine's buffers.
-    """
-    seen: list[tuple[SwitchableFFN, Tensor]] = []
-
-    def keep(network: SwitchableFFN, inputs: tuple[Tensor, ...]) -> None:
-        seen.append((network, inputs[0].detach().clone().requires_grad_()))
-
-    hooks = [network.register_forward_pre_hook(keep) for network in ours.networks]
-    ours.step("dense")
-    for hook in hooks:
-        hook.remove()
-    seen = seen[: len(ours.networks)]
-    dys = [torch.randn_like(x) for _, x in seen]
-
-    def run(mode: Mode, _: int) -> None:
-        ours.job.coordinator.set_mode(mode)
-        for (network, x), dy in zip(seen, dys, strict=True):
-            wanted = [x, *network.bank.neuron_parameters().values()]
-            wanted += [network.router.weight] if mode == "sparse" else []
-            torch.autograd.grad(network(x)[0], wanted, dy)
-
-    def routing(_: int) -> None:
-        for network, x in seen:
-            x_TH = x.flatten(0, 1)
-            ids_TK, gates_TK = network.router.route(x_TH)
-            torch.bincount(ids_TK.flatten(), minlength=network.settings.num_experts)
-            dispatch(ids_TK, network.settings.num_experts, x_TH.shape[1] * x_TH.element_size())
-            assert gates_TK is not None
-            torch.autograd.grad(gates_TK, [x, network.router.weight], torch.ones_like(gates_TK))
-
-    variants: dict[str, Callable[[int], object]] = {"dense": partial(run, "dense"), "sparse": partial(run, "sparse")}
-    return variants | ({"routing": routing} if ours.networks[0].settings.backend == "torch" else {})
-
-
-def _switch_and_compare_memory(ours: Ours) -> Row:
-    """Dense before anything sparse has run, then sparse: workspaces that outlive a step count."""
-    if IS_CUDA:
-        dense = _peak_of_a_cuda_step(ours, "dense")
-        ours.job.switch(1)
-        sparse = _peak_of_a_cuda_step(ours, "sparse")
-    else:
-        with PeakMemory() as made:
-            ours.step("dense")
-            dense = made.peak
-            ours.job.switch(1)
-            made.peak = made.live
-            ours.step("sparse")
-            sparse = made.peak
-    model, ssd = ours.config.ssd_megatron.model, ours.config.ssd_megatron.ssd
-    tokens = ours.config.micro_batch_size * model.seq_length
-    size = torch.finfo(getattr(torch, ours.config.dtype)).bits // 8
-    hidden = model.num_layers * tokens * model.ffn_hidden_size * size * (3 if model.gated else 1)
-    return Row(
-        "peak memory of a step, sparse / dense",
-        sparse / dense,
-        MEMORY_GOAL,
-        1 - hidden * (1 - ssd.top_k / ssd.num_experts) / dense,
-        details={"dense MiB": dense / 2**20, "sparse MiB": sparse / 2**20},
-    )
-
-
-def _peak_of_a_cuda_step(ours: Ours, mode: Mode) -> int:
-    wait()
-    torch.cuda.reset_peak_memory_stats()
-    ours.step(mode)
-    wait()
-    return torch.cuda.max_memory_allocated()
 
 
 def _mfu_row(config: RunConfig, tokens_per_second: float) -> Row | Missing:

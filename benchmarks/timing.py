@@ -2,8 +2,9 @@
 
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from functools import partial
+from typing import TypeVar
 
 import torch
 
@@ -25,9 +26,14 @@ def seconds(work: Callable[[], object]) -> float:
     return time.perf_counter() - started
 
 
-def take_turns(variants: Mapping[str, Callable[[int], object]], turns: int, warm_up: int = 2) -> dict[str, list[float]]:
+Name = TypeVar("Name", bound=Hashable)
+
+
+def take_turns(
+    variants: Mapping[Name, Callable[[int], object]], turns: int, warm_up: int = 2
+) -> dict[Name, list[float]]:
     """Seconds of each variant in each turn; a variant is called with the turn's number, from -warm_up on."""
-    times: dict[str, list[float]] = {name: [] for name in variants}
+    times: dict[Name, list[float]] = {name: [] for name in variants}
     for turn in range(-warm_up, turns):
         for name, run in variants.items():
             taken = seconds(partial(run, turn))
