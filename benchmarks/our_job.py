@@ -13,16 +13,16 @@ from ssd_megatron.config.load import RunConfig
 from ssd_megatron.ffn.kernels.dispatch import dispatch
 from ssd_megatron.ffn.switchable import Mode, SwitchableFFN
 from ssd_megatron.parallel.device import IS_CUDA
-from ssd_megatron.parallel.topology import initialize_topology
+from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.training.synthetic import SyntheticJob
 
 
 class Ours:
     """The real job, in either mode."""
 
-    def __init__(self, config: RunConfig) -> None:
+    def __init__(self, config: RunConfig, topology: Topology) -> None:
         self.config = config
-        self.job = SyntheticJob.build(config, initialize_topology(config.ssd_megatron.parallel))
+        self.job = SyntheticJob.build(config, topology)
         self.steps = 0
         self.loss = float("nan")
 

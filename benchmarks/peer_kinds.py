@@ -79,15 +79,16 @@ def grouped_mm(problem: Problem) -> Contender:
 def deepspeed_grouped_experts(problem: Problem) -> Contender:
     """DeepSpeed's AutoEP layer behind its router: the same calls in the same order, without scores."""
     if not problem.gated:
-        raise NotHere("GroupedExperts are gated")
+        raise NotHere("its experts are gated")
     from deepspeed.module_inject.auto_ep_layer import (
         combine_from_routed,
         permute_by_local_expert,
         unpermute_by_local_expert,
     )
-    from deepspeed.moe.ep_experts import GroupedExperts, register_expert_activation
+    from deepspeed.moe.ep_experts import EXPERT_ACTIVATIONS, GroupedExperts, register_expert_activation
 
-    register_expert_activation("reglu", lambda gate, up, _alpha, _limit: F.relu(gate) * up)
+    if "reglu" not in EXPERT_ACTIVATIONS:
+        register_expert_activation("reglu", lambda gate, up, _alpha, _limit: F.relu(gate) * up)
     experts = GroupedExperts(problem.hidden, problem.expert_size, problem.num_experts, activation="reglu")
     experts.to(problem.bank.w_in)
     _set(experts.w1, problem.by_expert("w_gate"))

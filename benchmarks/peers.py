@@ -77,7 +77,7 @@ def compare(case: Case, turns: int, device: torch.device) -> Iterator[Row | Miss
         case.hidden, case.neurons, case.experts, int(case.experts * RATIO), case.activation, case.dtype, device
     )
     works = [problem.work(case.tokens, seed) for seed in range(ROUTINGS)]
-    checked = {name: _checked(make, problem, works[0], TOLERANCE[case.dtype]) for name, make in PEERS.items()}
+    checked = {name: check(make, problem, works[0], TOLERANCE[case.dtype]) for name, make in PEERS.items()}
     running = {name: found for name, found in checked.items() if not isinstance(found, str)}
     assert {"ours", "dense"} <= running.keys(), checked
     variants: dict[str, Callable[[int], object]] = {
@@ -112,7 +112,7 @@ def _goal(case: Case, name: str) -> float:
     return GROUPED_GOAL_CUDA if IS_CUDA and name == "torch grouped_mm" else PEER_GOAL
 
 
-def _checked(
+def check(
     make: Callable[[Problem], Contender], problem: Problem, work: Work, tolerance: float
 ) -> tuple[Contender, float] | str:
     """A peer and its error, or why it is not compared."""

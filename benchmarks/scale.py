@@ -25,6 +25,7 @@ from benchmarks.row import Row
 from benchmarks.scale_sweeps import Sizes, Sweep, ffn_sweeps, rank_sweeps, step_sweeps, switch_sweep
 from benchmarks.table import parser_for, report
 from ssd_megatron.parallel.device import keep_freed_memory
+from ssd_megatron.parallel.topology import Topology, initialize_topology, leave_topology
 
 GOAL = 1.2  # measured / law
 
@@ -50,11 +51,11 @@ FULL = Sizes(
     neurons=2048,
     turns=7,
 )
-KINDS: dict[str, Callable[[Sizes], Iterator[Sweep]]] = {
+KINDS: dict[str, Callable[[Sizes, Topology], Iterator[Sweep]]] = {
     "ffn": ffn_sweeps,
     "step": step_sweeps,
     "switch": switch_sweep,
-    "ranks": rank_sweeps,
+    "ranks": lambda sizes, _: rank_sweeps(sizes),
 }
 
 
@@ -97,10 +98,12 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     sizes, sweeps = QUICK if arguments.quick else FULL, list[Sweep]()
-    measured = (sweep for kind in arguments.only for sweep in KINDS[kind](sizes))
+    topology = initialize_topology()
+    measured = (sweep for kind in arguments.only for sweep in KINDS[kind](sizes, topology))
     met = report("How cost grows", rows(measured, sweeps), arguments.json)
     if arguments.plot is not None:
         draw(sweeps, arguments.plot)
+    leave_topology()
     return 0 if met else 1
 
 

@@ -22,8 +22,7 @@ from ssd_megatron.ffn.switchable import FFNSettings, Mode, SwitchableFFN
 from ssd_megatron.model.cost import bank_parameters, flops_per_token, forward_flops
 from ssd_megatron.model.memory import layout_of
 from ssd_megatron.parallel.collectives import Group
-from ssd_megatron.parallel.device import local_device
-from ssd_megatron.parallel.topology import Topology, initialize_topology, leave_topology
+from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.planning.traffic import all_reduce, step_traffic
 from ssd_megatron.training.synthetic import SyntheticJob
 from tests.ranks import run_ranks
@@ -81,7 +80,7 @@ class Network:
     tokens: int
 
 
-def ffn_sweeps(sizes: Sizes) -> Iterator[Sweep]:
+def ffn_sweeps(sizes: Sizes, topology: Topology) -> Iterator[Sweep]:
     base = Network(_middle(sizes.hidden), sizes.neurons, _middle(sizes.experts), _middle(sizes.tokens))
     changed: dict[str, tuple[tuple[int, ...], Callable[[int], Network]]] = {
         "experts": (sizes.experts, lambda n: replace(base, experts=n)),
@@ -94,20 +93,21 @@ def ffn_sweeps(sizes: Sizes) -> Iterator[Sweep]:
         # Dense, the number of experts says nothing.
         modes: tuple[Mode, ...] = ("sparse",) if size == "experts" else MODES
         for mode in modes:
-            times = _network_seconds(networks, mode, sizes.turns)
+            times = _network_seconds(networks, mode, topology.device, sizes.turns)
             points = [Point(v, times[v], _network_flops(networks[v], mode)) for v in values]
             yield Sweep(f"{mode} network", size, "FLOPs", points)
 
 
-def _network_seconds(networks: dict[int, Network], mode: Mode, turns: int) -> dict[int, float]:
-    variants = {value: partial(_forward_and_backward, *_built(network, mode)) for value, network in networks.items()}
+def _network_seconds(networks: dict[int, Network], mode: Mode, device: torch.device, turns: int) -> dict[int, float]:
+    variants = {
+        value: partial(_forward_and_backward, *_built(network, mode, device)) for value, network in networks.items()
+    }
     times = take_turns(variants, turns)
     return {value: statistics.median(times[value]) for value in networks}
 
 
-def _built(network: Network, mode: Mode) -> tuple[SwitchableFFN, torch.Tensor, torch.Tensor]:
+def _built(network: Network, mode: Mode, device: torch.device) -> tuple[SwitchableFFN, torch.Tensor, torch.Tensor]:
     torch.manual_seed(0)
-    device = local_device()
     backend, _ = choose_backend("auto", device, torch.float32)
     ffn = SwitchableFFN(
         SimpleNamespace(params_dtype=torch.float32),
@@ -143,20 +143,18 @@ def _network_flops(network: Network, mode: Mode) -> float:
     return network.tokens * (flops.ffn if mode == "dense" else flops.ffn * ssd.top_k / ssd.num_experts + flops.router)
 
 
-def step_sweeps(sizes: Sizes) -> Iterator[Sweep]:
+def step_sweeps(sizes: Sizes, topology: Topology) -> Iterator[Sweep]:
     hidden, layers = _middle(sizes.hidden), _middle(sizes.layers)
     changed: dict[str, dict[int, RunConfig]] = {
         "layers": {n: _step_config(n, hidden, sizes.neurons) for n in sizes.layers},
         "tokens": {n: _step_config(layers, hidden, sizes.neurons, n // SEQUENCE) for n in sizes.tokens},
         "hidden size": {n: _step_config(layers, n, sizes.neurons) for n in sizes.hidden},
     }
-    topology = initialize_topology()
     for size, configs in changed.items():
         times = _step_seconds(configs, topology, sizes.turns)
         for mode in MODES:
             points = [Point(v, times[v, mode], _step_flops(configs[v], mode)) for v in configs]
             yield Sweep(f"{mode} step", size, "FLOPs", points)
-    leave_topology()
 
 
 def _step_seconds(configs: dict[int, RunConfig], topology: Topology, turns: int) -> dict[tuple[int, Mode], float]:
@@ -187,10 +185,10 @@ def _step_flops(config: RunConfig, mode: Mode) -> float:
     return tokens * flops_per_token(config.ssd_megatron.model, config.ssd_megatron.ssd).of(mode)
 
 
-def switch_sweep(sizes: Sizes) -> Iterator[Sweep]:
+def switch_sweep(sizes: Sizes, topology: Topology) -> Iterator[Sweep]:
     """The second and third switch to sparse, which start from known experts, as all but one in a run."""
-    hidden, topology, points = _middle(sizes.hidden), initialize_topology(), []
-    for layers in sizes.switch_layers:
+    hidden, points = _middle(sizes.hidden), []
+    for layers in (sizes.switch_layers[0], *sizes.switch_layers):  # the first job warms the process up
         job = Job.alternating(_model(layers, hidden, sizes.neurons), topology, experts=16, samples=SAMPLES, switches=6)
         job.train_step()
         reports = [job.switch() for _ in range(6)]
@@ -204,8 +202,7 @@ def switch_sweep(sizes: Sizes) -> Iterator[Sweep]:
         }
         points.append(Point(layers, statistics.median(to_sparse[1:]), layers * bank_parameters(model), details=details))
         job.job.engine.close()
-    leave_topology()
-    yield Sweep("switch to sparse", "layers", "elements of banks", points)
+    yield Sweep("switch to sparse", "layers", "elements of banks", points[1:])
 
 
 def rank_sweeps(sizes: Sizes) -> Iterator[Sweep]:

@@ -27,7 +27,7 @@ from ssd_megatron.config.load import RunConfig
 from ssd_megatron.ffn.switchable import Mode
 from ssd_megatron.model.cost import flops_per_token
 from ssd_megatron.parallel.device import IS_CUDA, keep_freed_memory
-from ssd_megatron.parallel.topology import leave_topology
+from ssd_megatron.parallel.topology import Topology, initialize_topology, leave_topology
 
 PLAIN_GOAL, REFERENCE_GOAL, AMDAHL_GOAL, ROUTING_GOAL, MEMORY_GOAL, MFU_GOAL = 1.02, 1.0, 0.85, 0.05, 1.0, 0.45
 CARD_TFLOPS = 790.0  # what an H200 gives for bf16 products of random numbers
@@ -47,13 +47,15 @@ def configured(arguments: argparse.Namespace) -> RunConfig:
     )
 
 
-def rows(config: RunConfig, turns: int, *, compiled: bool, families: list[str]) -> Iterator[Row | Missing]:
-    ours = Ours(config)
+def rows(
+    config: RunConfig, topology: Topology, turns: int, *, compiled: bool, families: list[str]
+) -> Iterator[Row | Missing]:
+    ours = Ours(config, topology)
     ours.step("dense")
     yield switch_and_compare_memory(ours, MEMORY_GOAL)
 
     references: list[Reference | Missing] = [plain_step(config, ours.job)]
-    references += [r for family in families for r in hugging_face_steps(family, config, ours.job.topology, compiled)]
+    references += [r for family in families for r in hugging_face_steps(family, config, topology, compiled)]
     runnable = [reference for reference in references if isinstance(reference, Reference)]
     variants: dict[str, Callable[[int], object]] = {"dense": lambda _: ours.step("dense")}
     variants |= {reference.name: reference.step for reference in runnable}
@@ -62,7 +64,7 @@ def rows(config: RunConfig, turns: int, *, compiled: bool, families: list[str]) 
     medians = {name: statistics.median(values) for name, values in times.items()}
 
     tokens = config.train_batch_size * config.ssd_megatron.model.seq_length
-    products = _seconds_of_products(config, tokens, ours.job.topology.device)
+    products = _seconds_of_products(config, tokens, topology.device)
     for reference in references:
         if isinstance(reference, Missing):
             yield reference
@@ -144,10 +146,10 @@ def _parameters(ours: Ours) -> int:
     return sum(parameter.numel() for parameter in ours.job.model.parameters())
 
 
-def profile_phases(config: RunConfig, folder: Path) -> None:
+def profile_phases(config: RunConfig, topology: Topology, folder: Path) -> None:
     """A table of operators and a trace of one step in each mode."""
     folder.mkdir(parents=True, exist_ok=True)
-    ours = Ours(config)
+    ours = Ours(config, topology)
     ours.step("dense")
     ours.job.switch(1)
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if IS_CUDA else [])]
@@ -169,8 +171,11 @@ def main(argv: list[str] | None = None) -> int:
         torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     config = configured(arguments)
+    topology = initialize_topology(config.ssd_megatron.parallel)
     families = ["opt"] if arguments.quick else ["opt", "gpt2"]
-    found = rows(config, arguments.turns, compiled=not arguments.quick and not arguments.eager, families=families)
+    found = rows(
+        config, topology, arguments.turns, compiled=not arguments.quick and not arguments.eager, families=families
+    )
     model = config.ssd_megatron.model
     title = (
         f"{arguments.model}: {model.num_layers} layers, h {model.hidden_size}, d_ff {model.ffn_hidden_size}, "
@@ -178,7 +183,7 @@ def main(argv: list[str] | None = None) -> int:
     )
     met = report(title, found, arguments.json)
     if arguments.profile is not None:
-        profile_phases(config, arguments.profile)
+        profile_phases(config, topology, arguments.profile)
     leave_topology()
     return 0 if met else 1
 

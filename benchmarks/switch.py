@@ -165,7 +165,7 @@ def _memory() -> int:
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:
-    parser = parser_for(__doc__)
+    parser = parser_for(__doc__, quick=False)
     parser.add_argument("--model", choices=MODELS, default="small")
     integers: dict[str, tuple[int | None, str]] = {
         "layers": (None, "layers instead of the model's"),

@@ -18,11 +18,12 @@ from ssd_megatron.parallel.device import IS_CUDA, detect_hardware
 from ssd_megatron.training.run_folder import versions
 
 
-def parser_for(description: str | None) -> argparse.ArgumentParser:
-    """A parser with the arguments that every benchmark takes."""
+def parser_for(description: str | None, *, quick: bool = True) -> argparse.ArgumentParser:
+    """A parser with the arguments that benchmarks share; `quick`: this one has a short form."""
     parser = argparse.ArgumentParser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small shapes and few turns: under a minute on 2 cores")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write the rows to this file as well")
+    if quick:
+        parser.add_argument("--quick", action="store_true", help="small shapes, few turns: under a minute on 2 cores")
     return parser
 
 
