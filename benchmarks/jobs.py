@@ -19,8 +19,8 @@ MODELS: dict[str, dict[str, Any]] = {
         "hidden_size": 512,
         "num_attention_heads": 8,
         "ffn_hidden_size": 4096,
-        "seq_length": 256,
-        "vocab_size": 4096,
+        "seq_length": 128,
+        "vocab_size": 2048,
     },
 }
 

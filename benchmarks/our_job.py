@@ -90,7 +90,8 @@ def switch_and_compare_memory(ours: Ours, goal: float) -> Row:
     model, ssd = ours.config.ssd_megatron.model, ours.config.ssd_megatron.ssd
     tokens = ours.config.micro_batch_size * model.seq_length
     size = torch.finfo(getattr(torch, ours.config.dtype)).bits // 8
-    hidden = model.num_layers * tokens * model.ffn_hidden_size * size * (3 if model.gated else 1)
+    # What dense mode has more of: neurons' outputs of every layer, and in backward two gradients of one layer's.
+    hidden = (model.num_layers + 2) * tokens * model.ffn_hidden_size * size * (3 if model.gated else 1)
     return Row(
         "peak memory of a step, sparse / dense",
         sparse / dense,

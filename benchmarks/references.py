@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from benchmarks.row import Missing
 from ssd_megatron.config.load import RunConfig
 from ssd_megatron.ffn.bank import NeuronBank
+from ssd_megatron.model.blocks import TransformerBlock
 from ssd_megatron.model.gpt import GPT
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.training.job import make_engine
@@ -58,7 +59,8 @@ def plain_model(config: RunConfig, topology: Topology) -> GPT:
     """Our GPT as it starts, its switchable networks replaced."""
     model = GPT(config.ssd_megatron, "torch", topology)
     for block in model.blocks.values():
-        block.layer.mlp = PlainFFN(block.layer.mlp.bank)
+        assert isinstance(block, TransformerBlock)
+        block.layer.mlp = PlainFFN(block.ffn.bank)
     return model
 
 
@@ -125,6 +127,7 @@ def hugging_face_model(family: str, config: RunConfig) -> nn.Module:
     from transformers import AutoModelForCausalLM, GPT2Config, OPTConfig
 
     m = config.ssd_megatron.model
+    settings: OPTConfig | GPT2Config
     if family == "opt":
         settings = OPTConfig(
             vocab_size=m.padded_vocab_size,

@@ -161,7 +161,7 @@ def _growth(job: Job, repeat: int) -> float:
 
 
 def _memory() -> int:
-    return torch.cuda.memory_allocated() if IS_CUDA else psutil.Process().memory_info().rss
+    return torch.cuda.memory_allocated() if IS_CUDA else int(psutil.Process().memory_info().rss)
 
 
 def _arguments(argv: list[str] | None) -> argparse.Namespace:

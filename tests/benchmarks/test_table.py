@@ -11,8 +11,9 @@ from benchmarks.table import hardware, report
 from benchmarks.timing import paired, take_turns
 from tests.benchmarks.helpers import FIELDS
 
-ROWS = [
-    Row("lower is better", 0.4, 0.5, 0.25, details={"ms": 12.5, "kind": "eager"}),
+FIRST = Row("lower is better", 0.4, 0.5, 0.25, details={"ms": 12.5, "kind": "eager"})
+ROWS: list[Row | Missing] = [
+    FIRST,
     Row("too slow", 0.6, 0.5, 0.25),
     Row("higher is better", 0.9, 0.85, 1.0, at_least=True),
     Missing("elsewhere", "needs CUDA"),
@@ -36,7 +37,7 @@ def test_json_has_every_field_of_every_row(tmp_path: Path, capsys: pytest.Captur
 
 def test_a_stopped_benchmark_keeps_what_it_measured(tmp_path: Path) -> None:
     def stopped() -> Iterator[Row]:
-        yield ROWS[0]
+        yield FIRST
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
