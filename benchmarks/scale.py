@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
+from matplotlib.ticker import FixedLocator, LogLocator, NullLocator, ScalarFormatter
 
 from benchmarks.row import Row
 from benchmarks.scale_sweeps import Sizes, Sweep, ffn_sweeps, rank_sweeps, step_sweeps, switch_sweep
@@ -74,20 +75,33 @@ def rows(sweeps: Iterator[Sweep], kept: list[Sweep]) -> Iterator[Row]:
 
 
 def draw(sweeps: list[Sweep], path: Path) -> None:
-    """Measured times and laws, one small plot for each sweep."""
-    columns = 4
-    lines = -(-len(sweeps) // columns)
+    """Measured times and laws; dense and sparse of the same sweep in one plot."""
+    plots: dict[tuple[str, str], list[Sweep]] = {}
+    for sweep in sweeps:
+        plots.setdefault((sweep.what.removeprefix("dense ").removeprefix("sparse "), sweep.size), []).append(sweep)
+    columns = min(4, len(plots))
+    lines = -(-len(plots) // columns)
     figure = Figure(figsize=(4 * columns, 3.2 * lines), layout="constrained")
-    plots = figure.subplots(lines, columns, squeeze=False).flat
-    for sweep, axes in zip(sweeps, plots, strict=False):
-        sizes = [point.size for point in sweep.points]
-        axes.plot(sizes, [point.seconds * 1e3 for point in sweep.points], "o-", label="measured")
-        axes.plot(sizes, [sweep.law(point) * 1e3 for point in sweep.points], "k--", label=f"law: {sweep.law_in_words}")
-        axes.set(title=sweep.what, xlabel=sweep.size, ylabel="ms", xscale="log", yscale="log")
-        axes.set_xticks(sizes, [str(size) for size in sizes])
-        axes.minorticks_off()
+    places = list(figure.subplots(lines, columns, squeeze=False).flat)
+    for (what, size), members in plots.items():
+        axes = places.pop(0)
+        for sweep in members:
+            sizes = [point.size for point in sweep.points]
+            color = "C0" if sweep.what.startswith("dense") else "C1"
+            mode = sweep.what.partition(" ")[0]
+            axes.plot(sizes, [point.seconds * 1e3 for point in sweep.points], "o-", color=color, label=mode)
+            axes.plot(sizes, [sweep.law(point) * 1e3 for point in sweep.points], "--", color=color, alpha=0.6)
+        axes.set(title=f"{what} against {size}", ylabel="ms", xscale="log", yscale="log")
+        axes.set_xlabel(f"dashed: {members[0].law_in_words}", fontsize="small")
+        axes.xaxis.set_major_locator(FixedLocator([point.size for point in members[0].points]))
+        axes.yaxis.set_major_locator(LogLocator(subs=(1, 2, 5)))
+        for axis in (axes.xaxis, axes.yaxis):
+            axis.set_major_formatter(ScalarFormatter())
+            axis.set_minor_locator(NullLocator())
+        bottom, top = axes.get_ylim()
+        axes.set_ylim(bottom / 1.3, top * 1.3)
         axes.legend(fontsize="small")
-    for axes in list(plots):
+    for axes in places:
         axes.axis("off")
     FigureCanvasAgg(figure).print_png(path)
 
