@@ -69,7 +69,10 @@ def network_variants(ours: Ours) -> dict[str, Callable[[int], object]]:
             assert gates_TK is not None
             torch.autograd.grad(gates_TK, [x, network.router.weight], torch.ones_like(gates_TK))
 
-    variants: dict[str, Callable[[int], object]] = {"dense": partial(run, "dense"), "sparse": partial(run, "sparse")}
+    variants: dict[str, Callable[[int], object]] = {
+        "dense network": partial(run, "dense"),
+        "sparse network": partial(run, "sparse"),
+    }
     return variants | ({"routing": routing} if ours.networks[0].settings.backend == "torch" else {})
 
 

@@ -30,6 +30,7 @@ from ssd_megatron.parallel.device import IS_CUDA, keep_freed_memory
 from ssd_megatron.parallel.topology import Topology, initialize_topology, leave_topology
 
 PLAIN_GOAL, REFERENCE_GOAL, AMDAHL_GOAL, ROUTING_GOAL, MEMORY_GOAL, MFU_GOAL = 1.02, 1.0, 0.85, 0.05, 1.0, 0.45
+DENSE, SPARSE = "dense step", "sparse step"
 CARD_TFLOPS = 790.0  # what an H200 gives for bf16 products of random numbers
 
 
@@ -56,10 +57,9 @@ def rows(
 
     references: list[Reference | Missing] = [plain_step(config, ours.job)]
     references += [r for family in families for r in hugging_face_steps(family, config, topology, compiled)]
-    runnable = [reference for reference in references if isinstance(reference, Reference)]
-    variants: dict[str, Callable[[int], object]] = {"dense": lambda _: ours.step("dense")}
-    variants |= {reference.name: reference.step for reference in runnable}
-    variants["sparse"] = lambda _: ours.step("sparse")
+    variants: dict[str, Callable[[int], object]] = {DENSE: lambda _: ours.step("dense")}
+    variants |= {reference.name: reference.step for reference in references if isinstance(reference, Reference)}
+    variants |= {SPARSE: lambda _: ours.step("sparse")} | network_variants(ours)
     times = take_turns(variants, turns)
     medians = {name: statistics.median(values) for name, values in times.items()}
 
@@ -73,31 +73,30 @@ def rows(
         ideal = 1.0 if reference is references[0] else products / medians[reference.name]
         yield Row(
             f"dense step / {reference.name}",
-            paired(times["dense"], times[reference.name]),
+            paired(times[DENSE], times[reference.name]),
             goal,
             ideal,
             details={
-                "ours s": medians["dense"],
+                "ours s": medians[DENSE],
                 "theirs s": medians[reference.name],
-                "ours tokens/s": tokens / medians["dense"],
+                "ours tokens/s": tokens / medians[DENSE],
                 "theirs tokens/s": tokens / medians[reference.name],
                 "parameters theirs / ours": reference.parameters / _parameters(ours),
             },
         )
-    yield from _sparse_rows(ours, times, tokens, turns)
-    yield _mfu_row(config, tokens / medians["dense"])
+    yield from _sparse_rows(ours, times, tokens)
+    yield _mfu_row(config, tokens / medians[DENSE])
     ours.job.engine.close()
 
 
-def _sparse_rows(ours: Ours, times: dict[str, list[float]], tokens: int, turns: int) -> Iterator[Row | Missing]:
-    ffn = take_turns(network_variants(ours), turns)
+def _sparse_rows(ours: Ours, times: dict[str, list[float]], tokens: int) -> Iterator[Row | Missing]:
     passes = ours.config.gradient_accumulation_steps
-    dense, sparse = (statistics.median(times[mode]) for mode in ("dense", "sparse"))
-    ffn_dense, ffn_sparse = (passes * statistics.median(ffn[mode]) for mode in ("dense", "sparse"))
-    implied = dense / (dense - ffn_dense + ffn_sparse)
+    measured = zip(times[DENSE], times[SPARSE], times["dense network"], times["sparse network"], strict=True)
+    turns = [(dense, sparse, passes * network, passes * experts) for dense, sparse, network, experts in measured]
+    dense, sparse, network, experts = (statistics.median(column) for column in zip(*turns, strict=True))
     yield Row(
         "speed-up of a sparse step / what the network's implies",
-        paired(times["dense"], times["sparse"]) / implied,
+        statistics.median((d - n + e) / s for d, s, n, e in turns),  # d / s over d / (d - n + e)
         AMDAHL_GOAL,
         1.0,
         at_least=True,
@@ -106,22 +105,21 @@ def _sparse_rows(ours: Ours, times: dict[str, list[float]], tokens: int, turns: 
             "sparse s": sparse,
             "sparse tokens/s": tokens / sparse,
             "speed-up": dense / sparse,
-            "implied": implied,
-            "network's": ffn_dense / ffn_sparse,
-            "network's share of a dense step": ffn_dense / dense,
+            "implied": dense / (dense - network + experts),
+            "network's": network / experts,
+            "network's share of a dense step": network / dense,
         },
     )
     name = "router, top-k and metadata / sparse network"
-    if "routing" not in ffn:
+    if "routing" not in times:
         yield Missing(name, f"the metadata of backend {ours.networks[0].settings.backend} is inside its kernels")
         return
-    routing = passes * statistics.median(ffn["routing"])
     yield Row(
         name,
-        paired(ffn["routing"], ffn["sparse"]),
+        paired(times["routing"], times["sparse network"]),
         ROUTING_GOAL,
         0.0,
-        details={"routing ms": routing * 1e3, "network ms": ffn_sparse * 1e3},
+        details={"routing ms": passes * statistics.median(times["routing"]) * 1e3, "network ms": experts * 1e3},
     )
 
 
