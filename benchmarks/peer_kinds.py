@@ -4,6 +4,7 @@ Shapes: T tokens, H hidden, E experts of N neurons, K experts per token, S = T *
 """
 
 from collections.abc import Callable
+from importlib.util import find_spec
 from types import SimpleNamespace
 from typing import Any
 
@@ -158,6 +159,8 @@ def megablocks(problem: Problem) -> Contender:
     from megablocks.layers.arguments import Arguments
     from megablocks.layers.dmoe import ParallelDroplessMLP
 
+    if find_spec("grouped_gemm") is None:
+        raise NotHere("megablocks needs the package grouped_gemm for its grouped products")
     layer = ParallelDroplessMLP(
         Arguments(
             hidden_size=problem.hidden,
