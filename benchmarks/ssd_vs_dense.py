@@ -11,7 +11,6 @@ import argparse
 import json
 import os
 import statistics
-import subprocess
 import sys
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,9 +21,9 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
+from benchmarks.runs import finish_run, is_finished, make_embedded_corpus
 from ssd_megatron.training.metrics import read_metrics
 
-ROOT = Path(__file__).resolve().parents[1]
 ARMS = ("dense", "ssd", "sparse", "convert")
 # Goals for the ssd arm: dense validation loss above the dense arm's, and share of FLOPs saved.
 LOSS_GOAL, SAVED_GOAL, LOSS_FLOOR, SAVED_FLOOR = 0.005, 0.25, 0.02, 0.20
@@ -100,19 +99,11 @@ def arm_settings(arm: str, steps: int, first_switch: int | None) -> dict[str, An
 def run_arm(out: Path, arm: str, seed: int, steps: int, threads: int) -> Result:
     """Run, or resume, or take the finished run of one arm and seed."""
     run_dir = out / f"{arm}-{seed}"
-    summary_path = run_dir / "summary.json"
-    if not (summary_path.exists() and json.loads(summary_path.read_text())["status"] == "finished"):
+    config = base_config(steps, seed, run_dir)
+    if not is_finished(run_dir):
         first_switch = _first_switch(out / f"ssd-{seed}") if arm == "convert" else None
-        config = base_config(steps, seed, run_dir)
         config["ssd_megatron"]["ssd"] |= arm_settings(arm, steps, first_switch)
-        run_dir.mkdir(parents=True, exist_ok=True)
-        config_path = out / f"{arm}-{seed}.json"
-        config_path.write_text(json.dumps(config, indent=2))
-        environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
-        with (run_dir / "console.log").open("a") as log:
-            command = [sys.executable, str(ROOT / "pretrain_ssd.py"), "--ds_config", str(config_path)]
-            subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, check=True)
-    summary = json.loads(summary_path.read_text())
+    summary = finish_run(config, threads)
     saved = summary["flops_saved_fraction"]
     print(f"{arm} seed {seed}: dense {summary['loss_dense']:.4f}, {saved:.1%} of FLOPs saved", flush=True)
     return Result(
@@ -121,7 +112,7 @@ def run_arm(out: Path, arm: str, seed: int, steps: int, threads: int) -> Result:
         summary["loss_dense"],
         summary["loss_sparse"],
         summary["flops"],
-        summary["flops_saved_fraction"],
+        saved,
         summary["seconds"],
     )
 
@@ -206,7 +197,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     seeds, steps = ([1], 50) if arguments.quick else (arguments.seeds, arguments.steps)
     out = arguments.out.resolve()
-    subprocess.run([sys.executable, "tools/embedded_corpus.py", "--out", "data/embedded"], cwd=ROOT, check=True)
+    make_embedded_corpus()
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
     results: list[Result] = []
     with ThreadPoolExecutor(arguments.jobs) as pool:

@@ -1,6 +1,9 @@
 """Checkpoints as tests compare them: whatever wrote them, neurons by identity."""
 
+import json
+from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load_file
@@ -46,3 +49,12 @@ def assert_written_once(folder: Path, ranks: int) -> None:
             assert parts[piece.file][key].numel() == piece.numel
             times[key][piece.start : piece.start + piece.numel] += 1
     assert all(bool((count == 1).all()) for count in times.values())
+
+
+def edit_index(folder: Path, change: Callable[[dict[str, Any]], object]) -> None:
+    """Change index.json as a writer would have that was wrong: its checksum is that of what it says."""
+    path = folder / files.INDEX
+    index = json.loads(path.read_text())
+    del index["sha256"]
+    change(index)
+    path.write_text(json.dumps(index | {"sha256": files.index_digest(index)}))

@@ -17,8 +17,8 @@ from ssd_megatron.switching.coordinator import Coordinator
 from ssd_megatron.switching.networks import Networks
 from ssd_megatron.switching.schedule import Schedule
 from ssd_megatron.switching.statistics import ProbeBatch
+from ssd_megatron.training.assembly import make_engine
 from ssd_megatron.training.engine import Engine
-from ssd_megatron.training.job import make_engine
 from tests.small_run import Corpus, small_config
 
 NOWHERE = Corpus(Path("corpus"), Path("tokenizer.model"))

@@ -128,6 +128,7 @@ def train(sizes: Sizes, ranks: int, arguments: argparse.Namespace) -> Outcome:
             job.switch(step)
             result = job.train_step(step)
             curve.append((result.loss, result.grad_norm))
+            job.coordinator.after_step(step, result.loss)
     except SwitchError as error:  # on every rank alike
         failure = str(error)
         curve += [(math.nan, math.nan)] * (STEPS - len(curve))
@@ -178,6 +179,7 @@ def run_config(sizes: Sizes, ranks: int, arguments: argparse.Namespace) -> RunCo
                 "num_experts": EXPERTS,
                 "top_k": 8,
                 "top_k_allocation": "equal",
+                "check_interval": 4,
             },
             "training": {"train_steps": STEPS},
         },

@@ -101,7 +101,8 @@ class SwitchableFFN(nn.Module):
     def _sparse(self, x_TH: Tensor) -> Tensor:
         num_experts, homes = self.settings.num_experts, self.homes
         expert_ids_TK, gates_TK = self.router.route(x_TH, self._expert_means())
-        self.expert_load = torch.bincount(expert_ids_TK.flatten(), minlength=num_experts)
+        ids = expert_ids_TK.flatten()
+        self.expert_load = ids.new_zeros(num_experts).scatter_add_(0, ids, torch.ones_like(ids))
         # A tensor-parallel rank has the gradients of its own experts' gates only; the router, which all have alike,
         # gets their sum.
         gates_TK = None if gates_TK is None else homes.enter(gates_TK)
@@ -110,8 +111,8 @@ class SwitchableFFN(nn.Module):
             y_TH = self._compute(x_TH, homes.local_ids(expert_ids_TK, num_experts), gates_TK)
         else:
             route, ids_RK = homes.route(expert_ids_TK, num_experts)
-            y_RH = self._compute(homes.send(x_TH, route), ids_RK, homes.send_gates(gates_TK, route))
-            y_TH = homes.collect(y_RH, route)
+            y_RH = self._compute(route.send(x_TH), ids_RK, route.send_gates(gates_TK))
+            y_TH = route.collect(y_RH)
         return homes.leave(y_TH)
 
     def _compute(self, x_TH: Tensor, local_ids_TK: Tensor, gates_TK: Tensor | None) -> Tensor:

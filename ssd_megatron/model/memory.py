@@ -1,4 +1,4 @@
-"""Memory of one rank of a layout, from the settings alone: what parallel/, ffn/homes.py and DeepSpeed's ZeRO keep.
+"""Memory of one rank of a layout, from the settings alone: what parallel/, ffn/ and DeepSpeed's ZeRO keep.
 
 Sizes in formulas: T tokens of a microbatch, h hidden, f neurons, qkv outputs of the attention's projection, v padded
 vocabulary; TP, PP, EP, DP sizes of the layout.

@@ -9,7 +9,6 @@ e = d mod expert.
 import logging
 from dataclasses import dataclass
 from datetime import timedelta
-from typing import Any
 
 import deepspeed
 import deepspeed.ops
@@ -105,22 +104,25 @@ def initialize_topology(sizes: ParallelConfig | None = None, meeting: Meeting | 
     vars(distributed_c10d).update(default_pg_timeout=timeout, default_pg_nccl_timeout=timeout)
     if IS_CUDA:
         torch.cuda.set_device(local_device())
-    _init_deepspeed(dist_backend="nccl" if IS_CUDA else "gloo", auto_mpi_discovery=False, timeout=timeout)
+    # Not by DeepSpeed, which would bind the device: then NCCL makes each of a large job's thousands of groups at once,
+    # all ranks together, and not only those that are used.
+    dist.init_process_group("nccl" if IS_CUDA else "gloo", timeout=timeout)
+    _join_deepspeed()
     return _build(sizes, launched)
 
 
 def pretend_topology(sizes: ParallelConfig, rank: int, world_size: int) -> Topology:
     """Where one rank of a job of any size would stand: all groups are made, and what they do together does nothing."""
     dist.init_process_group("fake", rank=rank, world_size=world_size, store=FakeStore())
-    _init_deepspeed()
+    _join_deepspeed()
     return _build(sizes, launched=False)
 
 
-def _init_deepspeed(**arguments: Any) -> None:
+def _join_deepspeed() -> None:
     # On CPUs DeepSpeed would compile an all-reduce for inference: 40 s, a lock on which later jobs wait for ever
     # when a start is killed meanwhile, and 64 MB of /dev/shm that outlive every killed job.
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
-    deepspeed.init_distributed(verbose=False, **arguments)
+    deepspeed.init_distributed(auto_mpi_discovery=False, verbose=False)
 
 
 def leave_topology() -> None:

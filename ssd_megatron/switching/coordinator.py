@@ -63,7 +63,7 @@ class Coordinator:
         self.mode: Mode = "dense"
         self.has_partition = False  # once a switch has formed experts, the model can be evaluated in both modes
         self._labels: dict[str, Tensor] = {}  # of this stage, by neuron identity
-        self._expert_ids: dict[str, Tensor] = {}  # of this stage
+        self._expert_ids: dict[str, Tensor] = {}  # of this stage, by probe token, int16
 
     def before_step(self, step: int) -> SwitchReport | None:
         """Bring the model into the mode of `step` (collective). To be called before every step.
@@ -73,8 +73,9 @@ class Coordinator:
         """
         wanted = self.schedule.mode(step)
         report = None if wanted == self.mode else self._switch(step, wanted)
-        if self.mode == "dense":
-            self._state.set_learning_rate(ROUTER_GROUP, 0.0)
+        # Set in every step: the scheduler, which gives all groups the same rate, does not move after a skipped one.
+        rate = 0.0 if self.mode == "dense" else self._state.learning_rates()["decay"]
+        self._state.set_learning_rate(ROUTER_GROUP, rate)
         return report
 
     def after_step(self, step: int, loss: float | None) -> CheckReport | None:
@@ -84,8 +85,7 @@ class Coordinator:
             loss: of this step, the same on every rank; None if it was not finite.
         """
         report = self._check(step) if self._is_due(step) else None
-        since = step + 1 - self.schedule.decision(step).step
-        spike = loss is not None and self._watch.step(loss, since) and self._ssd.on_spike == "dense"
+        spike = loss is not None and self._is_spike(step, loss)
         stable = self.schedule.after_step(step, similarity=None if report is None else report.agreement, spike=spike)
         return None if report is None else replace(report, stable=stable)
 
@@ -132,7 +132,8 @@ class Coordinator:
             ffn.mode = mode
 
     def state_dict(self) -> tuple[dict[str, object], dict[str, Tensor]]:
-        """What a checkpoint keeps of all stages: plain values, ready for JSON, and tensors (collective)."""
+        """What a checkpoint keeps of all stages: plain values, ready for JSON, and, on each pipeline's first rank,
+        tensors (collective)."""
         values: dict[str, object] = {
             "mode": self.mode,
             "schedule": self.schedule.state_dict(),
@@ -142,7 +143,7 @@ class Coordinator:
         }
         tensors = {f"labels/{name}": labels for name, labels in self._labels.items()}
         tensors |= {f"expert_ids/{name}": ids for name, ids in self._expert_ids.items()}
-        stages = self.networks.topology.pipeline.gather_objects("the coordinator's state", tensors)
+        stages = self.networks.topology.pipeline.objects_to_first("the coordinator's state", tensors)
         return values, {name: tensor for stage in stages for name, tensor in stage.items()}
 
     def load_state_dict(self, values: Mapping[str, object], tensors: Mapping[str, Tensor]) -> None:
@@ -158,6 +159,14 @@ class Coordinator:
             kept.clear()
             found = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
             kept.update({name: tensor for name, tensor in found.items() if name in self.networks.local})
+
+    def _is_spike(self, step: int, loss: float) -> bool:
+        """Whether the loss calls for dense mode; the same on all ranks, whose sums may differ in the last bit."""
+        since = step + 1 - self.schedule.decision(step).step
+        spike = self._watch.step(loss, since)
+        if self._ssd.on_spike != "dense" or not self._watch.is_watching(since):
+            return False
+        return bool(self.networks.topology.world.max("loss after a switch", [int(spike)])[0])
 
     def _is_due(self, step: int) -> bool:
         return step % self._ssd.check_interval == 0
@@ -254,8 +263,9 @@ class Coordinator:
         groupings = self._clustering.follow(names, self._labels, step)
         labels = {name: grouping.labels for name, grouping in groupings.items()}
         centroids = {name: grouping.centroids for name, grouping in groupings.items()}
-        statistics = collect_statistics(networks.local, self._probe, centroids, ssd.top_k, signatures=False)
-        ids = {name: statistics[name].expert_ids for name in names}
+        top_k = dict.fromkeys(networks.local, ssd.top_k)
+        statistics = collect_statistics(networks.local, self._probe, centroids, top_k, signatures=False)
+        ids = {name: statistics[name].expert_ids.to(torch.int16) for name in names}
         layers = self._similarity(labels)
         known = {
             name: expert_overlap(self._expert_ids[name], ids[name], ssd.num_experts)

@@ -48,6 +48,16 @@ def stale_parameters(state: LogicalState, names: Sequence[str]) -> list[str]:
     return stale
 
 
+def replica_digest(state: LogicalState, names: Sequence[str]) -> str:
+    """A hash of this rank's rows of one bank as the model computes with them: the same on ranks that hold the same."""
+    total = torch.zeros(len(state.parameter(names[0])), dtype=torch.int64, device=state.parameter(names[0]).device)
+    for name in names:
+        parameter = state.parameter(name).detach()
+        row_size = parameter.numel() // len(parameter)
+        _add_fingerprints(total, parameter.reshape(-1), 0, row_size, _leaf(name))
+    return hashlib.sha256(total.cpu().numpy().tobytes()).hexdigest()
+
+
 def _add_fingerprints(total: Tensor, values: Tensor, start: int, row_size: int, key: str) -> None:
     """Add the part of each row's fingerprint that elements [start, start + numel) of a flattened tensor give."""
     weights = _column_weights(key, row_size).to(total.device)

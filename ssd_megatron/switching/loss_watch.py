@@ -24,11 +24,16 @@ class LossWatch:
     def step(self, loss: float, steps_since_switch: int) -> bool:
         """Take in a step's loss. True while it is too high for SPIKES_IN_A_ROW steps and more."""
         self._losses.append(loss)
-        if self._level is None or steps_since_switch > WATCHED_STEPS:
+        if not self.is_watching(steps_since_switch):
             self._spikes = 0
             return False
+        assert self._level is not None
         self._spikes = self._spikes + 1 if loss > self._factor * self._level else 0
         return self._spikes >= SPIKES_IN_A_ROW
+
+    def is_watching(self, steps_since_switch: int) -> bool:
+        """Whether a loss this many steps after the last switch can count as a spike."""
+        return self._level is not None and steps_since_switch <= WATCHED_STEPS
 
     @property
     def spiking(self) -> bool:

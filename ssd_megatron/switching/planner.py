@@ -81,7 +81,10 @@ class Planner:
         if self._networks.homes == 1:
             return Plan(labels, {name: torch.arange(self._ssd.num_experts) for name in labels})
         centroids = {name: grouping.centroids for name, grouping in groupings.items()}
-        statistics = collect_statistics(self._networks.local, self._probe, centroids, self._ssd.top_k, signatures=False)
+        local = self._networks.local
+        # As many experts as in the last sparse phase: how many there will be is decided on placed experts.
+        top_k = {name: ffn.router.top_k for name, ffn in local.items()}
+        statistics = collect_statistics(local, self._probe, centroids, top_k, signatures=False)
         loads = {
             name: torch.bincount(layer.expert_ids.flatten(), minlength=self._ssd.num_experts)
             for name, layer in statistics.items()
@@ -103,7 +106,7 @@ class Planner:
         if self._ssd.partition != "coactivation":
             return {}
         local = self._networks.local
-        statistics = collect_statistics(local, self._probe, {}, self._ssd.top_k)
+        statistics = collect_statistics(local, self._probe, {}, dict.fromkeys(local, self._ssd.top_k))
         return {name: layer.signatures[_positions(local[name].bank)] for name, layer in statistics.items()}
 
 

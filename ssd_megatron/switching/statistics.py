@@ -10,6 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
+from ssd_megatron.ffn.routers import expert_scores
 from ssd_megatron.ffn.switchable import SwitchableFFN
 from ssd_megatron.parallel.topology import Topology
 
@@ -62,17 +63,17 @@ class _Recorder:
     signatures: bool
     fired: list[Tensor] = field(default_factory=list)
     chosen: list[Tensor] = field(default_factory=list)
-    fired_count: int = 0
+    fired_counts: list[Tensor] = field(default_factory=list)
     pairs: int = 0
 
     def __call__(self, x_TH: Tensor, pre_TN: Tensor) -> None:
         fired_TN = pre_TN > 0
-        self.fired_count += int(fired_TN.sum())
+        self.fired_counts.append(fired_TN.sum())
         self.pairs += fired_TN.numel()
         if self.signatures:
             self.fired.append(pack_bits(fired_TN.t()))
         if self.centroids_EH is not None:
-            scores_TE = x_TH @ self.centroids_EH.to(x_TH.dtype).t()
+            scores_TE = expert_scores(x_TH, self.centroids_EH.to(x_TH.device))
             self.chosen.append(scores_TE.topk(self.top_k, dim=1).indices)
 
 
@@ -80,7 +81,7 @@ def collect_statistics(
     ffns: Mapping[str, SwitchableFFN],
     probe: ProbeBatch,
     centroids: Mapping[str, Tensor],
-    top_k: int,
+    top_k: Mapping[str, int],
     *,
     signatures: bool = True,
 ) -> dict[str, LayerStatistics]:
@@ -89,11 +90,12 @@ def collect_statistics(
 
     Args:
         centroids: [E, H] expert scores by network name, for those whose expert choice is wanted.
+        top_k: experts per token of each network.
         signatures: whether the bits are wanted, a byte per neuron and eight probe tokens of every rank.
     """
     tensor = probe.topology.tensor
     recorders = {
-        name: _Recorder(ffn.bank.neuron_ids.numel() // tensor.size, centroids.get(name), top_k, signatures)
+        name: _Recorder(ffn.bank.neuron_ids.numel() // tensor.size, centroids.get(name), top_k[name], signatures)
         for name, ffn in ffns.items()
     }
     with observed(ffns, recorders):
@@ -104,7 +106,7 @@ def collect_statistics(
 def expert_overlap(ids_a_TK: Tensor, ids_b_TK: Tensor, num_experts: int) -> float:
     """Mean share of a token's experts that both choices have."""
     one_hot = [
-        torch.zeros(len(ids), num_experts, dtype=torch.bool).scatter_(1, ids.cpu(), True)
+        torch.zeros(len(ids), num_experts, dtype=torch.bool).scatter_(1, ids.cpu().long(), True)
         for ids in (ids_a_TK, ids_b_TK)
     ]
     return float((one_hot[0] & one_hot[1]).sum(1).double().mean()) / ids_a_TK.shape[1]
@@ -137,7 +139,7 @@ def _gather(recorder: _Recorder, probe: ProbeBatch) -> LayerStatistics:
     samples = [len(batch["tokens"]) for batch in probe.batches] if recorder.chosen else []
     by_sample = [_by_sample(ids, count) for ids, count in zip(recorder.chosen, samples, strict=True)]
     chosen = torch.cat([torch.zeros(0, recorder.top_k, dtype=torch.int64), *by_sample])
-    mine = (signatures, chosen, recorder.fired_count, recorder.pairs)
+    mine = (signatures, chosen, sum(map(int, recorder.fired_counts)), recorder.pairs)
     parts = topology.stage.gather_objects("activation statistics", mine)
     tensor = topology.tensor.size
     return LayerStatistics(

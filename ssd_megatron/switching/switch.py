@@ -16,7 +16,7 @@ from ssd_megatron.ffn.switchable import SwitchableFFN
 from ssd_megatron.parallel.logical_state import LogicalState
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.parallel.zero import EXP_AVG, EXP_AVG_SQ, KINDS, MASTER
-from ssd_megatron.switching.fingerprint import bank_fingerprints, stale_parameters
+from ssd_megatron.switching.fingerprint import bank_fingerprints, replica_digest, stale_parameters
 from ssd_megatron.switching.networks import Networks
 from ssd_megatron.switching.partition import partition_order
 from ssd_megatron.switching.redistribute import move_neurons
@@ -83,9 +83,14 @@ def verify_bank(name: str, ffn: SwitchableFFN, expected: Tensor, state: LogicalS
     names = neuron_tensor_names(name, ffn)
     now = fingerprints_by_identity(ffn, bank_fingerprints(state, names, topology.stage))
     wrong = int((now != expected).sum())
-    stale = stale_parameters(state, names)
-    if topology.stage.max("stale parameters", [len(stale)])[0]:
-        raise SwitchError(f"{name}: the model's parameters are not their fp32 masters after a switch: {stale}")
+    # Each rank compares the masters that it owns with its own copy of the parameters; copies must be the same.
+    mine = stale_parameters(state, names), replica_digest(state, names), topology.bank.rank
+    seen = topology.stage.gather_objects("parameters after a switch", mine)
+    stale = sorted({leaf for part, _, _ in seen for leaf in part})
+    unlike = len({(digest, home) for _, digest, home in seen}) != topology.bank.size
+    if stale or unlike:
+        what = f": {stale}" if stale else " on all ranks alike"
+        raise SwitchError(f"{name}: the model's parameters are not their fp32 masters after a switch{what}")
     if wrong:
         raise SwitchError(
             f"{name}: {wrong} of {now.numel()} neurons do not have the weights and moments they had before the switch"

@@ -39,16 +39,27 @@ class Checkpointer:
     """Saves and restores a run's state under `<run_dir>/checkpoints` (every method is collective).
 
     A save that fails on any rank ends in CheckpointError on all, with the checkpoints before it untouched.
+
+    Args:
+        tell: what to do with a line for the user; the first rank's counts.
     """
 
     def __init__(
-        self, root: Path, trained: Trained, topology: Topology, *, keep_last: int | None, async_save: bool
+        self,
+        root: Path,
+        trained: Trained,
+        topology: Topology,
+        *,
+        keep_last: int | None,
+        async_save: bool,
+        tell: Callable[[str], None],
     ) -> None:
         self._root = root
         self._trained = trained
         self._topology = topology
         self._keep_last = keep_last
         self._async = async_save
+        self._tell = tell
         self._writing: _Writing | None = None
         if topology.is_first:
             root.mkdir(parents=True, exist_ok=True)
@@ -100,12 +111,20 @@ class Checkpointer:
             if self._topology.is_first:
                 index = _index(writing, [record for part in records for record in part], pieces, shapes)
                 files.commit(self._root, index)
-                files.remove_old(self._root, writing.step, self._keep_last)
 
         self._agree("written to", commit)
+        if self._topology.is_first:
+            self._remove_old(writing.step)
         return self._root / files.folder_name(writing.step)
 
-    def restore_newest(self, tell: Callable[[str], None]) -> tuple[int, dict[str, float]] | None:
+    def _remove_old(self, step: int) -> None:
+        """What cannot be deleted now, as somebody has it open, is so with the next save."""
+        try:
+            files.remove_old(self._root, step, self._keep_last)
+        except OSError as error:
+            self._tell(f"old checkpoints in {self._root} could not be deleted: {error}")
+
+    def restore_newest(self) -> tuple[int, dict[str, float]] | None:
         """Restore the newest checkpoint that is whole; damaged ones are told and passed over.
 
         Returns:
@@ -125,7 +144,7 @@ class Checkpointer:
                 self._agree("set aside in", lambda: self._set_aside(damaged))
                 return restored
             damaged.append(folder)
-            tell(f"checkpoint {folder} is damaged ({'; '.join(damage)}): it is passed over")
+            self._tell(f"checkpoint {folder} is damaged ({'; '.join(damage)}): it is passed over")
         if folders:
             raise CheckpointError(f"no checkpoint in {self._root} is whole: move the folder away to start anew")
         return None
@@ -165,9 +184,10 @@ class Checkpointer:
 
         def read() -> None:
             files.read_intervals(folder, index, held)
-            shared.update(files.read_tensors(folder, files.SHARED))
+            shared.update(files.read_tensors(folder, files.SHARED, self._is_of_this_stage))
             if same_layout:
-                rng.update(files.read_tensors(folder, files.rank_file(self._topology.rank), prefix=RNG))
+                own = files.rank_file(self._topology.rank)
+                rng.update(files.read_tensors(folder, own, lambda key: key.startswith(RNG)))
 
         self._agree("restored from", read)
         state.publish()
@@ -180,7 +200,7 @@ class Checkpointer:
         scheduler.load_state_dict(scheduler.state_dict() | values["lr_scheduler"])
         self._trained.engine.deepspeed.global_steps = index.step
         for name, ffn in self._trained.model.ffns.items():
-            ffn.bank.neuron_ids.copy_(shared[f"{name}.bank.neuron_ids"])
+            ffn.bank.neuron_ids.copy_(shared[f"{name}{files.NEURON_IDS}"])
         self._trained.coordinator.load_state_dict(values["coordinator"], shared)
         if same_layout:
             _set_rng(rng)
@@ -189,10 +209,16 @@ class Checkpointer:
             torch.manual_seed(hash((torch.initial_seed(), index.step)))
         return index.step, values["counters"]
 
+    def _is_of_this_stage(self, key: str) -> bool:
+        """Whether a tensor that all ranks have alike belongs to a network of this stage."""
+        ffns = self._trained.model.ffns
+        return key.rpartition("/")[2] in ffns or key.removesuffix(files.NEURON_IDS) in ffns
+
     def _neuron_ids(self) -> dict[str, Tensor]:
-        """Which neuron lies where in the banks of all stages (collective)."""
-        mine = {f"{name}.bank.neuron_ids": ffn.bank.neuron_ids.cpu() for name, ffn in self._trained.model.ffns.items()}
-        stages = self._topology.pipeline.gather_objects("neuron identities", mine)
+        """Which neuron lies where in the banks of all stages, on each pipeline's first rank (collective)."""
+        ffns = self._trained.model.ffns
+        mine = {f"{name}{files.NEURON_IDS}": ffn.bank.neuron_ids.cpu() for name, ffn in ffns.items()}
+        stages = self._topology.pipeline.objects_to_first("neuron identities", mine)
         return {name: ids for stage in stages for name, ids in stage.items()}
 
     def _values(self, counters: Mapping[str, float], remembered: Mapping[str, object]) -> dict[str, Any]:

@@ -1,7 +1,7 @@
 """Checkpoints on disk: safetensors files and one index.json, complete or not there at all. No pickle.
 
     checkpoints/step_00000100/
-        index.json              what it holds, where, and every file's size and SHA-256; written last
+        index.json              what it holds, where, every file's size and SHA-256, and its own; written last
         shared.safetensors      tensors that all ranks have alike
         rank_00000.safetensors  what rank 0 owns, intervals of flattened logical tensors, and its RNG
 
@@ -9,11 +9,13 @@ A checkpoint is written under a temporary name and renamed once every file is on
 wrote it: an interval of a logical tensor is read from whichever files hold its parts.
 """
 
+import hashlib
 import json
 import math
 import os
+import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -26,10 +28,12 @@ from torch import Tensor
 from ssd_megatron.files import sha256_of
 from ssd_megatron.parallel.zero import KINDS
 
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 INDEX = "index.json"
 SHARED = "shared.safetensors"
+NEURON_IDS = ".bank.neuron_ids"  # after a network's name, its key in SHARED
 FOLDER, TEMPORARY, DAMAGED = "step_", ".tmp-step_", "damaged-"
+_NAME = re.compile(rf"{FOLDER}\d{{8,}}")
 
 
 class CheckpointError(RuntimeError):
@@ -98,8 +102,8 @@ def write_tensors(folder: Path, name: str, tensors: Mapping[str, Tensor]) -> Fil
 def commit(root: Path, index: Index) -> Path:
     """Write the index into the temporary folder of its step and give the folder its name."""
     temporary = temporary_folder(root, index.step)
-    text = json.dumps({"format_version": FORMAT_VERSION, **asdict(index)}, indent=1)
-    (temporary / INDEX).write_text(text)
+    content = {"format_version": FORMAT_VERSION, **asdict(index)}
+    (temporary / INDEX).write_text(json.dumps(content | {"sha256": index_digest(content)}, indent=1))
     _sync(temporary / INDEX)
     _sync(temporary)
     final = root / folder_name(index.step)
@@ -111,8 +115,11 @@ def commit(root: Path, index: Index) -> Path:
 
 
 def checkpoints(root: Path) -> list[Path]:
-    """Folders of checkpoints under `root`, newest first, whether they can be read or not."""
-    return sorted(root.glob(f"{FOLDER}*"), reverse=True) if root.exists() else []
+    """Folders of checkpoints under `root`, newest first, whether they can be read or not.
+
+    Only those with the names that saves give: a copy under a name of its own is the user's.
+    """
+    return sorted((folder for folder in root.glob(f"{FOLDER}*") if _NAME.fullmatch(folder.name)), reverse=True)
 
 
 def remove_old(root: Path, step: int, keep_last: int | None) -> None:
@@ -140,6 +147,8 @@ def read_index(folder: Path) -> Index:
         version = raw["format_version"]
         if version != FORMAT_VERSION:
             raise CheckpointError(f"{path} has format {version}; this version reads format {FORMAT_VERSION}")
+        if raw.pop("sha256") != index_digest(raw):
+            raise CheckpointError(f"{path} does not have its checksum")
         return Index(
             step=raw["step"],
             shapes={name: tuple(shape) for name, shape in raw["shapes"].items()},
@@ -198,11 +207,11 @@ def _damage(path: Path, record: FileRecord) -> str | None:
         return f"{record.name} cannot be read: {error}"
 
 
-def read_tensors(folder: Path, name: str, prefix: str = "") -> dict[str, Tensor]:
-    """The tensors of one file whose key begins with `prefix`."""
+def read_tensors(folder: Path, name: str, wanted: Callable[[str], bool] = lambda _: True) -> dict[str, Tensor]:
+    """The tensors of one file whose key is wanted."""
     with safe_open(folder / name, framework="pt") as file:
         keys: list[str] = list(file.keys())
-        return {key: file.get_tensor(key) for key in keys if key.startswith(prefix)}
+        return {key: file.get_tensor(key) for key in keys if wanted(key)}
 
 
 def read_interval(folder: Path, index: Index, key: str, start: int, numel: int) -> Tensor:
@@ -241,6 +250,12 @@ def read_intervals(folder: Path, index: Index, targets: Mapping[str, tuple[int, 
         with safe_open(folder / name, framework="pt") as file:
             for key, part, values in parts:
                 values.copy_(file.get_slice(key)[part])
+
+
+def index_digest(content: Mapping[str, Any]) -> str:
+    """SHA-256 of values as they come back from JSON, whatever the order of their names."""
+    text = json.dumps(json.loads(json.dumps(content)), sort_keys=True)
+    return hashlib.sha256(text.encode()).hexdigest()
 
 
 def _sync(path: Path) -> None:

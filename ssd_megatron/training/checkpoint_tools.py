@@ -18,7 +18,6 @@ from ssd_megatron.training import checkpoint_files as files
 from ssd_megatron.training.checkpoint_files import CheckpointError, Index, key_of
 
 MEGABYTE = 1_000_000
-NEURON_IDS = ".bank.neuron_ids"
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 SAFETENSORS_DTYPES = {torch.float32: "F32", torch.bfloat16: "BF16", torch.int64: "I64"}
 
@@ -71,7 +70,7 @@ def consolidate(folder: Path, out: Path, kind: str = MASTER, dtype: torch.dtype 
         raise CheckpointError(f"{folder} is damaged: {'; '.join(damages)}")
     index = files.read_index(folder)
     shared = files.read_tensors(folder, files.SHARED)
-    identities = {name: ids for name, ids in shared.items() if name.endswith(NEURON_IDS)}
+    identities = {name: ids for name, ids in shared.items() if name.endswith(files.NEURON_IDS)}
     # Identities first: then every tensor begins at a multiple of its element size.
     entries = {name: (torch.int64, tuple(ids.shape)) for name, ids in identities.items()}
     entries |= {name: (dtype, shape) for name, shape in index.shapes.items()}
@@ -119,7 +118,7 @@ def _identity_damages(folder: Path, index: Index) -> Iterator[str]:
     """Banks whose neurons are not all there."""
     shared = files.read_tensors(folder, files.SHARED)
     for name, neurons in _banks(index).items():
-        ids = shared.get(f"{name}{NEURON_IDS}")
+        ids = shared.get(f"{name}{files.NEURON_IDS}")
         if ids is None or not torch.equal(ids.sort().values, torch.arange(neurons)):
             yield f"{files.SHARED} does not have each neuron of {name}.bank once"
 

@@ -133,9 +133,10 @@ class Engine(ABC):
         data-parallel size (reduction)."""
         return self._accumulation * self._topology.data.size / valid
 
-    def _result(self, loss: float, lr: float) -> StepResult:
+    def _result(self, loss: float, lr: float, could_rescale: bool) -> StepResult:
+        """Of a step before which the loss scale could still be lowered, or not."""
         skipped = bool(self._optimizer.overflow)
-        rescaled = skipped and math.isfinite(loss) and self.zero.can_lower_loss_scale
+        rescaled = skipped and math.isfinite(loss) and could_rescale
         grad_norm = float("nan") if skipped else float(self.deepspeed.get_global_grad_norm())
         return StepResult(loss, grad_norm, lr, skipped, rescaled, self.zero.loss_scale)
 
@@ -152,7 +153,7 @@ class DataParallelEngine(Engine):
 
     def _step(self, microbatches: Sequence[Batch]) -> StepResult:
         valid = self._valid_tokens(microbatches)
-        scale, lr = self._loss_scale(valid), self._learning_rate()
+        scale, lr, could_rescale = self._loss_scale(valid), self._learning_rate(), self.zero.can_lower_loss_scale
         self._model.train()
         total = torch.zeros((), dtype=torch.float64, device=self._topology.device)
         for batch in microbatches:
@@ -161,7 +162,7 @@ class DataParallelEngine(Engine):
             self.deepspeed.backward(loss_sum * scale)
             self.deepspeed.step()
             total += loss_sum.detach()
-        return self._result(self._topology.data.sum("training loss", [float(total)])[0] / valid, lr)
+        return self._result(self._topology.data.sum("training loss", [float(total)])[0] / valid, lr, could_rescale)
 
     def _losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Tensor]]:
         for batch in batches:

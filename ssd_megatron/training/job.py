@@ -13,22 +13,16 @@ from ssd_megatron.data.checks import check_data
 from ssd_megatron.data.datasets import Datasets, SampleDataset, build_datasets
 from ssd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from ssd_megatron.errors import ConfigError
-from ssd_megatron.ffn.kernels import choose_backend
-from ssd_megatron.model.gpt import GPT, ffn_names
 from ssd_megatron.parallel.collectives import named
 from ssd_megatron.parallel.device import detect_hardware, keep_freed_memory, missing_packages, peak_tflops, share_cores
 from ssd_megatron.parallel.topology import Topology
-from ssd_megatron.switching.coordinator import Coordinator
-from ssd_megatron.switching.networks import Networks
-from ssd_megatron.switching.schedule import Schedule
-from ssd_megatron.switching.statistics import ProbeBatch
+from ssd_megatron.training.assembly import assemble, probe_parts
 from ssd_megatron.training.checkpoint import Checkpointer, Trained
 from ssd_megatron.training.console import Console
 from ssd_megatron.training.data_loader import StepSampler, collate, microbatches, to_device
-from ssd_megatron.training.engine import Batch, DataParallelEngine, Engine
+from ssd_megatron.training.engine import Batch
 from ssd_megatron.training.metrics import MetricsLog
 from ssd_megatron.training.monitor import Monitor, silence_engine_events
-from ssd_megatron.training.pipeline_engine import PipelineParallelEngine
 from ssd_megatron.training.plots import draw_run
 from ssd_megatron.training.run_folder import RunFolder, versions
 from ssd_megatron.training.run_log import RunLog
@@ -91,30 +85,28 @@ def _train(
     torch.manual_seed(section.seed + topology.data.rank + topology.data.size * topology.pipeline.rank)
     stop = StopRequests(folder.path, launched=topology.launched)
     stop.install()
-    backend, reason = choose_backend(section.ssd.backend, device=topology.device, dtype=DTYPES[config.dtype])
     if console is not None:
-        for line in (*config.notes, *missing_packages(), reason):
+        for line in (*config.notes, *missing_packages()):
             console.note(line)
 
     with named("indexing the samples"):
         datasets = _datasets(config, tokenizer)
-    model = GPT(section, backend, topology)
     with named("making the engine"):
-        engine = make_engine(model, config, topology)
+        parts = assemble(config, topology, _probe_batches(config, datasets, topology))
+    model, engine, coordinator = parts.model, parts.engine, parts.coordinator
     silence_engine_events(engine.deepspeed.monitor)
-    probe = ProbeBatch(_probe_batches(config, datasets, topology), engine.mean_loss, topology)
-    schedule = Schedule(section.ssd, section.training.train_steps)
-    networks = Networks(ffn_names(section.model.num_layers), model.ffns, topology)
-    coordinator = Coordinator(section.ssd, networks, engine.state, probe, schedule, section.seed)
+    if console is not None:
+        console.note(parts.backend_reason)
     checkpointer = Checkpointer(
         folder.checkpoints,
         Trained(engine, model, coordinator, _identity(config)),
         topology,
         keep_last=section.checkpoint.keep_last,
         async_save=section.checkpoint.async_save,
+        tell=console.event if console is not None else _silent,
     )
     with named("restoring the newest checkpoint"):
-        restored = checkpointer.restore_newest(tell=console.event if console is not None else _silent)
+        restored = checkpointer.restore_newest()
     done, counters = restored or (0, vars(Counters()))
     if topology.is_first:
         folder.write_config(config.resolved())
@@ -153,12 +145,6 @@ def _train(
         log.flush()
         engine.close()
     return trainer.done_steps, status
-
-
-def make_engine(model: GPT, config: RunConfig, topology: Topology) -> Engine:
-    """The engine that fits the layout."""
-    kind = DataParallelEngine if topology.pipeline.size == 1 else PipelineParallelEngine
-    return kind(model, config, topology)
 
 
 def finish(config: RunConfig, folder: RunFolder, state: dict[str, Any]) -> None:
@@ -230,19 +216,11 @@ def _eval_batches(config: RunConfig, datasets: Datasets, topology: Topology) -> 
 
 
 def _probe_batches(config: RunConfig, datasets: Datasets, topology: Topology) -> list[Batch]:
-    """This rank's part of the first validation samples: all ranks together have them in order, and as many batches, of
-    which some may be empty."""
+    """This rank's part of the first validation samples."""
     assert isinstance(datasets.valid, SampleDataset)
-    samples, rank, ranks = config.ssd_megatron.ssd.probe_samples, topology.data.rank, topology.data.size
-    mine = range(samples * rank // ranks, samples * (rank + 1) // ranks)
-    micro, most = config.micro_batch_size, -(-samples // ranks)
-    first = to_device(collate([datasets.valid[0]]), topology.device)
-    batches: list[Batch] = []
-    for start in range(0, most, micro):
-        part = [datasets.valid[i] for i in mine[start : start + micro]]
-        empty = {name: values[:0] for name, values in first.items()}
-        batches.append(to_device(collate(part), topology.device) if part else empty)
-    return batches
+    empty = {name: values[:0] for name, values in to_device(collate([datasets.valid[0]]), topology.device).items()}
+    parts = [[datasets.valid[i] for i in part] for part in probe_parts(config, topology)]
+    return [to_device(collate(part), topology.device) if part else empty for part in parts]
 
 
 def _sampler(config: RunConfig, topology: Topology, first_step: int, last_step: int) -> StepSampler:

@@ -29,13 +29,13 @@ class PipelineParallelEngine(Engine):
     def _step(self, microbatches: Sequence[Batch]) -> StepResult:
         self._share_tied_weight()
         valid = self._valid_tokens(microbatches)
-        lr = self._learning_rate()
+        lr, could_rescale = self._learning_rate(), self.zero.can_lower_loss_scale
         scale = torch.tensor(self._loss_scale(valid), device=self._topology.device)
         batches = (
             ((batch["tokens"], batch["position_ids"]), (batch["labels"], batch["loss_mask"], scale))
             for batch in microbatches
         )
-        return self._result(float(self.deepspeed.train_batch(batches)), lr)
+        return self._result(float(self.deepspeed.train_batch(batches)), lr, could_rescale)
 
     def _losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Tensor]]:
         """Each stage takes one batch after the other from the stage before: the stages work at the same time."""

@@ -7,17 +7,13 @@ import torch
 from torch import Tensor
 
 from ssd_megatron.config.load import RunConfig
-from ssd_megatron.ffn.kernels import choose_backend
-from ssd_megatron.model.gpt import GPT, ffn_names
+from ssd_megatron.model.gpt import GPT
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.switching.coordinator import Coordinator
-from ssd_megatron.switching.networks import Networks
 from ssd_megatron.switching.reports import SwitchReport
-from ssd_megatron.switching.schedule import Schedule
-from ssd_megatron.switching.statistics import ProbeBatch
+from ssd_megatron.training.assembly import assemble, probe_parts
 from ssd_megatron.training.data_loader import StepSampler
 from ssd_megatron.training.engine import Batch, Engine, StepResult
-from ssd_megatron.training.job import make_engine
 
 
 @dataclass
@@ -32,17 +28,12 @@ class SyntheticJob:
 
     @classmethod
     def build(cls, config: RunConfig, topology: Topology) -> "SyntheticJob":
-        section = config.ssd_megatron
-        backend, _ = choose_backend(section.ssd.backend, device=topology.device, dtype=getattr(torch, config.dtype))
-        model = GPT(section, backend, topology)
-        engine = make_engine(model, config, topology)
-        samples, rank, ranks = section.ssd.probe_samples, topology.data.rank, topology.data.size
-        mine = [-1 - sample for sample in range(samples * rank // ranks, samples * (rank + 1) // ranks)]
-        probe = ProbeBatch([random_batch(config, mine, topology.device)], engine.mean_loss, topology)
-        networks = Networks(ffn_names(section.model.num_layers), model.ffns, topology)
-        schedule = Schedule(section.ssd, section.training.train_steps)
-        coordinator = Coordinator(section.ssd, networks, engine.state, probe, schedule, section.seed)
-        return cls(config, topology, model, engine, coordinator)
+        batches = [
+            random_batch(config, [-1 - sample for sample in part], topology.device)
+            for part in probe_parts(config, topology)
+        ]
+        parts = assemble(config, topology, batches)
+        return cls(config, topology, parts.model, parts.engine, parts.coordinator)
 
     def switch(self, step: int) -> SwitchReport | None:
         """Into the mode of a step, the first of which is 1."""

@@ -12,7 +12,7 @@ from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils.checkpoint import checkpoint
 
-from ssd_megatron.ffn import homes as homes_module
+from ssd_megatron.ffn import gathered_weights
 from ssd_megatron.ffn.homes import Homes
 from ssd_megatron.ffn.switchable import FFNSettings, SwitchableFFN
 from ssd_megatron.parallel.topology import Topology
@@ -170,14 +170,14 @@ class Memory(NamedTuple):
 def memory_of_gathered_weights(topology: Topology, activation: str) -> dict[str, Memory]:
     """Of a dense pass with weights gathered again in backward, with weights kept, and with the pass recomputed."""
     gathered: list[StorageWeakRef] = []
-    gather_rows = homes_module._gather_rows
+    gather_rows = gathered_weights.gather_rows
 
     def watched(shard: Tensor, group: object) -> Tensor:
         whole = gather_rows(shard, group)
         gathered.append(StorageWeakRef(whole.untyped_storage()))
         return whole
 
-    homes_module._gather_rows = watched
+    gathered_weights.gather_rows = watched
     results = {}
     for case in ("again", "kept", "recomputed"):
         gathered.clear()

@@ -23,7 +23,7 @@ from ssd_megatron.model.memory import (
     stage_memory,
 )
 from ssd_megatron.parallel.topology import Topology
-from ssd_megatron.training.job import make_engine
+from ssd_megatron.training.assembly import make_engine
 from tests.planning.helpers import model, ssd
 from tests.ranks import run_ranks
 from tests.small_engine import run_config

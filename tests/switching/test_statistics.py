@@ -5,9 +5,10 @@ import math
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssd_megatron.parallel.topology import Topology
-from ssd_megatron.switching.statistics import ProbeBatch, collect_statistics, expert_overlap, pack_bits
+from ssd_megatron.switching.statistics import ProbeBatch, _Recorder, collect_statistics, expert_overlap, pack_bits
 from tests.layouts import DP2, EP2, EP4, ONE, PP2, PP2_EP2_DP2, TP2, TP2_EP2, TP2_PP2_EP2, Layout
 from tests.ranks import run_ranks
 from tests.small_engine import build, random_batch, run_config
@@ -25,6 +26,15 @@ def test_overlap_is_the_share_of_common_experts() -> None:
     b = torch.tensor([[1, 0], [2, 7], [6, 7]])
     assert expert_overlap(a, a, 8) == 1.0
     assert expert_overlap(a, b, 8) == pytest.approx((2 + 1 + 0) / 6)
+
+
+def test_centroids_follow_the_tokens_to_their_device() -> None:
+    """On a GPU that is not there: fake tensors have a device and no values."""
+    recorder = _Recorder(neurons=16, centroids_EH=torch.randn(4, 8), top_k=2, signatures=True)
+    with FakeTensorMode(allow_non_fake_inputs=True):
+        recorder(torch.empty(5, 8, device="cuda", dtype=torch.bfloat16), torch.empty(5, 16, device="cuda"))
+    assert recorder.chosen[0].device.type == recorder.fired[0].device.type == "cuda"
+    assert recorder.chosen[0].shape == (5, 2) and recorder.fired[0].shape == (16, 1)
 
 
 Statistics = dict[str, tuple[float, list[list[int]], list[list[int]]]]
@@ -47,7 +57,9 @@ def statistics(topology: Topology, layout: Layout) -> Statistics:
         {name: values[mine][i : i + 1] for name, values in whole.items()} for i in range(math.ceil(SAMPLES / ranks))
     ]
     centroids = {name: torch.randn(8, 32, generator=torch.Generator().manual_seed(1)) for name in model.ffns}
-    found = collect_statistics(model.ffns, ProbeBatch(batches, engine.mean_loss, topology), centroids, 2)
+    found = collect_statistics(
+        model.ffns, ProbeBatch(batches, engine.mean_loss, topology), centroids, dict.fromkeys(model.ffns, 2)
+    )
     assert all(ffn.observer is None and ffn.mode == "dense" for ffn in model.ffns.values())
     return {name: (s.active_fraction, s.signatures.tolist(), s.expert_ids.tolist()) for name, s in found.items()}
 
@@ -73,7 +85,9 @@ def active_share(topology: Topology) -> list[float]:
         ffn.bank.w_in.data.zero_()
         ffn.bank.b_in.data.fill_(-1.0)
         ffn.bank.b_in.data[:fires] = 1.0
-    found = collect_statistics(model.ffns, ProbeBatch([random_batch(config, 0)], engine.mean_loss, topology), {}, 2)
+    found = collect_statistics(
+        model.ffns, ProbeBatch([random_batch(config, 0)], engine.mean_loss, topology), {}, dict.fromkeys(model.ffns, 2)
+    )
     return [s.active_fraction for s in found.values()]
 
 

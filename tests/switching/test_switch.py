@@ -14,7 +14,7 @@ from ssd_megatron.switching.networks import Networks
 from ssd_megatron.switching.partition import random_partition
 from tests.layouts import DP2, EP2, EP2_DP2, ONE, PP2_EP2, TP2, TP2_EP2, TP2_PP2_EP2, Layout, zero2
 from tests.ranks import run_ranks
-from tests.small_engine import build, random_batch, run_config, train_steps
+from tests.small_engine import build, make_coordinator, random_batch, run_config, train_steps
 
 NEURONS, EXPERTS = 64, 8
 DP3 = Layout(data=3)
@@ -148,9 +148,51 @@ def plant(topology: Topology, fault: str) -> tuple[str, float, float]:
     return str(error.value), faulty_loss / loss, faulty_moments / moments
 
 
+def plant_in_a_copy(topology: Topology) -> str:
+    """Rank 0 computes with other parameters than the masters that rank 1 owns."""
+    config = run_config(2)
+    model, engine = build(topology, config)
+    train_steps(engine, config, range(2))
+    name, ffn = next(iter(model.ffns.items()))
+    names = switch.neuron_tensor_names(name, ffn)
+    fingerprints = switch.bank_fingerprints(engine.state, names, topology.stage)
+    expected = switch.fingerprints_by_identity(ffn, fingerprints)
+    switch.verify_bank(name, ffn, expected, engine.state, topology)
+    for leaf in names:
+        part = next((part for part in engine.state.owners(leaf) if part.rank == 1), None)
+        if part is not None and topology.is_first:
+            ffn.get_parameter(leaf.removeprefix(f"{name}.")).data.view(-1)[part.start] += 1
+    with pytest.raises(switch.SwitchError) as error:
+        switch.verify_bank(name, ffn, expected, engine.state, topology)
+    return str(error.value)
+
+
+def test_verification_catches_parameters_that_are_stale_in_a_copy() -> None:
+    for message in run_ranks(2, plant_in_a_copy):
+        assert message.endswith("the model's parameters are not their fp32 masters after a switch on all ranks alike")
+
+
 @pytest.mark.parametrize("fault", FAULTS)
 def test_verification_catches(fault: str) -> None:
     message, loss, moments = run_ranks(1, plant, fault)[0]
     assert FAULTS[fault][1] in message
     if fault != "master not moved":
         assert loss == 1.0 and moments == pytest.approx(1.0, rel=1e-6)  # which neither loss nor sums would have seen
+
+
+def router_rates(topology: Topology) -> list[tuple[float, float]]:
+    """Learning rates of routers and matrices in a dense step and in the first sparse one, with a scheduler that does
+    not move between them, as after a step that was skipped."""
+    config = run_config(phases=[(1, "dense"), (2, "sparse")])
+    model, engine = build(topology, config)
+    coordinator = make_coordinator(topology, config, model, engine)
+    engine.state.set_learning_rate("decay", 0.25)
+    rates = []
+    for step in (1, 2):
+        coordinator.before_step(step)
+        rates.append((engine.state.learning_rates()["router"], engine.state.learning_rates()["decay"]))
+    return rates
+
+
+def test_routers_learn_from_the_first_sparse_step_on_also_after_a_skipped_one() -> None:
+    assert run_ranks(1, router_rates)[0] == [(0.0, 0.25), (0.25, 0.25)]

@@ -1,10 +1,13 @@
 """Checkpoints that were damaged, belong to another run, or cannot be written: really caused, on real files."""
 
+import errno
 import io
 import json
+import os
 import resource
 import shutil
 import signal
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -14,6 +17,7 @@ from rich.console import Console
 from ssd_megatron.data.documents import DocumentReader, find_inputs
 from ssd_megatron.data.preprocess import preprocess
 from ssd_megatron.training import checkpoint_files
+from tests.checkpoints import edit_index
 from tests.ranks import free_port, start_process
 from tests.small_run import Corpus, Ranks, curve, small_config, train, write_config
 
@@ -51,6 +55,12 @@ def truncate(path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
 
 
+def change_a_digit(path: Path) -> None:
+    text = path.read_text()
+    assert '"decay": 16' in text
+    path.write_text(text.replace('"decay": 16', '"decay": 96'))
+
+
 def remove(path: Path) -> None:
     path.unlink()
 
@@ -63,6 +73,7 @@ def remove(path: Path) -> None:
         ("shared.safetensors", remove, "shared.safetensors is missing"),
         ("index.json", truncate, "index.json cannot be read"),
         ("index.json", remove, "index.json cannot be read"),
+        ("index.json", change_a_digit, "index.json does not have its checksum"),
     ],
 )
 def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
@@ -75,6 +86,44 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_taken(
     assert curve(run.parent / "run") == curve(trained / "run")
 
 
+def test_a_copy_with_a_name_of_its_own_is_neither_newest_nor_old(tmp_path: Path) -> None:
+    for name in ("step_00000004", "step_00000008", "step_00000012", "step_00000004_best", "step_x"):
+        (tmp_path / name).mkdir()
+    assert names(tmp_path) == ["step_00000012", "step_00000008", "step_00000004"]
+    checkpoint_files.remove_old(tmp_path, 12, keep_last=1)
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["step_00000004_best", "step_00000012", "step_x"]
+
+
+def test_an_old_checkpoint_that_cannot_be_deleted_ends_nothing(corpus: Corpus, tmp_path: Path) -> None:
+    config = small_config(corpus, tmp_path / "run")
+    config["ssd_megatron"]["checkpoint"] = {"interval": 4, "keep_last": 1}
+    ranks = Ranks(write_config(config, tmp_path / "run.json"), prepare=Undeletable(8))
+    assert ranks.wait() == [0], ranks.output()
+    assert "old checkpoints in" in ranks.output() and "could not be deleted: [Errno 39]" in ranks.output()
+    assert names(tmp_path / "run" / "checkpoints") == ["step_00000016"]
+
+
+def names(root: Path) -> list[str]:
+    return [folder.name for folder in checkpoint_files.checkpoints(root)]
+
+
+@dataclass(frozen=True)
+class Undeletable:
+    """While the checkpoint of a step is the newest, nothing can be deleted: somebody has a file of an old one open."""
+
+    step: int
+
+    def __call__(self, rank: int) -> None:
+        rmtree = shutil.rmtree
+
+        def refused(path: Path, *args: Any, **kwargs: Any) -> None:
+            if path.name.startswith("step_") and names(path.parent)[0] == f"step_{self.step:08d}":
+                raise OSError(errno.ENOTEMPTY, os.strerror(errno.ENOTEMPTY), str(path))
+            rmtree(path, *args, **kwargs)
+
+        shutil.rmtree = refused
+
+
 def test_no_whole_checkpoint_ends_the_run(run: Path) -> None:
     for folder in checkpoints(run):
         flip_bit(folder / "rank_00000.safetensors")
@@ -85,11 +134,10 @@ def test_no_whole_checkpoint_ends_the_run(run: Path) -> None:
 
 def test_another_format_is_refused_by_its_number(run: Path) -> None:
     for folder in checkpoints(run):
-        index = json.loads((folder / "index.json").read_text())
-        (folder / "index.json").write_text(json.dumps(index | {"format_version": 99}))
+        edit_index(folder, lambda index: index.update(format_version=99))
     ranks = Ranks(run)
     assert ranks.wait() == [1]
-    assert "has format 99; this version reads format 1" in ranks.output()
+    assert "has format 99; this version reads format 2" in ranks.output()
 
 
 def less_and_more(index: dict[str, Any]) -> None:
@@ -102,9 +150,7 @@ def less_and_more(index: dict[str, Any]) -> None:
 
 def test_missing_and_unused_tensors_are_errors_with_their_names(run: Path) -> None:
     for folder in checkpoints(run):
-        index = json.loads((folder / "index.json").read_text())
-        less_and_more(index)
-        (folder / "index.json").write_text(json.dumps(index))
+        edit_index(folder, less_and_more)
     ranks = Ranks(run)
     assert ranks.wait() == [1]
     assert (
@@ -114,10 +160,7 @@ def test_missing_and_unused_tensors_are_errors_with_their_names(run: Path) -> No
 
 
 def test_an_index_with_a_gap_is_damage(run: Path) -> None:
-    path = checkpoints(run)[0] / "index.json"
-    index = json.loads(path.read_text())
-    index["pieces"]["head.norm.bias|exp_avg"][0]["numel"] = 30
-    path.write_text(json.dumps(index))
+    edit_index(checkpoints(run)[0], lambda index: index["pieces"]["head.norm.bias|exp_avg"][0].update(numel=30))
     output = train(run)
     assert "is damaged (index.json: head.norm.bias|exp_avg: elements 30 to 31 are in no file)" in output
     assert "resuming after step 12 of 16" in output

@@ -142,8 +142,8 @@ def random_numbers(topology: Topology, root: Path) -> list[float]:
     networks = Networks(ffn_names(section.model.num_layers), model.ffns, topology)
     coordinator = Coordinator(section.ssd, networks, engine.state, probe, Schedule(section.ssd, 9), section.seed)
     trained = Trained(engine, model, coordinator, {})
-    checkpointer = Checkpointer(root, trained, topology, keep_last=None, async_save=False)
-    if checkpointer.restore_newest(print) is None:
+    checkpointer = Checkpointer(root, trained, topology, keep_last=None, async_save=False, tell=print)
+    if checkpointer.restore_newest() is None:
         checkpointer.save(1, {})
     return torch.rand(3).tolist()
 

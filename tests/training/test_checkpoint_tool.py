@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from ssd_megatron.parallel.zero import EXP_AVG, KINDS
 from ssd_megatron.training import checkpoint_files as files
 from ssd_megatron.training.checkpoint_tools import consolidate, find_checkpoint, verify
-from tests.checkpoints import model_by_identity
+from tests.checkpoints import edit_index, model_by_identity
 from tests.layouts import Layout, oracle_config, run_layout
 from tests.ranks import start_process
 from tools import checkpoint as tool
@@ -39,12 +39,6 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Path]:
 def folder(runs: dict[str, Path], tmp_path: Path) -> Path:
     """A copy of the checkpoint that four ranks wrote, which the test may damage."""
     return Path(shutil.copytree(find_checkpoint(runs["four"]), tmp_path / "step_00000006"))
-
-
-def edit_index(folder: Path, change: Callable[[dict], object]) -> None:
-    index = json.loads((folder / "index.json").read_text())
-    change(index)
-    (folder / "index.json").write_text(json.dumps(index))
 
 
 def flip_bit(path: Path) -> None:
@@ -104,7 +98,7 @@ def test_every_damage_has_a_line(folder: Path, capsys: pytest.CaptureFixture[str
         (lambda i: i["shapes"].pop(W_IN), f"has pieces of {W_IN}|exp_avg without its shape"),
         (lambda i: i["files"].pop(), "which it does not list"),
         (lambda i: i["files"].append({**i["files"][0], "name": "more"}), "more is missing"),
-        (lambda i: i.update(format_version=2), "has format 2; this version reads format 1"),
+        (lambda i: i.update(format_version=1), "has format 1; this version reads format 2"),
     ],
 )
 def test_an_index_that_does_not_fit_is_found(folder: Path, change: Callable[[dict], object], said: str) -> None:

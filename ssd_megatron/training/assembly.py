@@ -1,0 +1,59 @@
+"""Model, engine and coordinator of a job, put together in one way whatever its samples are."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+
+from ssd_megatron.config.load import RunConfig
+from ssd_megatron.ffn.kernels import choose_backend
+from ssd_megatron.model.gpt import GPT, ffn_names
+from ssd_megatron.parallel.topology import Topology
+from ssd_megatron.switching.coordinator import Coordinator
+from ssd_megatron.switching.networks import Networks
+from ssd_megatron.switching.schedule import Schedule
+from ssd_megatron.switching.statistics import ProbeBatch
+from ssd_megatron.training.engine import Batch, DataParallelEngine, Engine
+from ssd_megatron.training.pipeline_engine import PipelineParallelEngine
+
+
+@dataclass(frozen=True)
+class Assembly:
+    """What a job computes with; `backend_reason` says in words which kernels sparse mode has, and why."""
+
+    model: GPT
+    engine: Engine
+    coordinator: Coordinator
+    backend_reason: str
+
+
+def assemble(config: RunConfig, topology: Topology, probe_batches: Sequence[Batch]) -> Assembly:
+    """Build everything (collective).
+
+    Args:
+        probe_batches: this rank's part of the probe samples, cut by `probe_parts`.
+    """
+    section = config.ssd_megatron
+    backend, reason = choose_backend(section.ssd.backend, device=topology.device, dtype=getattr(torch, config.dtype))
+    model = GPT(section, backend, topology)
+    engine = make_engine(model, config, topology)
+    probe = ProbeBatch(list(probe_batches), engine.mean_loss, topology)
+    networks = Networks(ffn_names(section.model.num_layers), model.ffns, topology)
+    schedule = Schedule(section.ssd, section.training.train_steps)
+    coordinator = Coordinator(section.ssd, networks, engine.state, probe, schedule, section.seed)
+    return Assembly(model, engine, coordinator, reason)
+
+
+def make_engine(model: GPT, config: RunConfig, topology: Topology) -> Engine:
+    """The engine that fits the layout."""
+    kind = DataParallelEngine if topology.pipeline.size == 1 else PipelineParallelEngine
+    return kind(model, config, topology)
+
+
+def probe_parts(config: RunConfig, topology: Topology) -> list[range]:
+    """Numbers of this rank's probe samples by microbatch: all data-parallel ranks together have them in order, and as
+    many microbatches, of which some may be empty."""
+    samples, rank, ranks = config.ssd_megatron.ssd.probe_samples, topology.data.rank, topology.data.size
+    mine = range(samples * rank // ranks, samples * (rank + 1) // ranks)
+    micro, most = config.micro_batch_size, -(-samples // ranks)
+    return [mine[start : start + micro] for start in range(0, most, micro)]
