@@ -20,7 +20,7 @@ from ssd_megatron.ffn.bank import NeuronBank
 from ssd_megatron.model.blocks import TransformerBlock
 from ssd_megatron.model.gpt import GPT
 from ssd_megatron.parallel.topology import Topology
-from ssd_megatron.training.job import make_engine
+from ssd_megatron.training.assembly import make_engine
 from ssd_megatron.training.synthetic import SyntheticJob, step_batches
 
 FAMILIES = {"opt": "Hugging Face OPT", "gpt2": "Hugging Face GPT-2"}
