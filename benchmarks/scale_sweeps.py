@@ -208,7 +208,7 @@ def switch_sweep(sizes: Sizes, topology: Topology) -> Iterator[Sweep]:
 def rank_sweeps(sizes: Sizes) -> Iterator[Sweep]:
     """Fixed work per rank: data parallel, and expert parallel over all ranks."""
     cores = len(os.sched_getaffinity(0))
-    shape = (_middle(sizes.layers), _middle(sizes.hidden), sizes.neurons)
+    shape = (sizes.layers[1], _middle(sizes.hidden), sizes.neurons)
     for kind in ("data", "expert"):
         found = {}
         for ranks in sizes.ranks:
