@@ -20,7 +20,16 @@ REQUIREMENTS = [
     "tensorboard>=2.19",
     "matplotlib>=3.10",
 ]
-DEVELOPMENT = ["pytest>=8.4", "ruff==0.17.6", "mypy==2.4.1", "pre-commit>=4", "scipy>=1.15", "scikit-learn>=1.6"]
+DEVELOPMENT = [
+    "pytest>=8.4",
+    "ruff==0.17.6",
+    "mypy==2.4.1",
+    "pre-commit>=4",
+    "scipy>=1.15",
+    "scikit-learn>=1.6",
+    "transformers>=5.17,<6",  # benchmarks compare with its models
+]
+
 
 setup(
     name="ssd_megatron",

@@ -6,99 +6,91 @@ Both engines live in one process and step in turn. Memory is what a step makes b
 """
 
 import argparse
-import json
 import statistics
 import sys
-import tempfile
-import time
-from pathlib import Path
-from typing import Any
+from collections.abc import Iterator
+from functools import partial
 
-from rich.console import Console
-from rich.table import Table
-
+from benchmarks.jobs import job_config
 from benchmarks.peak_memory import PeakMemory
-from ssd_megatron.config.load import RunConfig, load_config
-from ssd_megatron.parallel.device import detect_hardware, share_cores
+from benchmarks.row import Row
+from benchmarks.table import parser_for, report
+from benchmarks.timing import seconds
+from ssd_megatron.config.load import RunConfig
+from ssd_megatron.parallel.device import share_cores
 from ssd_megatron.parallel.launch import world_size_of_launch
 from ssd_megatron.parallel.topology import initialize_topology, leave_topology
 from ssd_megatron.training.synthetic import SyntheticJob
 
 KINDS = ("microbatch", "step")
+# Of a gather per microbatch: gathering once must pay, and costs the whole banks of all layers.
+TIME_GOAL, MEMORY_GOAL = 1.0, 2.0
 
 
-def main() -> int:
-    arguments = _arguments()
+def main(argv: list[str] | None = None) -> int:
+    arguments = _arguments(argv)
     share_cores()
+    found = list(_rows(arguments))
+    met = all(row.ok for row in found)
+    if found:
+        met = report("Gathered once per step / per microbatch", found, arguments.json)
+    leave_topology()
+    return 0 if met else 1
+
+
+def _rows(arguments: argparse.Namespace) -> Iterator[Row]:
+    """On the first rank; every rank runs through."""
     configs = {kind: _config(kind, arguments) for kind in KINDS}
     topology = initialize_topology(configs["step"].ssd_megatron.parallel)
     jobs = {kind: SyntheticJob.build(config, topology) for kind, config in configs.items()}
-    seconds: dict[str, list[float]] = {kind: [] for kind in KINDS}
+    times: dict[str, list[float]] = {kind: [] for kind in KINDS}
     for step in range(1, arguments.rounds + 2):
         for kind, job in jobs.items():
             topology.world.agree("round", step)
-            started = time.perf_counter()
-            job.train_step(step)
-            seconds[kind].append(time.perf_counter() - started)
+            times[kind].append(seconds(partial(job.train_step, step)))
     memory = {}
     for kind, job in jobs.items():
         with PeakMemory() as made:
             job.train_step(arguments.rounds + 2)
-        memory[kind] = made.peak
-    if topology.is_first:
-        table = Table("gathered once per", "seconds", "ratio", "MiB made in a step", "ratio")
-        medians = {kind: statistics.median(values[1:]) for kind, values in seconds.items()}
-        for kind in KINDS:
-            table.add_row(
-                kind,
-                f"{medians[kind]:.3f}",
-                f"{medians[kind] / medians['microbatch']:.2f}",
-                f"{memory[kind] / 2**20:.1f}",
-                f"{memory[kind] / memory['microbatch']:.2f}",
-            )
-        Console().print(table)
-    for job in jobs.values():
+        memory[kind] = made.peak / 2**20
         job.engine.close()
-    leave_topology()
-    return 0
+    medians = {kind: statistics.median(values[1:]) for kind, values in times.items()}
+    if topology.is_first:
+        yield _row("time of a step", medians, TIME_GOAL, "s")
+        yield _row("memory made in a step", memory, MEMORY_GOAL, "MiB")
+
+
+def _row(name: str, values: dict[str, float], goal: float, unit: str) -> Row:
+    details = {f"per {kind} {unit}": value for kind, value in values.items()}
+    return Row(name, values["step"] / values["microbatch"], goal, 0.0, details=details)
 
 
 def _config(kind: str, arguments: argparse.Namespace) -> RunConfig:
     ranks = world_size_of_launch()
-    raw: dict[str, Any] = {
-        "train_batch_size": 2 * ranks * arguments.microbatches,
-        "train_micro_batch_size_per_gpu": 2,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
-        "bf16": {"enabled": False},
-        "zero_optimization": {"stage": 1, "reduce_bucket_size": 10_000_000},
-        "tensorboard": {"enabled": False},
-        "ssd_megatron": {
-            "run_dir": "unused",
-            "model": {
-                "num_layers": arguments.layers,
-                "hidden_size": arguments.hidden,
-                "num_attention_heads": 8,
-                "seq_length": 128,
-                "vocab_size": 1024,
-            },
-            "data": {"paths": ["unused"], "tokenizer": "unused"},
-            "parallel": {"expert_parallel_size": ranks, "dense_gather": kind},
-            "ssd": {"schedule": "dense"},
-            "training": {"train_steps": 1000},
-        },
+    model = {
+        "num_layers": arguments.layers,
+        "hidden_size": arguments.hidden,
+        "num_attention_heads": 8,
+        "seq_length": 128,
+        "vocab_size": 1024,
     }
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "ds.json"
-        path.write_text(json.dumps(raw))
-        return load_config(path, world_size=ranks, hardware=detect_hardware())
+    return job_config(
+        model,
+        samples=2 * ranks * arguments.microbatches,
+        micro_batch=2,
+        ranks=ranks,
+        bf16=False,
+        parallel={"expert_parallel_size": ranks, "dense_gather": kind},
+        bucket=10_000_000,
+    )
 
 
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = parser_for(__doc__, quick=False)
     for name, default in (("hidden", 512), ("layers", 4), ("microbatches", 4), ("rounds", 5)):
         parser.add_argument(f"--{name}", type=int, default=default)
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

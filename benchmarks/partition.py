@@ -5,20 +5,16 @@
 Every row is better when lower. Rows of `w_in` are stand-ins: a part of low rank that neurons share, and noise.
 """
 
-import argparse
-import json
-import platform
-import subprocess
+import sys
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict
-from pathlib import Path
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from benchmarks.row import Row
+from benchmarks.table import parser_for, report
 from ssd_megatron.switching import partition as partitions
 from ssd_megatron.switching.assignment import balanced_assignment
 from tests.switching.exact import exact_assignment, exact_kmeans
@@ -132,34 +128,10 @@ def measure(quick: bool) -> Iterator[Row]:
         yield from speed(*shape)
 
 
-def hardware() -> str:
-    lines = Path("/proc/cpuinfo").read_text().splitlines()
-    model = next(
-        (line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.machine()
-    )
-    return f"{model}, {torch.get_num_threads()} threads"
-
-
-def commit() -> str:
-    command = ["git", "describe", "--always", "--dirty"]
-    return subprocess.run(command, capture_output=True, text=True, check=False).stdout.strip() or "unknown"
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="small shapes only, under a minute")
-    parser.add_argument("--json", type=Path, help="write the rows to this file as well")
-    arguments = parser.parse_args()
-    rows = []
-    print(f"{'':64} {'value':>9} {'goal':>7} {'ideal':>8}")
-    for row in measure(arguments.quick):
-        rows.append({**asdict(row), "ok": row.ok, "hardware": hardware(), "commit": commit()})
-        print(
-            f"{row.name:64} {row.value:9.4f} {row.goal:7.2f} {row.ideal:8.4f} {'' if row.ok else ' missed'}", flush=True
-        )
-    if arguments.json:
-        arguments.json.write_text(json.dumps(rows, indent=1) + "\n")
+def main(argv: list[str] | None = None) -> int:
+    arguments = parser_for(__doc__).parse_args(argv)
+    return 0 if report("Forming experts", measure(arguments.quick), arguments.json) else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -9,39 +9,29 @@ with it), one optimizer step of --tokens tokens. A pair is dense -> sparse -> de
 """
 
 import argparse
-import json
-import os
 import statistics
 import sys
-import tempfile
-import time
+from collections.abc import Iterator
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import psutil
 import torch
-from rich.console import Console
-from rich.table import Table
 
+from benchmarks.jobs import MODELS, job_config, sparse_settings
 from benchmarks.peak_memory import PeakMemory
 from benchmarks.row import Row
-from ssd_megatron.config.load import load_config
-from ssd_megatron.parallel.device import IS_CUDA, detect_hardware
-from ssd_megatron.parallel.launch import world_size_of_launch
-from ssd_megatron.parallel.topology import initialize_topology, leave_topology
+from benchmarks.table import parser_for, report
+from benchmarks.timing import seconds
+from ssd_megatron.config.schema import ParallelConfig
+from ssd_megatron.parallel.device import IS_CUDA
+from ssd_megatron.parallel.topology import Topology, initialize_topology, leave_topology
 from ssd_megatron.switching.coordinator import Coordinator
 from ssd_megatron.switching.partition import random_partition
 from ssd_megatron.switching.reports import SwitchReport
 from ssd_megatron.switching.switch import regroup_neurons
-from ssd_megatron.training.run_folder import versions
 from ssd_megatron.training.synthetic import SyntheticJob
 
-MODELS = {
-    "gpt-1.3b": {"num_layers": 24, "hidden_size": 2048, "num_attention_heads": 16, "seq_length": 2048},
-    "gpt-124m": {"num_layers": 12, "hidden_size": 768, "num_attention_heads": 12, "seq_length": 1024},
-    "small": {"num_layers": 4, "hidden_size": 256, "num_attention_heads": 4, "seq_length": 128},
-}
 # A switch costs less than this many training steps, and memory for at most this many banks of one layer, where a bank
 # is all its fp32 masters on this rank. Memory of --repeat switches grows by less than this share.
 STEPS_GOAL, BANKS_GOAL, GROWTH_GOAL = 10.0, 4.0, 0.01
@@ -54,17 +44,32 @@ class Job:
     job: SyntheticJob
     step: int = 0
 
+    @classmethod
+    def alternating(
+        cls, model: dict[str, Any], topology: Topology, *, experts: int, samples: int, switches: int
+    ) -> "Job":
+        """A job that begins dense and may change its mode `switches` times, at every step from the first."""
+        sizes = {name: getattr(topology, name).size for name in ("tensor", "pipeline", "expert")}
+        ssd = sparse_settings(experts)
+        modes = ("dense", "sparse")
+        ssd["phases"] += [{"start_step": step, "mode": modes[step % 2]} for step in range(2, switches + 1)]
+        config = job_config(
+            model,
+            samples=samples,
+            ranks=topology.world.size,
+            ssd=ssd,
+            parallel={f"{name}_parallel_size": size for name, size in sizes.items()},
+            steps=switches + 1,
+        )
+        return cls(SyntheticJob.build(config, topology))
+
     @property
     def coordinator(self) -> Coordinator:
         return self.job.coordinator
 
     def train_step(self) -> float:
         """Seconds of one optimizer step."""
-        _wait()
-        started = time.perf_counter()
-        self.job.train_step(self.step + 1)
-        _wait()
-        return time.perf_counter() - started
+        return seconds(lambda: self.job.train_step(self.step + 1))
 
     def switch(self) -> SwitchReport:
         """The next switch: the schedule changes the mode at every step."""
@@ -74,90 +79,62 @@ class Job:
         return report
 
 
-def main() -> int:
-    arguments = _arguments()
-    job = build(arguments)
-    dense = [job.train_step() for _ in range(arguments.steps)]
-    switches: list[SwitchReport] = []
-    sparse: list[float] = []
-    for _ in range(3):
-        switches.append(job.switch())
-        sparse += [job.train_step() for _ in range(max(1, arguments.steps // 3))]
-        job.switch()
-    extra = [_memory_of_a_move(job, seed) for seed in range(3)]
-    growth = _growth(job, arguments.repeat) if arguments.repeat else None
-    rows = _rows(job, dense, sparse, switches, extra, growth)
-    if job.job.topology.is_first:
-        _show(rows, switches, dense, sparse)
-        if arguments.json is not None:
-            _write(arguments, rows, switches, dense, sparse, job.job.topology.world.size)
-    job.job.engine.close()
-    leave_topology()
-    return 0 if all(row.ok for row in rows) else 1
-
-
-def build(arguments: argparse.Namespace) -> Job:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "ds.json"
-        path.write_text(json.dumps(_ds_config(arguments)))
-        config = load_config(path, world_size=world_size_of_launch(), hardware=detect_hardware())
-    return Job(SyntheticJob.build(config, initialize_topology(config.ssd_megatron.parallel)))
-
-
-def _ds_config(arguments: argparse.Namespace) -> dict[str, Any]:
-    model = MODELS[arguments.model] | {"vocab_size": arguments.vocab}
+def main(argv: list[str] | None = None) -> int:
+    arguments = _arguments(argv)
+    sizes = ParallelConfig(
+        tensor_parallel_size=arguments.tensor,
+        pipeline_parallel_size=arguments.pipeline,
+        expert_parallel_size=arguments.expert,
+    )
+    topology = initialize_topology(sizes)
+    model = {"vocab_size": arguments.vocab} | MODELS[arguments.model]
     if arguments.layers is not None:
         model["num_layers"] = arguments.layers
-    steps = 8 + 2 * arguments.repeat
-    modes = ("dense", "sparse")
-    return {
-        "train_batch_size": max(1, arguments.tokens // model["seq_length"]),
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3}},
-        "bf16": {"enabled": "auto"},
-        "zero_optimization": {"stage": 1, "reduce_bucket_size": 50_000_000},
-        "tensorboard": {"enabled": False},
-        "ssd_megatron": {
-            "run_dir": "unused",
-            "model": model,
-            "data": {"paths": ["unused"], "tokenizer": "unused"},
-            "parallel": {
-                "tensor_parallel_size": arguments.tensor,
-                "pipeline_parallel_size": arguments.pipeline,
-                "expert_parallel_size": arguments.expert,
-            },
-            "ssd": {
-                "schedule": "fixed",
-                "phases": [{"start_step": 1, "mode": "sparse"}]
-                + [{"start_step": step, "mode": modes[step % 2]} for step in range(2, steps)],
-                "num_experts": arguments.experts,
-                "top_k": arguments.experts // 4,
-                "top_k_allocation": "equal",
-            },
-            "training": {"train_steps": steps},
-        },
-    }
+    samples = max(1, arguments.tokens // model["seq_length"])
+    switches = 6 + 2 * arguments.repeat
+    job = Job.alternating(model, topology, experts=arguments.experts, samples=samples, switches=switches)
+    found = _rows(job, arguments.steps, arguments.repeat)
+    if topology.is_first:
+        met = report(f"Switches of {arguments.model}, {topology.world.size} ranks", found, arguments.json)
+    else:
+        met = all([row.ok for row in found])
+    job.job.engine.close()
+    leave_topology()
+    return 0 if met else 1
 
 
-def _rows(
-    job: Job,
-    dense: list[float],
-    sparse: list[float],
-    switches: list[SwitchReport],
-    extra: list[int],
-    growth: float | None,
-) -> list[Row]:
-    first, later = switches[0], statistics.median(report.seconds for report in switches[1:])
+def _rows(job: Job, steps: int, repeat: int) -> Iterator[Row]:
+    dense = [job.train_step() for _ in range(steps)]
+    sparse: list[float] = []
+    switches: list[SwitchReport] = []
+    for _ in range(3):
+        switches.append(job.switch())
+        sparse += [job.train_step() for _ in range(max(1, steps // 3))]
+        job.switch()
     step = statistics.median(dense)
+    times: dict[str, float | str] = {"dense step s": step, "sparse step s": statistics.median(sparse)}
+    yield _switch_row("first switch / dense training step", switches[:1], times)
+    yield _switch_row("later switch / dense training step", switches[1:], times)
+    extra = [_memory_of_a_move(job, seed) for seed in range(3)]
     ffn = next(iter(job.coordinator.networks.local.values()))
     elements = sum(parameter.numel() for parameter in ffn.bank.neuron_parameters().values())
-    rows = [
-        Row("first switch / dense training step", first.seconds / step, STEPS_GOAL, 0.0),
-        Row("later switch / dense training step", later / step, STEPS_GOAL, 0.0),
-        Row("memory of a move / masters of one bank", max(extra) / (4 * elements), BANKS_GOAL, 1.0),
-    ]
-    if growth is not None:
-        rows.append(Row("memory grown by repeated switches", growth, GROWTH_GOAL, 0.0))
-    return rows
+    yield Row("memory of a move / masters of one bank", max(extra) / (4 * elements), BANKS_GOAL, 1.0)
+    if repeat:
+        yield Row("memory grown by repeated switches", _growth(job, repeat), GROWTH_GOAL, 0.0)
+
+
+def _switch_row(name: str, switches: list[SwitchReport], times: dict[str, float | str]) -> Row:
+    taken, step = statistics.median(switch.seconds for switch in switches), times["dense step s"]
+    assert isinstance(step, float)
+    details = {
+        "switch s": taken,
+        "statistics s": statistics.median(switch.seconds_statistics for switch in switches),
+        "clustering s": statistics.median(switch.seconds_cluster for switch in switches),
+        "transfer s": statistics.median(switch.seconds_transfer for switch in switches),
+        "verification s": statistics.median(switch.seconds_verify for switch in switches),
+        "MB between ranks": statistics.median(switch.bytes_moved for switch in switches) / 1e6,
+    }
+    return Row(name, taken / step, STEPS_GOAL, 0.0, details=details | times)
 
 
 def _memory_of_a_move(job: Job, seed: int) -> int:
@@ -184,62 +161,11 @@ def _growth(job: Job, repeat: int) -> float:
 
 
 def _memory() -> int:
-    return torch.cuda.memory_allocated() if IS_CUDA else psutil.Process().memory_info().rss
+    return torch.cuda.memory_allocated() if IS_CUDA else int(psutil.Process().memory_info().rss)
 
 
-def _wait() -> None:
-    if IS_CUDA:
-        torch.cuda.synchronize()
-
-
-def _show(rows: list[Row], switches: list[SwitchReport], dense: list[float], sparse: list[float]) -> None:
-    console = Console()
-    table = Table("measurement", "value", "goal", "ideal", "")
-    for row in rows:
-        table.add_row(row.name, f"{row.value:.3f}", f"<= {row.goal:g}", f"{row.ideal:g}", "ok" if row.ok else "missed")
-    console.print(table)
-    console.print(f"training step: dense {statistics.median(dense):.2f} s, sparse {statistics.median(sparse):.2f} s")
-    for report in switches:
-        console.print(
-            f"switch {report.seconds:.2f} s: {_parts(report)}, {report.bytes_moved / 1e6:.1f} MB between ranks"
-        )
-
-
-def _parts(report: SwitchReport) -> str:
-    parts = {
-        "statistics": report.seconds_statistics,
-        "clustering": report.seconds_cluster,
-        "transfer": report.seconds_transfer,
-        "verification": report.seconds_verify,
-    }
-    return ", ".join(f"{name} {seconds:.2f} s" for name, seconds in parts.items())
-
-
-def _write(
-    arguments: argparse.Namespace,
-    rows: list[Row],
-    switches: list[SwitchReport],
-    dense: list[float],
-    sparse: list[float],
-    ranks: int,
-) -> None:
-    hardware = detect_hardware()
-    result = {
-        "command": " ".join(["benchmarks.switch", *sys.argv[1:]]),
-        "hardware": hardware.name,
-        "cores": os.cpu_count(),
-        "ranks": ranks,
-        "versions": versions(),
-        "rows": [vars(row) | {"ok": row.ok} for row in rows],
-        "dense_step_seconds": dense,
-        "sparse_step_seconds": sparse,
-        "switches": [vars(report) for report in switches],
-    }
-    arguments.json.write_text(json.dumps(result, indent=1) + "\n")
-
-
-def _arguments() -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+def _arguments(argv: list[str] | None) -> argparse.Namespace:
+    parser = parser_for(__doc__, quick=False)
     parser.add_argument("--model", choices=MODELS, default="small")
     integers: dict[str, tuple[int | None, str]] = {
         "layers": (None, "layers instead of the model's"),
@@ -254,9 +180,8 @@ def _arguments() -> argparse.Namespace:
     }
     for name, (default, text) in integers.items():
         parser.add_argument(f"--{name}", type=int, default=default, help=f"{text} (default {default})")
-    parser.add_argument("--json", type=Path, default=None)
     parser.add_argument("--local_rank", type=int, default=None, help=argparse.SUPPRESS)
-    return parser.parse_args()
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

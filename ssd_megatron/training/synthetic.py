@@ -41,15 +41,20 @@ class SyntheticJob:
 
     def train_step(self, step: int) -> StepResult:
         """One optimizer step; its samples do not depend on the layout."""
-        sampler = StepSampler(
-            first_step=step,
-            last_step=step,
-            micro_batch_size=self.config.micro_batch_size,
-            accumulation=self.config.gradient_accumulation_steps,
-            rank=self.topology.data.rank,
-            ranks=self.topology.data.size,
-        )
-        return self.engine.train_step([random_batch(self.config, ids, self.topology.device) for ids in sampler])
+        return self.engine.train_step(step_batches(self.config, self.topology, step))
+
+
+def step_batches(config: RunConfig, topology: Topology, step: int) -> list[Batch]:
+    """This rank's microbatches of a step, the first of which is 1."""
+    sampler = StepSampler(
+        first_step=step,
+        last_step=step,
+        micro_batch_size=config.micro_batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        rank=topology.data.rank,
+        ranks=topology.data.size,
+    )
+    return [random_batch(config, ids, topology.device) for ids in sampler]
 
 
 def random_batch(config: RunConfig, samples: list[int], device: torch.device) -> Batch:
