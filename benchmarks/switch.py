@@ -50,7 +50,7 @@ class Job:
     ) -> "Job":
         """A job that begins dense and may change its mode `switches` times, at every step from the first."""
         sizes = {name: getattr(topology, name).size for name in ("tensor", "pipeline", "expert")}
-        ssd = sparse_settings(experts)
+        ssd = sparse_settings(experts) | {"top_k_allocation": "measured"}  # the default, and the dearest
         modes = ("dense", "sparse")
         ssd["phases"] += [{"start_step": step, "mode": modes[step % 2]} for step in range(2, switches + 1)]
         config = job_config(
