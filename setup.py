@@ -20,7 +20,17 @@ REQUIREMENTS = [
     "tensorboard>=2.19",
     "matplotlib>=3.10",
 ]
-DEVELOPMENT = ["pytest>=8.4", "ruff==0.17.6", "mypy==2.4.1", "pre-commit>=4", "scipy>=1.15", "scikit-learn>=1.6"]
+DEVELOPMENT = [
+    "pytest>=8.4",
+    "ruff==0.17.6",
+    "mypy==2.4.1",
+    "pre-commit>=4",
+    "scipy>=1.15",
+    "scikit-learn>=1.6",
+    # Its interpreter runs the GPU kernels in the tests, and needs this numpy. PyTorch for CUDA brings its own.
+    "triton==3.6.0",
+    "numpy<2.4",
+]
 
 setup(
     name="ssd_megatron",

@@ -76,7 +76,9 @@ def _relu(name: str, *, gated: bool) -> Activation:
 
 
 def _squared_relu() -> Activation:
-    return Activation("squared_relu", "squared_relu", False, True, _clamp_and_square, torch.square, _squared_relu_slope_)
+    return Activation(
+        "squared_relu", "squared_relu", False, True, _clamp_and_square, torch.square, _squared_relu_slope_
+    )
 
 
 def _gelu(name: str, *, gated: bool) -> Activation:

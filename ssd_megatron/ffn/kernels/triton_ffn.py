@@ -134,7 +134,7 @@ class _SparseFFN(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor | None, ...]:
         x_TH, kept_CN, pre_CN, up_CN, *saved = ctx.saved_tensors
-        rows, bank = Rows(*saved[:5], tile_size=ctx.tile_size, load=ctx.load), NeuronTensors(*saved[5:])
+        rows, bank = Rows(ctx.tile_size, ctx.load, *saved[:5]), NeuronTensors(*saved[5:])
         sizes, dy_TH = _sizes(rows, x_TH, bank, ctx.num_experts), dy_TH.contiguous()
         hidden_CN = x_TH.new_empty(len(rows.token_C), sizes["N"]) if kept_CN is None else kept_CN
         d_pre_CN, d_up_CN = torch.empty_like(hidden_CN), None if up_CN is None else torch.empty_like(hidden_CN)

@@ -61,6 +61,51 @@ def _rows(tile, expert, first_row, tile_row, BM: tl.constexpr):
     return row, row < tl.load(first_row + expert + 1)
 
 
+@triton.jit
+def _halves(n):
+    """The first and the last half of a vector."""
+    return tl.split(tl.permute(tl.reshape(n, (2, n.shape[0] // 2)), (1, 0)))
+
+
+@triton.jit
+def _halves_of_columns(tile):
+    """The left and the right half of a tile."""
+    return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
+
+
+@triton.jit
+def _activate(
+    sums, sums_up, row, live, n, expert, b, w_up, b_up, pre, pre_up, hidden, N: tl.constexpr, ACT: tl.constexpr
+):
+    """See up; for columns n."""
+    offset, stored = row.to(tl.int64)[:, None] * N + n[None, :], live[:, None] & (n < N)[None, :]
+    neuron = expert.to(tl.int64) * N + tl.minimum(n, N - 1)
+    if b is not None:
+        sums += tl.load(b + neuron).to(tl.float32)[None, :]
+    if pre is not None:
+        tl.store(pre + offset, sums.to(pre.dtype.element_ty), mask=stored)
+    fired = _act(sums, ACT)
+    if w_up is not None:
+        if b_up is not None:
+            sums_up += tl.load(b_up + neuron).to(tl.float32)[None, :]
+        tl.store(pre_up + offset, sums_up.to(pre_up.dtype.element_ty), mask=stored)
+        fired *= sums_up
+    tl.store(hidden + offset, fired.to(hidden.dtype.element_ty), mask=stored)
+
+
+@triton.jit
+def _activate_halves(
+    sums, sums_up, row, live, n, expert, b, w_up, b_up, pre, pre_up, hidden, N: tl.constexpr, ACT: tl.constexpr
+):
+    n_first, n_last = _halves(n)
+    first, last = _halves_of_columns(sums)
+    up_first, up_last = first, last
+    if w_up is not None:
+        up_first, up_last = _halves_of_columns(sums_up)
+    _activate(first, up_first, row, live, n_first, expert, b, w_up, b_up, pre, pre_up, hidden, N, ACT)
+    _activate(last, up_last, row, live, n_last, expert, b, w_up, b_up, pre, pre_up, hidden, N, ACT)
+
+
 @tuned(UP, rows="BM", columns="N", depth="H")
 @triton.jit(do_not_specialize=["load"])
 def up(
@@ -69,7 +114,7 @@ def up(
     H: tl.constexpr, N: tl.constexpr, ACT: tl.constexpr, PRECISION: tl.constexpr,
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
-    """hidden = act(x w^T + b), times (x w_up^T + b_up) where there is w_up. Stores `pre` (before act) if it is given."""
+    """hidden = act(x w^T + b), times (x w_up^T + b_up) where there is w_up. Stores `pre`, that before act, if given."""
     tile, n0 = tl.program_id(0) // tl.cdiv(N, BN), tl.program_id(0) % tl.cdiv(N, BN) * BN
     expert = tl.load(tile_expert + tile)
     if expert >= 0:
@@ -88,22 +133,39 @@ def up(
             x_RK = _load(x_ptr, inside[None, :], H % BK == 0)
             sums = tl.dot(x_RK, _load(w_ptr, inside[:, None], H % BK == 0), sums, input_precision=PRECISION)
             if w_up is not None:
-                sums_up = tl.dot(x_RK, _load(w_up_ptr, inside[:, None], H % BK == 0), sums_up, input_precision=PRECISION)
+                sums_up = tl.dot(
+                    x_RK, _load(w_up_ptr, inside[:, None], H % BK == 0), sums_up, input_precision=PRECISION
+                )
                 w_up_ptr += BK
             x_ptr += BK
             w_ptr += BK
-        if b is not None:
-            sums += tl.load(b + neuron).to(tl.float32)[None, :]
-        offset, stored = row.to(tl.int64)[:, None] * N + n[None, :], live[:, None] & (n < N)[None, :]
-        if pre is not None:
-            tl.store(pre + offset, sums.to(pre.dtype.element_ty), mask=stored)
-        fired = _act(sums, ACT)
-        if w_up is not None:
-            if b_up is not None:
-                sums_up += tl.load(b_up + neuron).to(tl.float32)[None, :]
-            tl.store(pre_up + offset, sums_up.to(pre_up.dtype.element_ty), mask=stored)
-            fired *= sums_up
-        tl.store(hidden + offset, fired.to(hidden.dtype.element_ty), mask=stored)
+        _activate_halves(sums, sums_up, row, live, n, expert, b, w_up, b_up, pre, pre_up, hidden, N, ACT)
+
+
+@triton.jit
+def _through_activation(d, row, live, n, pre, pre_up, hidden, d_pre, d_up, N: tl.constexpr, ACT: tl.constexpr):
+    """See down_grad; for columns n. Returns each row's sum of d * (outputs of the neurons)."""
+    offset, stored = row.to(tl.int64)[:, None] * N + n[None, :], live[:, None] & (n < N)[None, :]
+    kept = tl.load((hidden if pre is None else pre) + offset, mask=stored, other=0.0).to(tl.float32)
+    outputs = kept if pre is None else _act(kept, ACT)
+    d_fired = d
+    if pre_up is not None:
+        other_half = tl.load(pre_up + offset, mask=stored, other=0.0).to(tl.float32)
+        tl.store(d_up + offset, (d * outputs).to(d_up.dtype.element_ty), mask=stored)
+        outputs *= other_half
+        d_fired = d * other_half
+    if pre is not None:
+        tl.store(hidden + offset, outputs.to(hidden.dtype.element_ty), mask=stored)
+    tl.store(d_pre + offset, (d_fired * _slope(kept, ACT)).to(d_pre.dtype.element_ty), mask=stored)
+    return tl.sum(d * outputs, 1)
+
+
+@triton.jit
+def _through_halves(d, row, live, n, pre, pre_up, hidden, d_pre, d_up, N: tl.constexpr, ACT: tl.constexpr):
+    n_first, n_last = _halves(n)
+    d_first, d_last = _halves_of_columns(d)
+    share = _through_activation(d_first, row, live, n_first, pre, pre_up, hidden, d_pre, d_up, N, ACT)
+    return share + _through_activation(d_last, row, live, n_last, pre, pre_up, hidden, d_pre, d_up, N, ACT)
 
 
 @tuned(UP, rows="BM", columns="N", depth="H")
@@ -134,24 +196,12 @@ def down_grad(
             d = tl.dot(dy_RK, _load(w_ptr, inside[:, None], H % BK == 0), d, input_precision=PRECISION)
             dy_ptr += BK
             w_ptr += BK
-        offset, stored = row.to(tl.int64)[:, None] * N + n[None, :], live[:, None] & (n < N)[None, :]
-        if pre is None:
-            kept = tl.load(hidden + offset, mask=stored, other=0.0).to(tl.float32)
-            outputs = kept
-        else:
-            kept = tl.load(pre + offset, mask=stored, other=0.0).to(tl.float32)
-            outputs = _act(kept, ACT)
-        d_fired = d
-        if pre_up is not None:
-            other_half = tl.load(pre_up + offset, mask=stored, other=0.0).to(tl.float32)
-            tl.store(d_up + offset, (d * outputs).to(d_up.dtype.element_ty), mask=stored)
-            outputs *= other_half
-            d_fired = d * other_half
-        if pre is not None:
-            tl.store(hidden + offset, outputs.to(hidden.dtype.element_ty), mask=stored)
+        n_first, n_last = _halves(n)
+        d_first, d_last = _halves_of_columns(d)
+        share = _through_halves(d_first, row, live, n_first, pre, pre_up, hidden, d_pre, d_up, N, ACT)
+        share += _through_halves(d_last, row, live, n_last, pre, pre_up, hidden, d_pre, d_up, N, ACT)
         if dgate is not None:
-            tl.store(dgate + n_tile.to(tl.int64) * copies + row, tl.sum(d * outputs, 1), mask=live)
-        tl.store(d_pre + offset, (d_fired * _slope(kept, ACT)).to(d_pre.dtype.element_ty), mask=stored)
+            tl.store(dgate + n_tile.to(tl.int64) * copies + row, share, mask=live)
 
 
 @triton.jit
@@ -205,11 +255,11 @@ def weight_grad(
     BM: tl.constexpr, BN: tl.constexpr, BK: tl.constexpr,
 ):  # fmt: skip
     """dw[neurons of the expert] = d[its rows]^T source[their tokens]; zeros for an expert without rows."""
-    m_tiles: tl.constexpr = tl.cdiv(N, BM)
-    h_tiles: tl.constexpr = tl.cdiv(H, BN)
-    expert = tl.program_id(0) // (m_tiles * h_tiles)
-    m = tl.program_id(0) // h_tiles % m_tiles * BM + tl.arange(0, BM)
-    n, k = tl.program_id(0) % h_tiles * BN + tl.arange(0, BN), tl.arange(0, BK)
+    tile, n_tiles = tl.program_id(0), tl.cdiv(H, BN)
+    m_tile = tile // n_tiles
+    expert = m_tile // tl.cdiv(N, BM)
+    m, n = m_tile % tl.cdiv(N, BM) * BM + tl.arange(0, BM), tile % n_tiles * BN + tl.arange(0, BN)
+    k = tl.arange(0, BK)
     first, end = tl.load(first_row + expert), tl.load(first_row + expert + 1)
     sums = tl.zeros((BM, BN), tl.float32)
     # Tokens are read one step ahead of the rows they name: a chain of two loads would stop the pipelining.

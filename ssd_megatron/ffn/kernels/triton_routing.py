@@ -23,27 +23,27 @@ class Rows(NamedTuple):
     """The rows of the experts' matmuls. Expert e has rows [first_row[e], first_row[e + 1]).
 
     Attributes:
+        tile_size: rows of a tile; a tile never has rows of two experts.
+        load: rows per expert if all are equally busy, rounded up to a power of two. What the kernels are tuned for.
         token_C: int32, the token of each row; undefined from first_row[E] on.
         row_TK: int32, the row of each token copy; -1 for one that is computed elsewhere.
         first_row_E: int32 [E + 1].
         tile_expert_M: int32, the expert of each tile of `tile_size` rows; -1 in the tiles that are left over.
         tile_row_M: int32, its first row.
-        tile_size: rows of a tile; a tile never has rows of two experts.
-        load: rows per expert if all are equally busy, rounded up to a power of two. What the kernels are tuned for.
     """
 
+    tile_size: int
+    load: int
     token_C: Tensor
     row_TK: Tensor
     first_row_E: Tensor
     tile_expert_M: Tensor
     tile_row_M: Tensor
-    tile_size: int
-    load: int
 
     @property
-    def tensors(self) -> tuple[Tensor, ...]:
-        """The fields that are tensors: the first five."""
-        return self[:5]
+    def tensors(self) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+        """The fields that are tensors: the last five."""
+        return self[2:]
 
 
 def sort_copies(expert_ids_TK: Tensor, num_experts: int) -> Rows:
@@ -64,9 +64,7 @@ def sort_copies(expert_ids_TK: Tensor, num_experts: int) -> Rows:
         return torch.empty(shape, dtype=torch.int32, device=ids_C.device)
 
     count_EP, total_E = new(num_experts, parts), new(num_experts)
-    rows = Rows(
-        new(copies), new(num_tokens, top_k), new(num_experts + 1), new(tiles), new(tiles), tile_size=tile_size, load=load
-    )
+    rows = Rows(tile_size, load, new(copies), new(num_tokens, top_k), new(num_experts + 1), new(tiles), new(tiles))
     bins = triton.next_power_of_2(num_experts + 1)
     _count[(parts,)](ids_C, count_EP, copies, parts, E=num_experts, BINS=bins, PART=COPIES_PER_PART)
     _count_before[(num_experts,)](count_EP, total_E, parts, BLOCK=1024)
