@@ -1,4 +1,5 @@
-"""Speed of the sparse feed-forward network beside the dense one, on CPU: forward and backward, routing included.
+"""Speed of the sparse feed-forward network beside the dense one: forward and backward, routing included. On a machine
+with a GPU this is `benchmarks.ffn_gpu`; else, on CPU:
 
     python -m benchmarks.ffn [--quick] [--json FILE] [--threads N]
 
@@ -9,13 +10,11 @@ turns' ratios.
 """
 
 import argparse
-import json
 import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -23,7 +22,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from benchmarks.row import Row
+from benchmarks import ffn_gpu
+from benchmarks.row import Row, publish
 from ssd_megatron.ffn.kernels import sparse_ffn
 from ssd_megatron.ffn.kernels.dispatch import dispatch
 from ssd_megatron.ffn.routers import router_weights_from_bank
@@ -221,17 +221,12 @@ def main() -> None:
     parser.add_argument("--json", type=Path, help="write the rows here too")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
+    if torch.cuda.is_available():
+        publish(ffn_gpu.rows(args.quick), ffn_gpu.hardware(), args.json)
+        return
     torch.set_num_threads(args.threads)
-
     hardware = f"{platform.processor() or platform.machine()}, {args.threads} threads, torch {torch.__version__}"
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    print(f"{hardware}, commit {commit or 'unknown'}")
-    found = []
-    for row in rows(args.quick):
-        print(f"{row.value:6.2f}  goal {row.goal:4.2f} {'met   ' if row.ok else 'missed'}  {row.name}", flush=True)
-        found.append({**asdict(row), "ok": row.ok, "hardware": hardware, "commit": commit})
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=2))
+    publish(rows(args.quick), hardware, args.json)
 
 
 if __name__ == "__main__":
