@@ -21,24 +21,37 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
+from triton.runtime.autotuner import Autotuner
 
 from ssd_megatron.ffn.kernels import triton_kernels as kernels
+from ssd_megatron.ffn.kernels import triton_routing as routing
 from ssd_megatron.ffn.kernels.triton_routing import MAX_ROWS_PER_TILE
 from ssd_megatron.ffn.kernels.triton_tuning import SHARED_MEMORY
 
 HOPPER = GPUTarget("cuda", 90, 32)
 ROWS_PER_EXPERT = 4096  # 16,384 tokens at a quarter of the experts
-# Kernel and the pointers that are None: in up and down_grad of plain ReLU, of GELU, of a gated activation with biases.
-RELU = {"b", "w_up", "b_up", "pre", "pre_up", "d_up", "a_up"}
-GATED: set[str] = set()
-INTEGERS = {"token", "first_row", "tile_expert", "tile_row"}
-SHAPES = ((2048, 512), (2048, 256), (2048, 128), (4096, 512))
-"""Hidden size and neurons of an expert."""
+SHAPES = ((2048, 512), (2048, 256), (2048, 128), (4096, 512))  # hidden size, neurons of an expert
+# Pointers that are None: in calls of a plain ReLU network without biases; of a gated one with biases, nothing.
+PLAIN = frozenset({"b", "w_up", "b_up", "pre", "pre_up", "d_up", "a_up"})
+POINTS_AT = {"dgate": "fp32", "ids": "i64"}
+INTEGERS = {"token", "first_row", "tile_expert", "tile_row", "row_of_copy", "count", "total"}
+COUNTS = {"load", "copies", "parts", "tiles"}  # arguments by value
+
+
+@dataclass(frozen=True)
+class Variant:
+    """A kernel as it is called: which pointers are None, and the constants."""
+
+    name: str
+    kernel: Any
+    absent: frozenset[str]
+    constants: dict[str, Any]
+    dtype: str = "bf16"
 
 
 @dataclass(frozen=True)
 class Compiled:
-    """What became of one kernel with one tile."""
+    """What became of a kernel with one tile."""
 
     name: str
     registers: int
@@ -46,10 +59,11 @@ class Compiled:
     shared: int
     wgmma: int
     async_copies: int
+    must_use_wgmma: bool
 
     @property
     def ok(self) -> bool:
-        return self.spilled == 0 and self.shared <= SHARED_MEMORY and self.wgmma > 0
+        return self.spilled == 0 and self.shared <= SHARED_MEMORY and (self.wgmma > 0 or not self.must_use_wgmma)
 
     def __str__(self) -> str:
         return (
@@ -58,18 +72,19 @@ class Compiled:
         )
 
 
-def compiled(name: str, kernel: Any, absent: set[str], constants: dict[str, Any], config: Any) -> Compiled:
-    """Compile one kernel with one tile, as a call with bf16 tensors would."""
-    function = kernel.fn
-    constants = {**constants, **config.kwargs, **dict.fromkeys(absent)}
+def compiled(variant: Variant, config: Any) -> Compiled:
+    """Compile a kernel with one tile, as a call would."""
+    is_matmul = isinstance(variant.kernel, Autotuner)
+    function = variant.kernel.fn if is_matmul else variant.kernel
+    constants = {**variant.constants, **config.kwargs, **dict.fromkeys(variant.absent)}
     signature, aligned = {}, {}
     for place, argument in enumerate(function.arg_names):
         if argument in constants:
             signature[argument] = "constexpr"
-        elif argument in ("load", "copies"):
+        elif argument in COUNTS:
             signature[argument] = "i32"
         else:
-            signature[argument] = "*i32" if argument in INTEGERS else "*fp32" if argument == "dgate" else "*bf16"
+            signature[argument] = "*" + ("i32" if argument in INTEGERS else POINTS_AT.get(argument, variant.dtype))
             aligned[(place,)] = [["tt.divisibility", 16]]
     fixed = {(function.arg_names.index(n),): value for n, value in constants.items() if n in function.arg_names}
     source = ASTSource(fn=function, signature=signature, constexprs=fixed, attrs=aligned)
@@ -81,48 +96,69 @@ def compiled(name: str, kernel: Any, absent: set[str], constants: dict[str, Any]
         file.flush()
         command = [get_ptxas(90).path, "-v", "-arch=sm_90a", file.name, "-o", "/dev/null"]
         report = subprocess.run(command, capture_output=True, text=True, check=True).stderr
-    tile = " ".join(f"{side} {size}" for side, size in config.kwargs.items())
+    tile = "".join(f" {side} {size}" for side, size in config.kwargs.items())
     return Compiled(
-        name=f"{name}: {tile}, {config.num_warps} warps, {config.num_stages} stages",
+        name=f"{variant.name}:{tile} {config.num_warps} warps, {config.num_stages} stages",
         registers=int(re.findall(r"Used (\d+) registers", report)[0]),
         spilled=sum(int(n) for n in re.findall(r"(\d+) bytes spill stores", report)),
         shared=binary.metadata.shared,
         wgmma=ptx.count("wgmma.mma_async"),
         async_copies=ptx.count("cp.async.cg"),
+        must_use_wgmma=is_matmul and variant.dtype == "bf16",
     )
 
 
-def variants(hidden: int, size: int) -> Iterator[tuple[str, Any, set[str], dict[str, Any]]]:
-    """Name, kernel, absent pointers and constants of every kernel at one shape."""
+def matmuls(name: str, hidden: int, size: int, dtype: str = "bf16", rows: int = MAX_ROWS_PER_TILE) -> Iterator[Variant]:
+    """Every matmul kernel at one shape."""
     sizes = {"H": hidden, "N": size, "PRECISION": "ieee"}
-    tiled = {**sizes, "BM": MAX_ROWS_PER_TILE}
-    yield "up, relu", kernels.up, RELU, {**tiled, "ACT": "relu"}
-    yield "up, gelu", kernels.up, RELU - {"pre", "b"}, {**tiled, "ACT": "gelu"}
-    yield "up, swiglu", kernels.up, GATED, {**tiled, "ACT": "silu"}
-    yield "down_grad, relu", kernels.down_grad, RELU, {**tiled, "ACT": "relu"}
-    yield "down_grad, gelu", kernels.down_grad, RELU - {"pre"}, {**tiled, "ACT": "gelu"}
-    yield "down_grad, swiglu", kernels.down_grad, GATED, {**tiled, "ACT": "silu"}
-    yield "down", kernels.down, RELU, tiled
-    yield "down, gated", kernels.down, GATED, tiled
-    yield "weight_grad", kernels.weight_grad, set(), sizes
+    tiled, nothing = {**sizes, "BM": rows}, frozenset[str]()
+    for kernel in (kernels.up, kernels.down_grad):
+        which = f"{name}, {kernel.fn.__name__}"
+        yield Variant(f"{which}, relu", kernel, PLAIN, {**tiled, "ACT": "relu"}, dtype)
+        yield Variant(f"{which}, reglu", kernel, nothing, {**tiled, "ACT": "relu"}, dtype)
+        yield Variant(f"{which}, swiglu", kernel, nothing, {**tiled, "ACT": "silu"}, dtype)
+        yield Variant(f"{which}, gelu", kernel, PLAIN - {"b", "pre"}, {**tiled, "ACT": "gelu"}, dtype)
+    yield Variant(f"{name}, down", kernels.down, PLAIN, tiled, dtype)
+    yield Variant(f"{name}, down, gated", kernels.down, nothing, tiled, dtype)
+    yield Variant(f"{name}, weight_grad", kernels.weight_grad, nothing, sizes, dtype)
 
 
-def all_compiled(shapes: tuple[tuple[int, int], ...]) -> Iterator[Compiled]:
-    element = torch.empty(1, dtype=torch.bfloat16)  # tells the tuner the size of elements
-    for hidden, size in shapes:
-        for name, kernel, absent, constants in variants(hidden, size):
-            w_up = None if "w_up" in absent or "w_up" not in kernel.arg_names else element
-            given = {**constants, "load": ROWS_PER_EXPERT, "x": element, "w_up": w_up}
-            for config in kernel.early_config_prune(kernel.configs, {}, **given):
-                yield compiled(f"h {hidden}, n {size}, {name}", kernel, absent, constants, config)
+def others() -> Iterator[Variant]:
+    """The kernels that only move or count, for 32 experts."""
+    bins, part, nothing = 64, {"PART": routing.COPIES_PER_PART}, frozenset[str]()
+    yield Variant("count", routing._count, nothing, {"E": 32, "BINS": bins, **part})
+    yield Variant("count_before", routing._count_before, nothing, {"BLOCK": 1024})
+    yield Variant("list_tiles", routing._list_tiles, nothing, {"E": 32, "BINS": bins, "ROWS": MAX_ROWS_PER_TILE})
+    yield Variant("place", routing._place, nothing, {"K": 8, **part})
+    yield Variant("bias_grad", kernels.bias_grad, nothing, {"N": 256, "BM": 64, "BN": 64})
+    yield Variant("gather_sum", kernels.gather_sum, nothing, {"H": 2048, "K": 8, "BN": 1024})
+
+
+def all_compiled(quick: bool) -> Iterator[Compiled]:
+    for variant in others():
+        yield compiled(variant, triton.Config({}))
+    for hidden, size in SHAPES[1:2] if quick else SHAPES:
+        for variant in matmuls(f"h {hidden}, n {size}", hidden, size):
+            yield from with_each_tile(variant)
+    if not quick:
+        for variant in matmuls("fp32, h 520, n 72, few tokens", 520, 72, "fp32", rows=16):
+            yield from with_each_tile(variant)
+
+
+def with_each_tile(variant: Variant) -> Iterator[Compiled]:
+    """The tiles that would be timed."""
+    element = torch.empty(1, dtype=torch.bfloat16 if variant.dtype == "bf16" else torch.float32)
+    pointers = {name: element for name in variant.kernel.arg_names if name not in variant.absent | {"BM", "BN", "BK"}}
+    given = {**pointers, "load": ROWS_PER_EXPERT, **variant.constants}
+    for config in variant.kernel.early_config_prune(variant.kernel.configs, {}, **given):
+        yield compiled(variant, config)
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--quick", action="store_true", help="one shape instead of four")
-    args = parser.parse_args()
     failed = 0
-    for result in all_compiled(SHAPES[1:2] if args.quick else SHAPES):
+    for result in all_compiled(parser.parse_args().quick):
         print(result, flush=True)
         failed += not result.ok
     sys.exit(f"{failed} kernels failed" if failed else 0)

@@ -16,7 +16,7 @@ from triton import knobs
 
 SHARED_MEMORY = 227 * 1024  # bytes that a block may have on a Hopper GPU
 ACCUMULATORS = 128  # registers of a thread, of 255, that the sums of a tile may take
-CURVED = ("gelu", "silu")  # activations that need registers of their own: half as many for the sums
+CURVED = ("gelu", "silu")  # activations that need registers of their own
 
 Tile = dict[str, int]  # BM rows (where the routing does not fix them), BN columns, BK depth of a step
 Candidate = tuple[Tile, int, int]  # tile, warps, stages of the pipeline
@@ -75,7 +75,9 @@ def _worth_trying(size_of: dict[str, str], configs: list[Any], tensors: dict[str
     given = {**tensors, **others}
     element = next(t.element_size() for t in given.values() if isinstance(t, Tensor) and t.is_floating_point())
     side_by_side = 2 if given.get("w_up") is not None and given.get("a_up") is None else 1  # matmuls, in `up`
-    registers = ACCUMULATORS // 2 if given.get("ACT") in CURVED else ACCUMULATORS
+    # Curves, a gate's slope (down_grad) and fp32, which has no tensor cores of its own, leave half the registers.
+    crowded = given.get("ACT") in CURVED or given.get("d_up") is not None or element == 4
+    registers = ACCUMULATORS // 2 if crowded else ACCUMULATORS
 
     def fits(config: Any) -> bool:
         tile = _tile(config, given)
