@@ -17,6 +17,7 @@ PHI = {
     "swiglu": F.silu,
 }
 GATED = {"reglu", "geglu", "swiglu"}
+PLAIN = ("reference", "torch")  # backends that run everywhere and in fp64; test_triton.py has the other
 
 
 def make_bank(hidden: int, neurons: int, activation: str, add_bias: bool, dtype: torch.dtype) -> NeuronBank:

@@ -9,9 +9,8 @@ from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.activations import ACTIVATIONS
 from ssd_megatron.ffn.bank import NeuronBank, NeuronTensors
 from ssd_megatron.ffn.kernels import choose_backend, sparse_ffn, torch_bmm
-from tests.ffn.helpers import assert_close, brute_force, choose, gradients, make_bank, make_inputs, run
+from tests.ffn.helpers import PLAIN, assert_close, brute_force, choose, gradients, make_bank, make_inputs, run
 
-PLAIN = ("reference", "torch")  # run everywhere and in fp64; test_triton.py has the other
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 

@@ -20,6 +20,7 @@ from ssd_megatron.ffn.bank import NeuronBank
 from ssd_megatron.ffn.kernels import choose_backend, sparse_ffn, triton_ffn, triton_kernels, triton_routing
 from ssd_megatron.ffn.kernels import triton_tuning as tuning
 from ssd_megatron.ffn.kernels.triton_routing import sort_copies
+from ssd_megatron.ffn.switchable import FFNSettings, SwitchableFFN
 from tests.ffn import helpers
 from tests.ffn.helpers import assert_close, choose, run
 
@@ -165,6 +166,27 @@ def test_rows_are_copies_sorted_by_expert(tokens: int, experts: int, top_k: int,
     assert rows.first_row_E.tolist() == first
     assert list(zip(rows.tile_expert_M.tolist(), rows.tile_row_M.tolist(), strict=True))[: len(tiles)] == tiles
     assert rows.tile_expert_M[len(tiles) :].tolist() == [-1] * (len(rows.tile_expert_M) - len(tiles))
+
+
+@pytest.mark.parametrize("router_update", ["straight_through", "avg_k"])
+def test_a_switchable_network_does_not_depend_on_the_backend(router_update: str) -> None:
+    results = []
+    for backend in ("reference", "triton"):
+        torch.manual_seed(0)
+        settings = FFNSettings(32, 64, "relu", True, 4, 2, router_update, backend)
+        ffn = SwitchableFFN(SimpleNamespace(params_dtype=torch.float32), settings)
+        ffn.mode = "sparse"
+        with torch.no_grad():
+            for parameter in ffn.parameters():
+                parameter.normal_(std=0.3)
+        ffn = ffn.to(DEVICE)
+        x, dy = make_inputs(30, 32, torch.float32)
+        y, _ = ffn(x[:, None])
+        y.backward(dy[:, None])
+        weights = {name: p.grad for name, p in ffn.named_parameters() if p.grad is not None}
+        results.append({"y": y, "x": x.grad, **weights})
+    assert ("router.weight" in results[0]) == (router_update == "straight_through")
+    assert_close(results[1], results[0], 1e-5)
 
 
 class _NotRun:
