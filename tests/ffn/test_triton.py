@@ -64,12 +64,19 @@ def test_output_and_gradients_are_those_of_reference(activation: str, add_bias: 
     compare(bank, x, dy, ids, 4)
 
 
-@pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize(
     ("tokens", "experts", "top_k", "skew"),
     [(80, 8, 2, 0.0), (33, 12, 5, 2.0), (65, 6, 1, 1.0), (40, 8, 2, 50.0), (20, 4, 4, 0.0), (1, 16, 3, 0.0)],
 )
-@pytest.mark.parametrize(("activation", "add_bias"), [("relu", False), ("squared_relu", True), ("reglu", True)])
+@pytest.mark.parametrize(
+    ("activation", "add_bias", "dtype"),
+    [
+        ("relu", False, torch.float32),
+        ("squared_relu", True, torch.float16),
+        ("reglu", True, torch.float32),
+        *([("relu", False, torch.bfloat16)] if DEVICE == "cuda" else []),
+    ],
+)
 def test_any_load(
     activation: str, add_bias: bool, tokens: int, experts: int, top_k: int, skew: float, dtype: torch.dtype
 ) -> None:

@@ -62,22 +62,17 @@ def _rows(tile, expert, first_row, tile_row, BM: tl.constexpr):
 
 
 @triton.jit
-def _halves(n):
-    """The first and the last half of a vector."""
-    return tl.split(tl.permute(tl.reshape(n, (2, n.shape[0] // 2)), (1, 0)))
-
-
-@triton.jit
-def _halves_of_columns(tile):
+def _halves(tile):
     """The left and the right half of a tile."""
     return tl.split(tl.permute(tl.reshape(tile, (tile.shape[0], 2, tile.shape[1] // 2)), (0, 2, 1)))
 
 
 @triton.jit
 def _activate(
-    sums, sums_up, row, live, n, expert, b, w_up, b_up, pre, pre_up, hidden, N: tl.constexpr, ACT: tl.constexpr
+    sums, sums_up, row, live, n0, expert, b, w_up, b_up, pre, pre_up, hidden, N: tl.constexpr, ACT: tl.constexpr
 ):
-    """See up; for columns n."""
+    """See up; for columns from n0 on."""
+    n = n0 + tl.arange(0, sums.shape[1])
     offset, stored = row.to(tl.int64)[:, None] * N + n[None, :], live[:, None] & (n < N)[None, :]
     neuron = expert.to(tl.int64) * N + tl.minimum(n, N - 1)
     if b is not None:
@@ -95,15 +90,15 @@ def _activate(
 
 @triton.jit
 def _activate_halves(
-    sums, sums_up, row, live, n, expert, b, w_up, b_up, pre, pre_up, hidden, N: tl.constexpr, ACT: tl.constexpr
+    sums, sums_up, row, live, n0, expert, b, w_up, b_up, pre, pre_up, hidden, N: tl.constexpr, ACT: tl.constexpr
 ):
-    n_first, n_last = _halves(n)
-    first, last = _halves_of_columns(sums)
+    half: tl.constexpr = sums.shape[1] // 2
+    first, last = _halves(sums)
     up_first, up_last = first, last
     if w_up is not None:
-        up_first, up_last = _halves_of_columns(sums_up)
-    _activate(first, up_first, row, live, n_first, expert, b, w_up, b_up, pre, pre_up, hidden, N, ACT)
-    _activate(last, up_last, row, live, n_last, expert, b, w_up, b_up, pre, pre_up, hidden, N, ACT)
+        up_first, up_last = _halves(sums_up)
+    _activate(first, up_first, row, live, n0, expert, b, w_up, b_up, pre, pre_up, hidden, N, ACT)
+    _activate(last, up_last, row, live, n0 + half, expert, b, w_up, b_up, pre, pre_up, hidden, N, ACT)
 
 
 @tuned(UP, rows="BM", columns="N", depth="H")
@@ -139,12 +134,13 @@ def up(
                 w_up_ptr += BK
             x_ptr += BK
             w_ptr += BK
-        _activate_halves(sums, sums_up, row, live, n, expert, b, w_up, b_up, pre, pre_up, hidden, N, ACT)
+        _activate_halves(sums, sums_up, row, live, n0, expert, b, w_up, b_up, pre, pre_up, hidden, N, ACT)
 
 
 @triton.jit
-def _through_activation(d, row, live, n, pre, pre_up, hidden, d_pre, d_up, N: tl.constexpr, ACT: tl.constexpr):
-    """See down_grad; for columns n. Returns each row's sum of d * (outputs of the neurons)."""
+def _through_activation(d, row, live, n0, pre, pre_up, hidden, d_pre, d_up, N: tl.constexpr, ACT: tl.constexpr):
+    """See down_grad; for columns from n0 on. Returns each row's sum of d * (outputs of the neurons)."""
+    n = n0 + tl.arange(0, d.shape[1])
     offset, stored = row.to(tl.int64)[:, None] * N + n[None, :], live[:, None] & (n < N)[None, :]
     kept = tl.load((hidden if pre is None else pre) + offset, mask=stored, other=0.0).to(tl.float32)
     outputs = kept if pre is None else _act(kept, ACT)
@@ -161,11 +157,11 @@ def _through_activation(d, row, live, n, pre, pre_up, hidden, d_pre, d_up, N: tl
 
 
 @triton.jit
-def _through_halves(d, row, live, n, pre, pre_up, hidden, d_pre, d_up, N: tl.constexpr, ACT: tl.constexpr):
-    n_first, n_last = _halves(n)
-    d_first, d_last = _halves_of_columns(d)
-    share = _through_activation(d_first, row, live, n_first, pre, pre_up, hidden, d_pre, d_up, N, ACT)
-    return share + _through_activation(d_last, row, live, n_last, pre, pre_up, hidden, d_pre, d_up, N, ACT)
+def _through_halves(d, row, live, n0, pre, pre_up, hidden, d_pre, d_up, N: tl.constexpr, ACT: tl.constexpr):
+    half: tl.constexpr = d.shape[1] // 2
+    first, last = _halves(d)
+    share = _through_activation(first, row, live, n0, pre, pre_up, hidden, d_pre, d_up, N, ACT)
+    return share + _through_activation(last, row, live, n0 + half, pre, pre_up, hidden, d_pre, d_up, N, ACT)
 
 
 @tuned(UP, rows="BM", columns="N", depth="H")
@@ -196,10 +192,11 @@ def down_grad(
             d = tl.dot(dy_RK, _load(w_ptr, inside[:, None], H % BK == 0), d, input_precision=PRECISION)
             dy_ptr += BK
             w_ptr += BK
-        n_first, n_last = _halves(n)
-        d_first, d_last = _halves_of_columns(d)
-        share = _through_halves(d_first, row, live, n_first, pre, pre_up, hidden, d_pre, d_up, N, ACT)
-        share += _through_halves(d_last, row, live, n_last, pre, pre_up, hidden, d_pre, d_up, N, ACT)
+        half: tl.constexpr = BN // 2
+        d_first, d_last = _halves(d)
+        n0 = n_tile * BN
+        share = _through_halves(d_first, row, live, n0, pre, pre_up, hidden, d_pre, d_up, N, ACT)
+        share += _through_halves(d_last, row, live, n0 + half, pre, pre_up, hidden, d_pre, d_up, N, ACT)
         if dgate is not None:
             tl.store(dgate + n_tile.to(tl.int64) * copies + row, share, mask=live)
 
