@@ -35,6 +35,7 @@ def sparse_ffn(
     num_experts: int,
 ) -> Tensor:
     """See `ssd_megatron.ffn.kernels.sparse_ffn`; x and the bank in bf16, fp16 or fp32."""
+    assert all(t is None or t.is_contiguous() for t in bank)
     return _apply(x_TH, expert_ids_TK, gates_TK, activation, num_experts, *bank)
 
 
