@@ -2,6 +2,7 @@
 # make test         set up everything and run the tests
 # make test-layouts   train on the whole matrix of layouts; takes many minutes
 # make test-faults  kill ranks of small jobs 50 times and start the jobs again (about 15 minutes)
+# make test-triton-compile   compile the GPU kernels for a Hopper GPU, without one; several minutes
 # make test-mpi, make test-multinode, make test-slurm    real launchers; each says which Debian packages it needs
 # make lint         ruff and mypy;   make docs: generate docs/config.md
 
@@ -11,7 +12,7 @@ BIN := $(abspath $(VENV))/bin
 CONFIG ?= examples/quickstart/ds.json
 CONSTRAINTS := constraints.txt
 
-.PHONY: quickstart test test-layouts test-faults test-mpi test-multinode test-slurm lint docs clean
+.PHONY: quickstart test test-layouts test-faults test-triton-compile test-mpi test-multinode test-slurm lint docs clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python tools/embedded_corpus.py --out data/embedded
@@ -25,6 +26,9 @@ test-layouts: $(VENV)/.installed-dev
 
 test-faults: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.faults.kill --runs 50
+
+test-triton-compile: $(VENV)/.installed-dev
+	$(BIN)/python -m benchmarks.triton_compile
 
 test-mpi test-multinode test-slurm: test-%: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.$*.check

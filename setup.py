@@ -28,8 +28,10 @@ DEVELOPMENT = [
     "scipy>=1.15",
     "scikit-learn>=1.6",
     "transformers>=5.17,<6",  # benchmarks compare with its models
+    # Its interpreter runs the GPU kernels in the tests, and needs this numpy. PyTorch for CUDA brings its own.
+    "triton==3.6.0",
+    "numpy<2.4",
 ]
-
 
 setup(
     name="ssd_megatron",

@@ -1,4 +1,5 @@
-"""Speed of the sparse feed-forward network beside the dense one, on CPU: forward and backward, routing included.
+"""Speed of the sparse feed-forward network beside the dense one: forward and backward, routing included. On a machine
+with a GPU this is `benchmarks.ffn_gpu`; else, on CPU:
 
     python -m benchmarks.ffn [--quick] [--json FILE] [--threads N]
 
@@ -8,26 +9,24 @@ has inputs and so a routing of its own, as bf16 matmuls compile code for every n
 turns' ratios.
 """
 
-import argparse
-import json
-import platform
 import statistics
-import subprocess
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import asdict, dataclass
-from pathlib import Path
+from dataclasses import dataclass
 from types import SimpleNamespace
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks import ffn_gpu
 from benchmarks.row import Row
+from benchmarks.table import parser_for, report
 from ssd_megatron.ffn.kernels import sparse_ffn
 from ssd_megatron.ffn.kernels.dispatch import dispatch
 from ssd_megatron.ffn.routers import router_weights_from_bank
 from ssd_megatron.ffn.switchable import FFNSettings, SwitchableFFN
+from ssd_megatron.parallel.device import IS_CUDA
 
 TOKENS = 2048
 TURNS = 15
@@ -216,22 +215,12 @@ def rows(quick: bool) -> Iterator[Row]:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--quick", action="store_true", help="fewer shapes and turns, under a minute")
-    parser.add_argument("--json", type=Path, help="write the rows here too")
+    parser = parser_for(__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-
-    hardware = f"{platform.processor() or platform.machine()}, {args.threads} threads, torch {torch.__version__}"
-    commit = subprocess.run(["git", "describe", "--always", "--dirty"], capture_output=True, text=True).stdout.strip()
-    print(f"{hardware}, commit {commit or 'unknown'}")
-    found = []
-    for row in rows(args.quick):
-        print(f"{row.value:6.2f}  goal {row.goal:4.2f} {'met   ' if row.ok else 'missed'}  {row.name}", flush=True)
-        found.append({**asdict(row), "ok": row.ok, "hardware": hardware, "commit": commit})
-    if args.json:
-        args.json.write_text(json.dumps(found, indent=2))
+    measured = ffn_gpu.rows(args.quick) if IS_CUDA else rows(args.quick)
+    report("sparse feed-forward network", measured, args.json)
 
 
 if __name__ == "__main__":

@@ -17,6 +17,8 @@ from benchmarks.row import Missing, Row
 from ssd_megatron.parallel.device import IS_CUDA, detect_hardware
 from ssd_megatron.training.run_folder import versions
 
+COMMIT = os.environ.get("COMMIT", "unknown")  # for a copy of the files without their repository
+
 
 def parser_for(description: str | None, *, quick: bool = True) -> argparse.ArgumentParser:
     """A parser with the arguments that benchmarks share; `quick`: this one has a short form."""
@@ -40,7 +42,7 @@ def report(title: str, rows: Iterable[Row | Missing], json_path: Path | None) ->
         print(f"{len(seen)}: {row.name}", file=sys.stderr, flush=True)
         if json_path is not None:
             json_path.write_text(json.dumps(records(seen), indent=1) + "\n")
-    console.print(f"{hardware()}, commit {versions().get('git_commit', 'unknown')}")
+    console.print(f"{hardware()}, commit {versions().get('git_commit', COMMIT)}")
     console.print(table(title, seen))
     measured = [row for row in seen if isinstance(row, Row)]
     met = [row for row in measured if row.ok]
@@ -53,7 +55,7 @@ def records(rows: Iterable[Row | Missing]) -> list[dict[str, Any]]:
     installed = versions()
     where = {
         "hardware": hardware(),
-        "commit": installed.pop("git_commit", "unknown"),
+        "commit": installed.pop("git_commit", COMMIT),
         "versions": installed,
         "command": command(),
     }

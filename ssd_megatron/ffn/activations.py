@@ -21,6 +21,7 @@ class Activation:
 
     Attributes:
         name: as written in ds.json.
+        phi: the function's own name, for kernels that compute it themselves: relu, squared_relu, gelu or silu.
         gated: the network has a gate (`w_gate`).
         sparse: phi is exactly 0 for pre <= 0, so that most neurons do not fire.
         act: phi(pre). The sparse ones clamp `pre` in place at 0 and may return it: one tensor is then output, mask
@@ -31,6 +32,7 @@ class Activation:
     """
 
     name: str
+    phi: str
     gated: bool
     sparse: bool
     act: Callable[[Tensor], Tensor]
@@ -70,19 +72,21 @@ def _silu_slope_(d: Tensor, pre: Tensor) -> Tensor:
 
 
 def _relu(name: str, *, gated: bool) -> Activation:
-    return Activation(name, gated, sparse=True, act=_clamp, act_again=_itself, slope_=_relu_slope_)
+    return Activation(name, "relu", gated, sparse=True, act=_clamp, act_again=_itself, slope_=_relu_slope_)
 
 
 def _squared_relu() -> Activation:
-    return Activation("squared_relu", False, True, _clamp_and_square, torch.square, _squared_relu_slope_)
+    return Activation(
+        "squared_relu", "squared_relu", False, True, _clamp_and_square, torch.square, _squared_relu_slope_
+    )
 
 
 def _gelu(name: str, *, gated: bool) -> Activation:
-    return Activation(name, gated, sparse=False, act=F.gelu, act_again=F.gelu, slope_=_gelu_slope_)
+    return Activation(name, "gelu", gated, sparse=False, act=F.gelu, act_again=F.gelu, slope_=_gelu_slope_)
 
 
 def _silu(name: str, *, gated: bool) -> Activation:
-    return Activation(name, gated, sparse=False, act=F.silu, act_again=F.silu, slope_=_silu_slope_)
+    return Activation(name, "silu", gated, sparse=False, act=F.silu, act_again=F.silu, slope_=_silu_slope_)
 
 
 ACTIVATIONS = {

@@ -65,7 +65,6 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({f"{DATA}.reset_attention_mask": True}, "data.reset_attention_mask (true) is not supported yet: use false"),
     ({f"{SSD}.routing": "routes.safetensors"}, "cannot be replayed from a file yet: use live"),
     ({f"{SSD}.routing_granularity": 8}, "ssd.routing_granularity (8) is not supported yet: use 1"),
-    ({f"{SSD}.backend": "triton"}, 'ssd.backend ("triton") is not in this version: use torch or auto'),
     ({f"{SSD}.router": "mlp"}, 'ssd.router ("mlp") must be "centroid"'),
     (
         {"fp16": {"enabled": True}},

@@ -5,6 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssd_megatron.ffn.bank import NeuronBank
+from ssd_megatron.ffn.kernels import sparse_ffn
 
 PHI = {
     "relu": F.relu,
@@ -16,6 +17,7 @@ PHI = {
     "swiglu": F.silu,
 }
 GATED = {"reglu", "geglu", "swiglu"}
+PLAIN = ("reference", "torch")  # backends that run everywhere and in fp64; test_triton.py has the other
 
 
 def make_bank(hidden: int, neurons: int, activation: str, add_bias: bool, dtype: torch.dtype) -> NeuronBank:
@@ -60,3 +62,23 @@ def brute_force(x_TH: Tensor, expert_ids_TK: Tensor, gates_TK: Tensor, bank: Neu
 def relative_error(got: Tensor, wanted: Tensor) -> float:
     got, wanted = got.double(), wanted.double()
     return ((got - wanted).norm() / wanted.norm().clamp(min=1e-30)).item()
+
+
+def gradients(y: Tensor, dy: Tensor, x: Tensor, gates: Tensor | None, bank: NeuronBank) -> dict[str, Tensor]:
+    wanted = {"x": x, **bank.neuron_parameters()} | ({} if gates is None else {"gate": gates})
+    return {"y": y, **dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), dy), strict=True))}
+
+
+def run(
+    backend: str, x: Tensor, dy: Tensor, ids: Tensor, gates: Tensor | None, bank: NeuronBank, experts: int
+) -> dict[str, Tensor]:
+    """Output and gradients by name."""
+    y = sparse_ffn(x, ids, gates, bank.tensors(), bank.activation, experts, backend)
+    return gradients(y, dy, x, gates, bank)
+
+
+def assert_close(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
+    assert got.keys() == wanted.keys()
+    for name in wanted:
+        assert got[name].dtype == wanted[name].dtype and got[name].shape == wanted[name].shape, name
+        assert relative_error(got[name], wanted[name]) < tolerance, name

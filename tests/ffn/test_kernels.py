@@ -8,30 +8,13 @@ from torch.utils.checkpoint import checkpoint
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.activations import ACTIVATIONS
 from ssd_megatron.ffn.bank import NeuronBank, NeuronTensors
-from ssd_megatron.ffn.kernels import BACKENDS, choose_backend, sparse_ffn, torch_bmm
-from tests.ffn.helpers import brute_force, choose, make_bank, make_inputs, relative_error
+from ssd_megatron.ffn.kernels import choose_backend, sparse_ffn, torch_bmm
+from tests.ffn.helpers import PLAIN, assert_close, brute_force, choose, gradients, make_bank, make_inputs, run
 
 TOLERANCE = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}
 
 
-def gradients(y: Tensor, dy: Tensor, x: Tensor, gates: Tensor | None, bank: NeuronBank) -> dict[str, Tensor]:
-    wanted = {"x": x, **bank.neuron_parameters()} | ({} if gates is None else {"gate": gates})
-    return {"y": y, **dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), dy), strict=True))}
-
-
-def run(backend: str, x: Tensor, dy: Tensor, ids: Tensor, gates: Tensor | None, bank: NeuronBank, experts: int):
-    y = sparse_ffn(x, ids, gates, bank.tensors(), bank.activation, experts, backend)
-    return gradients(y, dy, x, gates, bank)
-
-
-def assert_close(got: dict[str, Tensor], wanted: dict[str, Tensor], tolerance: float) -> None:
-    assert got.keys() == wanted.keys()
-    for name in wanted:
-        assert got[name].dtype == wanted[name].dtype and got[name].shape == wanted[name].shape, name
-        assert relative_error(got[name], wanted[name]) < tolerance, name
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PLAIN)
 @pytest.mark.parametrize("add_bias", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_output_and_gradients_are_those_of_brute_force(activation: str, add_bias: bool, backend: str) -> None:
@@ -44,7 +27,7 @@ def test_output_and_gradients_are_those_of_brute_force(activation: str, add_bias
 
 
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PLAIN)
 def test_finite_differences(activation: str, backend: str) -> None:
     torch.manual_seed(0)
     bank = make_bank(5, 12, activation, True, torch.float64)
@@ -88,7 +71,7 @@ def test_experts_without_tokens_get_zero_gradients() -> None:
         assert of_expert[2] > 0
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PLAIN)
 def test_no_tokens_at_all(backend: str) -> None:
     bank = make_bank(16, 64, "reglu", True, torch.float32)
     x, dy = make_inputs(0, 16, torch.float32)
@@ -99,7 +82,7 @@ def test_no_tokens_at_all(backend: str) -> None:
     assert all(got[name].abs().sum() == 0 for name in bank.neuron_parameters())
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PLAIN)
 def test_a_gate_never_scales_the_output(backend: str) -> None:
     torch.manual_seed(0)
     bank = make_bank(16, 64, "relu", False, torch.float32)
@@ -208,7 +191,7 @@ def test_choice_of_backend() -> None:
         "reference",
         "sparse kernels: reference (as asked; cpu, bfloat16)",
     )
-    with pytest.raises(ConfigError, match=r"ssd.backend \(triton\) is not built yet: use auto or torch"):
-        choose_backend("triton", torch.device("cuda"), torch.bfloat16)
-    with pytest.raises(ConfigError, match=r"ssd.backend \(cuda\) is unknown: use one of auto, reference, torch"):
+    with pytest.raises(
+        ConfigError, match=r"ssd.backend \(cuda\) is unknown: use one of auto, reference, torch, triton"
+    ):
         choose_backend("cuda", cpu, torch.float32)

@@ -6,10 +6,9 @@ import torch
 from torch import Tensor
 
 from ssd_megatron.ffn.activations import ACTIVATIONS
-from ssd_megatron.ffn.kernels import BACKENDS
 from ssd_megatron.ffn.routers import router_weights_from_bank
 from ssd_megatron.ffn.switchable import FFNSettings, SwitchableFFN
-from tests.ffn.helpers import PHI, brute_force, relative_error
+from tests.ffn.helpers import PHI, PLAIN, brute_force, relative_error
 
 SETTINGS = FFNSettings(
     hidden_size=16,
@@ -82,7 +81,7 @@ def test_last_bias_is_returned_and_not_added() -> None:
     assert make_ffn(add_bias=False)(x)[1] is None
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PLAIN)
 @pytest.mark.parametrize("activation", ["relu", "squared_relu", "reglu", "swiglu"])
 def test_all_experts_without_gate_gradient_equal_dense(activation: str, backend: str) -> None:
     ffn, (x, dy) = make_ffn(activation=activation, top_k=8, router_update="frozen", backend=backend), inputs()
@@ -94,7 +93,7 @@ def test_all_experts_without_gate_gradient_equal_dense(activation: str, backend:
         assert relative_error(sparse[name], dense[name]) < 1e-12, name
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PLAIN)
 def test_straight_through_adds_a_router_gradient_and_a_part_of_dx(backend: str) -> None:
     ffn, (x, dy) = make_ffn(top_k=8, backend=backend), inputs()
     dense_y, dense = run(ffn, "dense", x, dy)
@@ -105,7 +104,7 @@ def test_straight_through_adds_a_router_gradient_and_a_part_of_dx(backend: str) 
     assert relative_error(got["x"], dense["x"]) > 1e-2
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", PLAIN)
 def test_straight_through_gradients_are_those_of_brute_force(backend: str) -> None:
     ffn, (x, dy) = make_ffn(top_k=3, backend=backend), inputs()
     y, got = run(ffn, "sparse", x, dy)

@@ -4,6 +4,7 @@ Shapes: T tokens, H hidden, F neurons, E experts, K experts per token.
 """
 
 from collections.abc import Callable
+from importlib.util import find_spec
 
 import torch
 from torch import Tensor
@@ -15,7 +16,27 @@ from ssd_megatron.ffn.kernels import reference, torch_bmm
 
 Kernel = Callable[[Tensor, Tensor, Tensor | None, NeuronTensors, Activation, int], Tensor]
 
-BACKENDS: dict[str, Kernel] = {"reference": reference.sparse_ffn, "torch": torch_bmm.sparse_ffn}
+TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
+
+
+def _triton(
+    x_TH: Tensor,
+    expert_ids_TK: Tensor,
+    gates_TK: Tensor | None,
+    bank: NeuronTensors,
+    activation: Activation,
+    num_experts: int,
+) -> Tensor:
+    from ssd_megatron.ffn.kernels import triton_ffn  # where it is used: the package triton need not be there
+
+    return triton_ffn.sparse_ffn(x_TH, expert_ids_TK, gates_TK, bank, activation, num_experts)
+
+
+BACKENDS: dict[str, Kernel] = {
+    "reference": reference.sparse_ffn,
+    "torch": torch_bmm.sparse_ffn,
+    "triton": _triton,
+}
 
 
 def sparse_ffn(
@@ -47,20 +68,33 @@ def sparse_ffn(
 
 
 def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """Resolve `ssd.backend` to a name in BACKENDS.
+    """Resolve `ssd.backend` to a name in BACKENDS: triton on CUDA devices where it can be had, else torch.
 
     Returns:
         The name, and the reason in words for the log.
     Raises:
-        ConfigError: the backend does not exist.
+        ConfigError: the backend does not exist, or cannot run here.
     """
     where = f"{device.type}, {str(dtype).removeprefix('torch.')}"
-    if requested == "auto":
-        return "torch", f"sparse kernels: torch (the fastest there is for {where})"
-    if requested == "triton":
-        raise ConfigError(
-            "ssd.backend (triton) is not built yet: use auto or torch, which runs everywhere, or reference"
-        )
-    if requested not in BACKENDS:
+    if requested not in ("auto", *BACKENDS):
         raise ConfigError(f"ssd.backend ({requested}) is unknown: use one of auto, {', '.join(BACKENDS)}")
+    if requested == "auto":
+        if device.type != "cuda":
+            return "torch", f"sparse kernels: torch (the fastest there is for {where})"
+        lacking = _lacking_for_triton(device, dtype)
+        if lacking is None:
+            return "triton", f"sparse kernels: triton (the fastest there is for {where})"
+        return "torch", f"sparse kernels: torch (triton, which is faster, needs {lacking}; {where})"
+    if requested == "triton" and (lacking := _lacking_for_triton(device, dtype)) is not None:
+        raise ConfigError(f"ssd.backend (triton) needs {lacking}: use auto or torch, which run everywhere")
     return requested, f"sparse kernels: {requested} (as asked; {where})"
+
+
+def _lacking_for_triton(device: torch.device, dtype: torch.dtype) -> str | None:
+    if device.type != "cuda":
+        return f"a CUDA device, and this process computes on {device.type}"
+    if dtype not in TRITON_DTYPES:
+        return f"bf16, fp16 or fp32, not {str(dtype).removeprefix('torch.')}"
+    if find_spec("triton") is None:
+        return "the package triton, which is not installed"
+    return None
