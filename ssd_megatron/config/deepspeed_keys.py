@@ -27,7 +27,7 @@ class AdamParams(Section):
     weight_decay: NonNegativeFloat = optional(0.01, "Decay of matrices; norms, biases and routers have none.")
     adam_w_mode: bool = optional(True, "`Adam` only: decay the weights (AdamW, as DeepSpeed does), not the gradient.")
     torch_adam: bool | Auto = optional("auto", "torch's optimizer; `auto`: true, nothing else is accepted.")
-    fused: bool | Auto = optional("auto", "torch's fused kernel; `auto`: true on CUDA.")
+    fused: bool | Auto = optional("auto", "torch's fused kernel, on CPU too; `auto`: true.")
 
 
 class OptimizerKeys(Section):

@@ -199,7 +199,7 @@ def _resolve(keys: DsJson, batch: Batch, hardware: Hardware) -> RunConfig:
         ACCUMULATION: batch.accumulation,
         "bf16": {"enabled": bf16},
         "fp16": keys.fp16.model_dump(mode="json"),
-        "optimizer": _optimizer(keys, hardware),
+        "optimizer": _optimizer(keys),
         "zero_optimization": keys.zero_optimization.model_dump(mode="json"),
         "gradient_clipping": keys.gradient_clipping,
         "tensorboard": _monitor(keys.tensorboard, section.run_dir / FOLDERS["tensorboard"]),
@@ -223,13 +223,13 @@ def _resolve(keys: DsJson, batch: Batch, hardware: Hardware) -> RunConfig:
     )
 
 
-def _optimizer(keys: DsJson, hardware: Hardware) -> dict[str, Any]:
+def _optimizer(keys: DsJson) -> dict[str, Any]:
     dumped = keys.optimizer.model_dump(mode="json")
     params = dumped["params"]
     if params["torch_adam"] == "auto":
         params["torch_adam"] = True
     if params["fused"] == "auto":
-        params["fused"] = hardware.device == "cuda"
+        params["fused"] = True
     if keys.optimizer.type == "AdamW":
         del params["adam_w_mode"]
     return dumped

@@ -6,7 +6,9 @@ from dataclasses import dataclass
 import torch
 
 from ssd_megatron.config.load import RunConfig
+from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.kernels import choose_backend
+from ssd_megatron.ffn.kernels.trial import trial
 from ssd_megatron.model.gpt import GPT, ffn_names
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.switching.coordinator import Coordinator
@@ -34,7 +36,7 @@ def assemble(config: RunConfig, topology: Topology, probe_batches: Sequence[Batc
         probe_batches: this rank's part of the probe samples, cut by `probe_parts`.
     """
     section = config.ssd_megatron
-    backend, reason = choose_backend(section.ssd.backend, device=topology.device, dtype=getattr(torch, config.dtype))
+    backend, reason = choose_kernels(config, topology)
     model = GPT(section, backend, topology)
     engine = make_engine(model, config, topology)
     probe = ProbeBatch(list(probe_batches), engine.mean_loss, topology)
@@ -42,6 +44,27 @@ def assemble(config: RunConfig, topology: Topology, probe_batches: Sequence[Batc
     schedule = Schedule(section.ssd, section.training.train_steps)
     coordinator = Coordinator(section.ssd, networks, engine.state, probe, schedule, section.seed)
     return Assembly(model, engine, coordinator, reason)
+
+
+def choose_kernels(config: RunConfig, topology: Topology) -> tuple[str, str]:
+    """The backend of sparse mode and the reason in words: Triton's kernels only if all ranks see that they are right on
+    their devices (collective).
+
+    Raises:
+        ConfigError: what `ssd.backend` asks for cannot run, or is wrong here.
+    """
+    requested, dtype = config.ssd_megatron.ssd.backend, getattr(torch, config.dtype)
+    backend, reason = choose_backend(requested, device=topology.device, dtype=dtype)
+    if backend != "triton":
+        return backend, reason
+    mine = trial(backend, topology.device, dtype, config.ssd_megatron.model.activation)
+    seen = topology.world.gather_objects("trial of the sparse kernels", mine)
+    wrong = next((f"on rank {rank} {what}" for rank, what in enumerate(seen) if what is not None), None)
+    if wrong is None:
+        return backend, reason
+    if requested == "triton":
+        raise ConfigError(f"ssd.backend (triton) fails its trial: {wrong}. Use torch")
+    return "torch", f"sparse kernels: torch (triton, which should be faster, fails its trial: {wrong})"
 
 
 def make_engine(model: GPT, config: RunConfig, topology: Topology) -> Engine:

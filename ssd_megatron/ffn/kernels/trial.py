@@ -1,0 +1,65 @@
+"""A small problem by which a backend shows on this device, before anything depends on it, that it is right there.
+
+Shapes: T tokens, H hidden, F neurons, E experts, K experts per token.
+"""
+
+import importlib
+import importlib.util
+
+import torch
+from torch import Tensor
+
+from ssd_megatron.ffn.activations import ACTIVATIONS
+from ssd_megatron.ffn.bank import NeuronBank
+from ssd_megatron.ffn.kernels import sparse_ffn
+
+TOKENS, HIDDEN, EXPERTS, TOP_K, EXPERT_SIZE = 192, 128, 4, 2, 64
+# Norm of the error of the output and of each gradient, relative to brute force in fp32; fp32 may compute in TF32.
+TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 2e-2, torch.float16: 4e-3}
+
+
+def trial(backend: str, device: torch.device, dtype: torch.dtype, activation: str) -> str | None:
+    """Compare outputs and all gradients with brute force.
+
+    Returns:
+        what is wrong, None if nothing.
+    """
+    failures = _failures()
+    try:
+        found = _run(backend, device, dtype, activation)
+    except failures as failure:
+        return f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}"
+    expected = _run("reference", device, torch.float32, activation)
+    for name, wanted in expected.items():
+        error = float(torch.dist(found[name].float(), wanted) / wanted.norm())
+        if not error <= TOLERANCE[dtype]:
+            return f"{name} differs from brute force by {error:.0e}"
+    return None
+
+
+def _run(backend: str, device: torch.device, dtype: torch.dtype, activation: str) -> dict[str, Tensor]:
+    """Output and gradients by name, from the same numbers for every backend and dtype."""
+    generator = torch.Generator().manual_seed(0)
+    # Numbers that all dtypes have.
+    x_TH, dy_TH = (torch.randn(TOKENS, HIDDEN, generator=generator).bfloat16() for _ in range(2))
+    scores_TE = torch.randn(TOKENS, EXPERTS, generator=generator)
+    bank = NeuronBank(HIDDEN, EXPERTS * EXPERT_SIZE, activation, add_bias=True, dtype=dtype)
+    with torch.no_grad():
+        for tensor in bank.neuron_parameters().values():
+            tensor.copy_((torch.randn(tensor.shape, generator=generator) / HIDDEN**0.5).bfloat16())
+    bank = bank.to(device)
+    x = x_TH.to(device, dtype).requires_grad_()
+    gates = torch.ones(TOKENS, TOP_K, device=device, requires_grad=True)
+    ids = scores_TE.topk(TOP_K).indices.to(device)
+    y = sparse_ffn(x, ids, gates, bank.tensors(), ACTIVATIONS[activation], EXPERTS, backend)
+    torch.autograd.backward(y, dy_TH.to(device, dtype))
+    named = {"the output": y, "the gradient of the inputs": x.grad, "the gradient of the gates": gates.grad}
+    named |= {f"the gradient of {name}": tensor.grad for name, tensor in bank.neuron_parameters().items()}
+    return {name: tensor.detach() for name, tensor in named.items() if tensor is not None}
+
+
+def _failures() -> tuple[type[Exception], ...]:
+    """What kernels raise that do not compile or do not run."""
+    if importlib.util.find_spec("triton") is None:
+        return (RuntimeError,)
+    return (RuntimeError, importlib.import_module("triton.runtime.errors").TritonError)

@@ -1,0 +1,65 @@
+"""The trial of a backend: right ones pass, wrong and broken ones are told by what is wrong."""
+
+import pytest
+import torch
+
+from ssd_megatron.errors import ConfigError
+from ssd_megatron.ffn import kernels
+from ssd_megatron.ffn.kernels import torch_bmm
+from ssd_megatron.ffn.kernels.trial import trial
+from ssd_megatron.parallel.topology import Topology
+from ssd_megatron.training import assembly
+from tests.ranks import run_ranks
+from tests.small_engine import run_config
+
+CPU = torch.device("cpu")
+
+
+@pytest.mark.parametrize(
+    ("backend", "dtype", "activation"),
+    [
+        ("torch", torch.float32, "relu"),
+        ("torch", torch.bfloat16, "reglu"),
+        ("torch", torch.float16, "squared_relu"),
+        ("triton", torch.float32, "swiglu"),
+        ("triton", torch.float16, "relu"),
+    ],
+)
+def test_right_kernels_pass(backend: str, dtype: torch.dtype, activation: str) -> None:
+    assert trial(backend, CPU, dtype, activation) is None
+
+
+def test_wrong_and_broken_kernels_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def wrong(*arguments: object) -> torch.Tensor:
+        return torch_bmm.sparse_ffn(*arguments) * 1.1
+
+    def broken(*_: object) -> torch.Tensor:
+        raise RuntimeError("no kernel image is available\nand more")
+
+    monkeypatch.setitem(kernels.BACKENDS, "triton", wrong)
+    assert trial("triton", CPU, torch.bfloat16, "relu") == "the output differs from brute force by 1e-01"
+    monkeypatch.setitem(kernels.BACKENDS, "triton", broken)
+    assert trial("triton", CPU, torch.float32, "relu") == "RuntimeError: no kernel image is available"
+
+
+def choices(topology: Topology) -> tuple[str, str, str]:
+    """What is chosen when the kernels fail on the second rank alone."""
+    verdict = "the output differs from brute force by 1e-01" if topology.world.rank == 1 else None
+    assembly.choose_backend = lambda requested, device, dtype: ("triton", "sparse kernels: triton")
+    assembly.trial = lambda *arguments: verdict
+    config = run_config(2)
+    name, reason = assembly.choose_kernels(config, topology)
+    asked = config.ssd_megatron.model_copy(
+        update={"ssd": config.ssd_megatron.ssd.model_copy(update={"backend": "triton"})}
+    )
+    vars(config)["ssd_megatron"] = asked
+    with pytest.raises(ConfigError) as error:
+        assembly.choose_kernels(config, topology)
+    return name, reason, str(error.value)
+
+
+def test_all_ranks_leave_kernels_that_fail_on_one() -> None:
+    for name, reason, error in run_ranks(2, choices):
+        assert name == "torch"
+        assert reason.endswith("fails its trial: on rank 1 the output differs from brute force by 1e-01)")
+        assert error.startswith("ssd.backend (triton) fails its trial: on rank 1 the output differs")
