@@ -3,7 +3,6 @@ identities, the coordinator's memory, and the trainer's counters. How it lies on
 
 import shutil
 from collections.abc import Callable, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -17,7 +16,8 @@ from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.switching.coordinator import Coordinator
 from ssd_megatron.training import checkpoint_files as files
 from ssd_megatron.training.checkpoint_checks import check_identity, check_tensors
-from ssd_megatron.training.checkpoint_files import CheckpointError, FileRecord, Index, Piece, key_of
+from ssd_megatron.training.checkpoint_files import CheckpointError, key_of
+from ssd_megatron.training.checkpoint_writing import Writing, index_of
 from ssd_megatron.training.engine import Engine
 
 RNG = "rng/"
@@ -60,7 +60,7 @@ class Checkpointer:
         self._keep_last = keep_last
         self._async = async_save
         self._tell = tell
-        self._writing: _Writing | None = None
+        self._writing: Writing | None = None
         if topology.is_first:
             root.mkdir(parents=True, exist_ok=True)
 
@@ -81,7 +81,7 @@ class Checkpointer:
         if topology.is_first:
             contents[files.SHARED] = identities | shared
         pieces = {key: (start, values.numel()) for key, (start, values) in owned.items()}
-        self._writing = _Writing(step, folder, contents, pieces, values, in_background=self._async)
+        self._writing = Writing(step, folder, contents, pieces, values, in_background=self._async)
         return None if self._async else self.finish()
 
     def poll(self) -> Path | None:
@@ -102,14 +102,14 @@ class Checkpointer:
                 shutil.rmtree(writing.folder, ignore_errors=True)
             raise
 
-    def _commit(self, writing: "_Writing") -> Path:
+    def _commit(self, writing: Writing) -> Path:
         records = self._agree("written to", writing.result)
         pieces = self._topology.world.objects_to_first("pieces of a checkpoint", writing.pieces)
         shapes = self._shapes()
 
         def commit() -> None:
             if self._topology.is_first:
-                index = _index(writing, [record for part in records for record in part], pieces, shapes)
+                index = index_of(writing, [record for part in records for record in part], pieces, shapes)
                 files.commit(self._root, index)
 
         self._agree("written to", commit)
@@ -260,53 +260,6 @@ class Checkpointer:
         if errors:
             raise CheckpointError(f"a checkpoint could not be {doing} {self._root}: {'; '.join(errors)}")
         return [value for value, _ in gathered if value is not None]
-
-
-def _index(
-    writing: "_Writing",
-    records: list[FileRecord],
-    parts: list[dict[str, tuple[int, int]]],
-    shapes: dict[str, tuple[int, ...]],
-) -> Index:
-    pieces: dict[str, list[Piece]] = {}
-    for rank, part in enumerate(parts):
-        for key, (start, numel) in part.items():
-            pieces.setdefault(key, []).append(Piece(files.rank_file(rank), start, numel))
-    return Index(writing.step, shapes, pieces, writing.values, records)
-
-
-class _Writing:
-    """One rank's files of a save, written at once or in the background from copies."""
-
-    def __init__(
-        self,
-        step: int,
-        folder: Path,
-        contents: dict[str, dict[str, Tensor]],
-        pieces: dict[str, tuple[int, int]],
-        values: dict[str, Any],
-        *,
-        in_background: bool,
-    ) -> None:
-        self.step, self.folder, self.pieces, self.values = step, folder, pieces, values
-        # Copies, also of what is on the CPU already, if training goes on while they are written.
-        copies = {
-            name: {key: tensor.detach().to("cpu", copy=in_background) for key, tensor in tensors.items()}
-            for name, tensors in contents.items()
-        }
-        pool = ThreadPoolExecutor(1)
-        self._written = pool.submit(
-            lambda: [files.write_tensors(folder, name, tensors) for name, tensors in copies.items()]
-        )
-        pool.shutdown(wait=not in_background)
-
-    @property
-    def is_done(self) -> bool:
-        return self._written.done()
-
-    def result(self) -> list[FileRecord]:
-        """The files, once written. Raises what went wrong while writing."""
-        return self._written.result()
 
 
 def _rng() -> dict[str, Tensor]:
