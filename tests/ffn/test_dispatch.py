@@ -38,18 +38,18 @@ def test_no_tokens_need_no_slots() -> None:
     assert [(segment.num_experts, segment.capacity) for segment in plan.segments] == [(4, 0)]
 
 
-def test_capacities_take_few_values_and_waste_at_most_an_eighth() -> None:
+def test_capacities_take_few_values_and_waste_at_most_a_thirty_second() -> None:
     capacities = {round_capacity(count) for count in range(4097)}
-    assert len(capacities) == 49  # 0, then multiples of 16 up to 256, then eight for each of four doublings
-    for count in range(128, 4097):
-        assert count <= round_capacity(count) <= count * 9 / 8 + 1
-    assert [round_capacity(count) for count in (0, 1, 16, 17, 512, 513)] == [0, 16, 16, 32, 512, 576]
+    assert len(capacities) == 129  # 0, then multiples of 16 up to 1,024, then 32 for each of two doublings
+    for count in range(512, 4097):
+        assert count <= round_capacity(count) <= count * 33 / 32 + 1
+    assert [round_capacity(count) for count in (0, 1, 16, 17, 512, 513)] == [0, 16, 16, 32, 512, 528]
 
 
 def test_even_load_is_one_matmul_and_uneven_load_is_cut_where_it_is_uneven() -> None:
     assert [tuple(s) for s in plan_segments([500, 510, 490, 505], 10**6)] == [(0, 4, 0, 512)]
     assert [tuple(s) for s in plan_segments([500, 510, 100, 90], 10**6)] == [(0, 2, 0, 512), (2, 2, 1024, 112)]
-    assert [tuple(s) for s in plan_segments([0, 0, 0, 2000], 10**6)] == [(0, 2, 0, 0), (2, 1, 0, 0), (3, 1, 0, 2048)]
+    assert [tuple(s) for s in plan_segments([0, 0, 0, 2000], 10**6)] == [(0, 2, 0, 0), (2, 1, 0, 0), (3, 1, 0, 2016)]
 
 
 def test_segments_stay_small_enough_for_the_cache() -> None:

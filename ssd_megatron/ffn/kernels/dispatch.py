@@ -57,12 +57,12 @@ class Dispatch(NamedTuple):
 
 
 def round_capacity(count: int) -> int:
-    """At most an eighth more than `count`, on a grid of eight sizes per power of two, in multiples of 16.
+    """At most a thirty-second more than `count`, on a grid of 32 sizes per power of two, in multiples of 16.
 
     bf16 matmuls on CPU compile code for each new shape (about 1 ms): capacities that follow the exact counts make a
     training step several times slower than dense, which a benchmark with constant routing does not show.
     """
-    step = max(16, (1 << max(count - 1, 0).bit_length()) // 16)
+    step = max(16, (1 << max(count - 1, 0).bit_length()) // 64)
     return -(-count // step) * step
 
 
