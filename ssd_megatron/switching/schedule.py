@@ -4,6 +4,7 @@ so a resumed run goes on exactly as the run that was not stopped.
 The papers publish no rule for when to switch; these rules are ours (docs/architecture.md).
 """
 
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 
 from ssd_megatron.config.schema import Mode, SSDConfig
@@ -64,9 +65,7 @@ class Schedule:
 
     def phases(self, until: int) -> list[PhaseSpan]:
         """The phases of steps 1..until."""
-        begun = [d for d in self._decisions if d.step <= until]
-        ends = [d.step - 1 for d in begun[1:]] + [until]
-        return [PhaseSpan(d.step, end, d.mode) for d, end in zip(begun, ends, strict=True)]
+        return phases_until(self._decisions, until)
 
     def after_step(self, step: int, *, similarity: float | None = None, spike: bool = False) -> int:
         """Decide the mode of step + 1, once step is done. Returns the similar checks in a row that it was decided on.
@@ -120,3 +119,10 @@ class Schedule:
         # What is left of the share may be a few steps, which are not worth a switch.
         worth = min(self._ssd.min_dense_steps, max(1, round(self._ssd.sparse_phase_fraction * self._train_steps)))
         return warm and rested and stable and self._phase_length(step) >= worth
+
+
+def phases_until(decisions: Sequence[Decision], until: int) -> list[PhaseSpan]:
+    """The phases of steps 1..until that decisions, in order, have made."""
+    begun = [d for d in decisions if d.step <= until]
+    ends = [d.step - 1 for d in begun[1:]] + [until]
+    return [PhaseSpan(d.step, end, d.mode) for d, end in zip(begun, ends, strict=True)]

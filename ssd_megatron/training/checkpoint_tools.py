@@ -14,6 +14,7 @@ from torch import Tensor
 from ssd_megatron.errors import DataError
 from ssd_megatron.files import open_atomically
 from ssd_megatron.parallel.zero import KINDS, MASTER
+from ssd_megatron.switching.schedule import Decision, phases_until
 from ssd_megatron.training import checkpoint_files as files
 from ssd_megatron.training.checkpoint_files import CheckpointError, Index, key_of
 
@@ -221,9 +222,8 @@ def _files(index: Index) -> Table:
 
 def _phases(index: Index) -> str:
     """Phases up to the checkpoint's step."""
-    decisions = [d for d in index.values["coordinator"]["schedule"]["decisions"] if d["step"] <= index.step]
-    ends = [d["step"] - 1 for d in decisions[1:]] + [index.step]
-    return ", ".join(f"{d['mode']} {d['step']}-{end}" for d, end in zip(decisions, ends, strict=True))
+    decisions = [Decision(**decision) for decision in index.values["coordinator"]["schedule"]["decisions"]]
+    return ", ".join(f"{p.mode} {p.start_step}-{p.end_step}" for p in phases_until(decisions, index.step))
 
 
 def _numbers(values: list[int]) -> str:

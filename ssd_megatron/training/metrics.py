@@ -27,25 +27,16 @@ import json
 import math
 import os
 from collections.abc import Sequence
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ssd_megatron.errors import DataError
 from ssd_megatron.files import write_atomically
+from ssd_megatron.switching.schedule import PhaseSpan
 
 FILE_NAME = "metrics.jsonl"
 
 Record = dict[str, Any]
-
-
-@dataclass(frozen=True)
-class Phase:
-    """A stretch of steps in one mode, both ends included."""
-
-    start_step: int
-    end_step: int
-    mode: str
 
 
 class MetricsLog:
@@ -100,16 +91,16 @@ def read_metrics(run_dir: Path) -> list[Record]:
     return [record for _, record in _lines(path)]
 
 
-def phases_of(records: Sequence[Record]) -> list[Phase]:
+def phases_of(records: Sequence[Record]) -> list[PhaseSpan]:
     """Find the phases of a run from its train records."""
-    phases: list[Phase] = []
+    phases: list[PhaseSpan] = []
     for record in records:
         if record["kind"] != "train":
             continue
         if phases and phases[-1].mode == record["mode"]:
-            phases[-1] = Phase(phases[-1].start_step, record["step"], record["mode"])
+            phases[-1] = PhaseSpan(phases[-1].start_step, record["step"], record["mode"])
         else:
-            phases.append(Phase(record["step"], record["step"], record["mode"]))
+            phases.append(PhaseSpan(record["step"], record["step"], record["mode"]))
     return phases
 
 

@@ -5,7 +5,8 @@ from pathlib import Path
 import pytest
 
 from ssd_megatron.errors import DataError
-from ssd_megatron.training.metrics import MetricsLog, Phase, phases_of, read_metrics
+from ssd_megatron.switching.schedule import PhaseSpan
+from ssd_megatron.training.metrics import MetricsLog, phases_of, read_metrics
 
 
 def write_steps(run_dir: Path, last_step: int, until: int) -> None:
@@ -112,5 +113,5 @@ def test_phases_are_the_stretches_of_one_mode() -> None:
     modes = ["dense", "dense", "sparse", "dense", "dense"]
     records = [{"step": step, "kind": "train", "mode": mode} for step, mode in enumerate(modes, start=1)]
     records.insert(2, {"step": 2, "kind": "eval"})
-    assert phases_of(records) == [Phase(1, 2, "dense"), Phase(3, 3, "sparse"), Phase(4, 5, "dense")]
+    assert phases_of(records) == [PhaseSpan(1, 2, "dense"), PhaseSpan(3, 3, "sparse"), PhaseSpan(4, 5, "dense")]
     assert phases_of([]) == []
