@@ -64,16 +64,21 @@ def network_variants(ours: Ours) -> dict[str, Callable[[int], object]]:
         for network, x in seen:
             x_TH = x.flatten(0, 1)
             ids_TK, gates_TK = network.router.route(x_TH)
-            torch.bincount(ids_TK.flatten(), minlength=network.settings.num_experts)
-            dispatch(ids_TK, network.settings.num_experts, x_TH.shape[1] * x_TH.element_size())
+            sort(ids_TK, network.settings.num_experts, x_TH.shape[1] * x_TH.element_size())
             assert gates_TK is not None
             torch.autograd.grad(gates_TK, [x, network.router.weight], torch.ones_like(gates_TK))
 
-    variants: dict[str, Callable[[int], object]] = {
-        "dense network": partial(run, "dense"),
-        "sparse network": partial(run, "sparse"),
-    }
-    return variants | ({"routing": routing} if ours.networks[0].settings.backend == "torch" else {})
+    sort = _sorting_of(ours.networks[0].settings.backend)
+    return {"dense network": partial(run, "dense"), "sparse network": partial(run, "sparse"), "routing": routing}
+
+
+def _sorting_of(backend: str) -> Callable[[Tensor, int, int], object]:
+    """How a backend sorts token copies by expert: of ids [T, K], number of experts, bytes of a row."""
+    if backend == "torch":
+        return dispatch
+    from ssd_megatron.ffn.kernels.triton_routing import sort_copies  # where the package triton is
+
+    return lambda ids_TK, experts, _: sort_copies(ids_TK, experts)
 
 
 def switch_and_compare_memory(ours: Ours, goal: float) -> Row:
