@@ -1,0 +1,30 @@
+"""benchmarks.time_to_loss: what a run that ends with the dense loss would cost."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from benchmarks.time_to_loss import TRIALS, Reached, _config, at_equal_loss
+from ssd_megatron.config.load import Hardware, load_config
+
+
+def test_cost_at_equal_loss_lies_between_runs_in_the_logarithm() -> None:
+    runs = [Reached(4.2, 100.0, 10.0), Reached(4.0, 200.0, 40.0), Reached(3.9, 300.0, 90.0)]
+    at = at_equal_loss(runs, 4.1)
+    assert at is not None
+    assert (at.loss, at.seconds, at.flops) == pytest.approx((4.1, (100 * 200) ** 0.5, 20.0))
+    assert at_equal_loss(runs, 4.3) == runs[0]
+    assert at_equal_loss(runs, 4.0) == runs[1]
+    assert at_equal_loss(runs, 3.8) is None
+
+
+@pytest.mark.parametrize("name", TRIALS)
+def test_every_trial_is_a_run_that_can_be_made(name: str, tmp_path: Path) -> None:
+    trial = TRIALS[name]
+    config = _config(trial, 600, trial.sparse, 1, tmp_path / "run")
+    path = tmp_path / "ds.json"
+    path.write_text(json.dumps(config))
+    ssd = load_config(path, hardware=Hardware("cpu", False, "test")).ssd_megatron.ssd
+    assert ssd.phases is not None
+    assert [phase.mode for phase in ssd.phases] == ["dense", "sparse", "dense"]
