@@ -321,7 +321,7 @@ def test_the_first_module_that_gives_nan_is_named() -> None:
 def test_a_loss_that_rises_after_a_switch_is_recorded_and_may_end_the_sparse_phase(
     chain: Corpus, tmp_path: Path, on_spike: str, end: int, reason: str
 ) -> None:
-    """2 of 64 experts, drawn at random, lose 15 %; the learning rate is 0 long before, so the loss is level."""
+    """2 of 64 experts, drawn at random, lose 5 %; the learning rate is 0 long before, so the loss is level to 2 %."""
     config = small_config(chain, tmp_path / "run")
     config |= {"train_batch_size": 64, "train_micro_batch_size_per_gpu": 64}
     config["optimizer"]["params"]["lr"] = 0.03
@@ -340,7 +340,7 @@ def test_a_loss_that_rises_after_a_switch_is_recorded_and_may_end_the_sparse_pha
         "sparse_phase_fraction": 0.12,
         "final_dense_fraction": 0.05,
         "on_spike": on_spike,
-        "spike_factor": 1.02,
+        "spike_factor": 1.005,
     }
     config["ssd_megatron"]["training"]["train_steps"] = 60
     train(write_config(config, tmp_path / "run.json"))
