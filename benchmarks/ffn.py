@@ -22,6 +22,7 @@ from torch import Tensor
 from benchmarks import ffn_gpu
 from benchmarks.row import Row
 from benchmarks.table import parser_for, report
+from benchmarks.timing import paired
 from ssd_megatron.ffn.kernels import sparse_ffn
 from ssd_megatron.ffn.kernels.dispatch import dispatch
 from ssd_megatron.ffn.routers import router_weights_from_bank
@@ -172,10 +173,6 @@ def ratios(case: Case, turns: int) -> Iterator[Row]:
     yield Row(f"{case}: its kernels alone / dense", paired(times["kernels"], times[best]), case.goal, IDEAL)
     if case.skew == 0:
         yield Row(f"{case}: dense mode / plain layers", paired(times["dense"], times["plain"]), 1.05, 1.0)
-
-
-def paired(above: list[float], below: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def overhead(case: Case, turns: int) -> Row:

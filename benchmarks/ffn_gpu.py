@@ -19,6 +19,7 @@ from torch.autograd.function import once_differentiable
 
 from benchmarks.row import Row
 from benchmarks.table import parser_for, report
+from benchmarks.timing import paired
 from ssd_megatron.ffn.bank import NeuronBank
 from ssd_megatron.ffn.kernels import sparse_ffn
 from ssd_megatron.ffn.routers import Router, router_weights_from_bank
@@ -173,10 +174,6 @@ def kept_bytes(run: Callable[[Tensor], Tensor], network: Network, x: Tensor) -> 
     with torch.autograd.graph.saved_tensors_hooks(note, lambda t: t):
         run(x)
     return sum(kept.values())
-
-
-def paired(above: list[float], below: list[float]) -> float:
-    return statistics.median(a / b for a, b in zip(above, below, strict=True))
 
 
 def compare(case: Case, turns: int) -> Iterator[Row]:

@@ -226,10 +226,7 @@ def _resolve(keys: DsJson, batch: Batch, hardware: Hardware) -> RunConfig:
 def _optimizer(keys: DsJson) -> dict[str, Any]:
     dumped = keys.optimizer.model_dump(mode="json")
     params = dumped["params"]
-    if params["torch_adam"] == "auto":
-        params["torch_adam"] = True
-    if params["fused"] == "auto":
-        params["fused"] = True
+    params |= {name: True for name in ("torch_adam", "fused") if params[name] == "auto"}
     if keys.optimizer.type == "AdamW":
         del params["adam_w_mode"]
     return dumped
