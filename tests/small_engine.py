@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssd_megatron.config.load import Hardware, RunConfig, load_config
 from ssd_megatron.config.schema import ParallelConfig
-from ssd_megatron.model.gpt import GPT, ffn_names
+from ssd_megatron.model.language_model import LanguageModel, ffn_names
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.switching.coordinator import Coordinator
 from ssd_megatron.switching.networks import Networks
@@ -47,8 +47,8 @@ def run_config(world_size: int = 1, **model: Any) -> RunConfig:
         return load_config(path, world_size=world_size, hardware=Hardware("cpu", False, "test"))
 
 
-def build(topology: Topology, config: RunConfig, backend: str = "torch") -> tuple[GPT, Engine]:
-    model = GPT(config.ssd_megatron, backend, topology)
+def build(topology: Topology, config: RunConfig, backend: str = "torch") -> tuple[LanguageModel, Engine]:
+    model = LanguageModel(config.ssd_megatron, backend, topology)
     return model, make_engine(model, config, topology)
 
 
@@ -64,7 +64,7 @@ def random_batch(config: RunConfig, seed: int) -> dict[str, Tensor]:
     }
 
 
-def make_coordinator(topology: Topology, config: RunConfig, model: GPT, engine: Engine) -> Coordinator:
+def make_coordinator(topology: Topology, config: RunConfig, model: LanguageModel, engine: Engine) -> Coordinator:
     """As a job makes it, with one probe batch on each data-parallel rank."""
     section = config.ssd_megatron
     probe = ProbeBatch([random_batch(config, 10**6 + topology.data.rank)], engine.mean_loss, topology)

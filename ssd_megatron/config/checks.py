@@ -22,6 +22,15 @@ _ADAPTIVE_ONLY = (
     "warmup_fraction",
     "final_dense_fraction",
 )
+_GPT_ONLY = ("data.eod_mask_loss", "data.reset_position_ids")
+_BERT_ONLY = (
+    "model.num_token_types",
+    "model.sentence_objective",
+    "data.mask_fraction",
+    "data.mask_token_fraction",
+    "data.random_token_fraction",
+    "data.whole_words",
+)
 # Settings that act only if another field has one of some values.
 ACTS_ONLY_IF: dict[str, tuple[str, tuple[Any, ...]]] = {
     **{f"ssd.{name}": ("ssd.schedule", ("adaptive",)) for name in _ADAPTIVE_ONLY},
@@ -30,6 +39,8 @@ ACTS_ONLY_IF: dict[str, tuple[str, tuple[Any, ...]]] = {
     "ssd.spike_factor": ("ssd.schedule", ("adaptive", "fixed")),
     "model.rotary_base": ("model.position_embedding", ("rope",)),
     "data.split": ("data.train_paths", (None,)),
+    **{path: ("model.family", ("gpt",)) for path in _GPT_ONLY},
+    **{path: ("model.family", ("bert",)) for path in _BERT_ONLY},
     "optimizer.params.adam_w_mode": ("optimizer.type", ("Adam",)),
 }
 
@@ -219,3 +230,26 @@ def _torch_adam(torch_adam: bool | str) -> Iterator[str]:
 def _reset_positions(positions: str, reset: bool) -> Iterator[str]:
     if reset and positions == "rope":
         yield problem("data.reset_position_ids", reset, "has no effect with rope: use false, or learned positions")
+
+
+@CHECKS("data.mask_token_fraction", "data.random_token_fraction")
+def _masking(mask: float, random: float) -> Iterator[str]:
+    if mask + random > 1 + 1e-9:
+        yield problem(
+            "data.random_token_fraction",
+            random,
+            f"+ data.mask_token_fraction ({mask}) must be at most 1: try {max(0.0, 1 - mask):g}",
+        )
+
+
+@CHECKS("model.sentence_objective", "model.num_token_types")
+def _segments(objective: str, token_types: int) -> Iterator[str]:
+    if objective != "none" and token_types < 2:
+        wanted = f'must be at least 2 with model.sentence_objective "{objective}": try 2'
+        yield problem("model.num_token_types", token_types, wanted)
+
+
+@CHECKS("model.family", "model.seq_length")
+def _room_for_markers(family: str, length: int) -> Iterator[str]:
+    if family == "bert" and length < 8:
+        yield problem("model.seq_length", length, "must be at least 8 with bert, whose samples have up to 3 markers")

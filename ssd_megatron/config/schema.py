@@ -19,14 +19,16 @@ from ssd_megatron.config.fields import (
     PositiveFloat,
     RecordedPartition,
     Section,
+    Share,
     Split,
+    by_family,
     derived,
     only,
     optional,
-    refuse,
     required,
 )
 
+Family = Literal["gpt", "bert"]
 Mode = Literal["dense", "sparse"]
 Activation = Literal["relu", "squared_relu", "reglu", "gelu", "silu", "geglu", "swiglu"]
 
@@ -37,9 +39,7 @@ SPARSE_ACTIVATIONS: frozenset[str] = frozenset({"relu", "squared_relu", "reglu"}
 class ModelConfig(Section):
     """Shape of the Transformer. All sizes are global."""
 
-    family: Annotated[Literal["gpt"], refuse({name: f"{NOT_IN_THIS_VERSION}: use gpt" for name in ("bert", "t5")})] = (
-        optional("gpt", "Model family; `bert` and `t5` are not in this version.")
-    )
+    family: Family = optional("gpt", "Decoder (`gpt`) or masked language model (`bert`).")
     num_layers: Positive = required("Transformer layers.")
     hidden_size: Positive = required("Width of the residual stream.")
     num_attention_heads: Positive = required("Attention heads; must divide `hidden_size`.")
@@ -58,9 +58,18 @@ class ModelConfig(Section):
     make_vocab_size_divisible_by: Positive = optional(128, "The vocabulary is padded up to a multiple of this.")
     activation: Activation = optional("relu", "Feed-forward activation; gelu, silu, geglu, swiglu are less sparse.")
     normalization: Literal["layernorm", "rmsnorm"] = optional("layernorm", "Kind of normalisation.")
-    norm_epsilon: PositiveFloat = optional(1e-5, "Added to the variance in the normalisation.")
+    norm_position: Literal["pre", "post"] = by_family(
+        "pre", "Normalisation before attention and feed-forward network, or after each and its residual.", bert="post"
+    )
+    norm_epsilon: PositiveFloat = by_family(1e-5, "Added to the variance in the normalisation.", bert=1e-12)
     position_embedding: Literal["learned", "rope"] = optional("learned", "Learned absolute positions, or rotary ones.")
     rotary_base: PositiveFloat = optional(10000.0, "Base of the rotary frequencies (`rope` only).")
+    num_token_types: NonNegative = optional(0, "Embedded kinds of tokens (`bert`), one for each segment.")
+    sentence_objective: Literal["none", "next", "order"] = optional(
+        "none",
+        "Second objective of `bert`: does the second segment follow in the text or come from another sample, or were "
+        "the two swapped; `none`: one segment.",
+    )
     tie_embeddings: bool = optional(True, "The output head shares the weights of the token embedding.")
     add_bias: bool = optional(True, "Biases in the linear layers of attention and feed-forward networks.")
     dropout: Fraction = optional(0.0, "Dropout probability after embedding, attention and feed-forward network.")
@@ -85,6 +94,11 @@ class ModelConfig(Section):
         return self.hidden_size // self.num_attention_heads
 
     @property
+    def predicts_sentences(self) -> bool:
+        """Whether there is a second objective on pairs of segments."""
+        return self.sentence_objective != "none"
+
+    @property
     def gated(self) -> bool:
         """Whether the feed-forward network has a `w_gate`."""
         return self.activation in GATED_ACTIVATIONS
@@ -100,6 +114,10 @@ class DataConfig(Section):
     split: Split = optional("969,30,1", "Shares of documents for train, validation and test (`paths` only).")
     tokenizer: FilePath = required("SentencePiece .model or Hugging Face tokenizer.json that made the data.")
     cache_dir: FilePath | None = optional(None, "Folder of the sample index cache; null: `<run_dir>/data_cache`.")
+    mask_fraction: Annotated[float, Field(gt=0, lt=1)] = optional(0.15, "`bert`: share of tokens to predict.")
+    mask_token_fraction: Share = optional(0.8, "Share of those that the mask token replaces.")
+    random_token_fraction: Share = optional(0.1, "Share of those that a random token replaces; the rest stay.")
+    whole_words: bool = optional(True, "Choose whole words of them, not single tokens.")
     eod_mask_loss: bool = optional(False, "Leave the loss at end-of-document tokens out.")
     reset_position_ids: bool = optional(False, "Count positions from 0 again after each end of document.")
     reset_attention_mask: Annotated[

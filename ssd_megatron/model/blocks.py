@@ -1,9 +1,13 @@
-"""The Transformer block: megatron-core's TransformerLayer with our feed-forward network and attention core."""
+"""The Transformer block: megatron-core's TransformerLayer, or the same with normalisation after its networks, with our
+feed-forward network and attention core."""
 
 import torch
+from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
-from megatron.core.transformer.spec_utils import ModuleSpec
+from megatron.core.process_groups_config import ProcessGroupCollection
+from megatron.core.transformer.enums import AttnMaskType
+from megatron.core.transformer.spec_utils import ModuleSpec, build_module
 from megatron.core.transformer.transformer_config import TransformerConfig
 from megatron.core.transformer.transformer_layer import TransformerLayer, TransformerLayerSubmodules
 from torch import Tensor, nn
@@ -77,7 +81,8 @@ class TransformerBlock(nn.Module):
     ) -> None:
         super().__init__()
         homes = Homes(topology, gather_again=not recompute, once_per_step=gather_once)
-        self.layer = TransformerLayer(config, _submodules(model, ffn, homes), layer_number=layer_index + 1)
+        layer = TransformerLayer if model.norm_position == "pre" else PostNormLayer
+        self.layer = layer(config, _submodules(model, ffn, homes), layer_number=layer_index + 1)
         for parameter in self.layer.self_attention.linear_qkv.parameters():
             shard_rows(parameter, topology.tensor.rank, topology.tensor.size)
         self.recompute = recompute
@@ -112,8 +117,36 @@ class TransformerBlock(nn.Module):
         return y_sbh
 
 
+class PostNormLayer(nn.Module):
+    """Attention and feed-forward network, each normalised after its residual (arXiv 1706.03762); called as
+    megatron-core's TransformerLayer, whose networks have the norms before them."""
+
+    def __init__(self, config: TransformerConfig, submodules: TransformerLayerSubmodules, layer_number: int) -> None:
+        super().__init__()
+        self.self_attention = build_module(
+            submodules.self_attention,
+            config=config,
+            layer_number=layer_number,
+            pg_collection=ProcessGroupCollection.use_mpu_process_groups(),
+        )
+        self.post_attention_layernorm, self.post_mlp_layernorm = (
+            build_module(norm, config=config, hidden_size=config.hidden_size, eps=config.layernorm_epsilon)
+            for norm in (submodules.input_layernorm, submodules.pre_mlp_layernorm)
+        )
+        self.mlp = build_module(submodules.mlp, config=config)
+        self.dropout = config.hidden_dropout
+
+    def forward(self, x_sbh: Tensor, rotary_pos_emb: Tensor | None = None) -> tuple[Tensor, None]:
+        add = get_bias_dropout_add(self.training, fused=False)
+        attended = self.self_attention(x_sbh, attention_mask=None, rotary_pos_emb=rotary_pos_emb)
+        x_sbh = self.post_attention_layernorm(add(attended, x_sbh, self.dropout))
+        return self.post_mlp_layernorm(add(self.mlp(x_sbh), x_sbh, self.dropout)), None
+
+
 def _submodules(model: ModelConfig, ffn: FFNSettings, homes: Homes) -> TransformerLayerSubmodules:
     submodules = get_gpt_layer_local_spec(normalization=NORMALIZATION[model.normalization]).submodules
+    causal = model.family != "bert"
+    submodules.self_attention.params = {"attn_mask_type": AttnMaskType.causal if causal else AttnMaskType.no_mask}
     submodules.self_attention.submodules.core_attention = ModuleSpec(module=ScaledDotProductCore)
     submodules.self_attention.submodules.linear_proj = ModuleSpec(module=OutputProjection)
     submodules.mlp = ModuleSpec(module=SwitchableFFN, params={"settings": ffn, "homes": homes})

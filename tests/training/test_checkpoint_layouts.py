@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ssd_megatron.config.schema import ParallelConfig
-from ssd_megatron.model.gpt import ffn_names
+from ssd_megatron.model.language_model import ffn_names
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.switching.coordinator import Coordinator
 from ssd_megatron.switching.networks import Networks
