@@ -19,6 +19,7 @@ from ssd_megatron.switching.schedule import Schedule
 from ssd_megatron.switching.statistics import ProbeBatch
 from ssd_megatron.training.assembly import make_engine
 from ssd_megatron.training.engine import Engine
+from ssd_megatron.training.synthetic import random_batch as synthetic_batch
 from tests.small_run import Corpus, small_config
 
 NOWHERE = Corpus(Path("corpus"), Path("tokenizer.model"))
@@ -54,14 +55,8 @@ def build(topology: Topology, config: RunConfig, backend: str = "torch") -> tupl
 
 def random_batch(config: RunConfig, seed: int) -> dict[str, Tensor]:
     """A microbatch of random tokens, all of them valid."""
-    shape = (config.micro_batch_size, config.ssd_megatron.model.seq_length + 1)
-    tokens = torch.randint(0, 512, shape, generator=torch.Generator().manual_seed(seed))
-    return {
-        "tokens": tokens[:, :-1].contiguous(),
-        "labels": tokens[:, 1:].contiguous(),
-        "loss_mask": torch.ones(shape[0], shape[1] - 1),
-        "position_ids": torch.arange(shape[1] - 1).expand(shape[0], -1).contiguous(),
-    }
+    samples = [config.micro_batch_size * seed + sample for sample in range(config.micro_batch_size)]
+    return dict(synthetic_batch(config, samples, torch.device("cpu")))
 
 
 def make_coordinator(topology: Topology, config: RunConfig, model: LanguageModel, engine: Engine) -> Coordinator:

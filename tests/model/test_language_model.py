@@ -27,6 +27,15 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gated": {"activation": "reglu"},
     "gated without bias": {"activation": "swiglu", "add_bias": False},
     "gelu": {"activation": "gelu"},
+    "post-norm": {"norm_position": "post"},
+    "bert": {"family": "bert"},
+    "bert with sentences": {"family": "bert", "num_token_types": 2, "sentence_objective": "next"},
+    "pre-norm bert, gelu, untied": {
+        "family": "bert",
+        "norm_position": "pre",
+        "activation": "gelu",
+        "tie_embeddings": False,
+    },
 }
 
 
@@ -39,7 +48,7 @@ def built_sizes(topology: Topology, settings: dict[str, Any]) -> dict[str, int]:
     config = run_config(**settings)
     model = LanguageModel(config.ssd_megatron, "torch", topology)
     batch = random_batch(config, 0)
-    losses(model, batch).mean().backward()
+    torch.stack([part.mean() for part in model(batch).values()]).sum().backward()
     without = [n for n, p in model.named_parameters() if p.grad is None and "router" not in n]
     assert not without, f"no gradient: {without}"
     sizes = dict.fromkeys(parameter_counts(config.ssd_megatron.model, config.ssd_megatron.ssd), 0)

@@ -38,6 +38,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "grouped queries, gelu": {"num_attention_heads": 4, "num_query_groups": 2, "activation": "gelu"},
     "swiglu": {"activation": "swiglu"},
+    "bert with sentences": {"family": "bert", "num_token_types": 2, "sentence_objective": "order"},
+    "pre-norm bert, gelu, untied": {
+        "family": "bert",
+        "norm_position": "pre",
+        "activation": "gelu",
+        "tie_embeddings": False,
+    },
 }
 KEYS = {"reduce_bucket_size": 1000}
 
