@@ -57,8 +57,6 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"optimizer.params.learning": 1}, "optimizer.params.learning (1) is not a known key: the keys here are lr, betas"),
     ({"zero_optimization.overlap": 1}, "zero_optimization.overlap (1) is not a known key: did you mean overlap_comm?"),
     # Not in this version, refused by name.
-    ({f"{MODEL}.family": "bert"}, 'model.family ("bert") is not in this version: use gpt'),
-    ({f"{MODEL}.family": "t5"}, 'model.family ("t5") is not in this version: use gpt'),
     ({"ssd_megatron.parallel.context_parallel_size": 2}, "sequence and context parallelism are not supported yet"),
     ({"ssd_megatron.weight_sparsity": {"sparsity": 0.9}}, "is not in this version (sparse weights): leave it out"),
     ({"ssd_megatron.ffn_expansion": 4}, "ssd_megatron.ffn_expansion (4) is not in this version"),
@@ -176,6 +174,25 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
         {"zero_optimization.allgather_bucket_size": 101},
         "zero_optimization.allgather_bucket_size (101) must be even: try 102",
     ),
+    # Families.
+    (
+        {f"{DATA}.mask_fraction": 0.2},
+        'data.mask_fraction (0.2) has no effect: leave it out, or set model.family "bert"',
+    ),
+    ({f"{MODEL}.num_token_types": 2}, "model.num_token_types (2) has no effect"),
+    (
+        {f"{MODEL}.family": "bert", f"{DATA}.eod_mask_loss": True},
+        'data.eod_mask_loss (true) has no effect: leave it out, or set model.family "gpt"',
+    ),
+    (
+        {f"{MODEL}.family": "bert", f"{MODEL}.sentence_objective": "next"},
+        'model.num_token_types (0) must be at least 2 with model.sentence_objective "next": try 2',
+    ),
+    (
+        {f"{MODEL}.family": "bert", f"{DATA}.random_token_fraction": 0.3},
+        "data.random_token_fraction (0.3) + data.mask_token_fraction (0.8) must be at most 1: try 0.2",
+    ),
+    ({f"{MODEL}.family": "bert", f"{MODEL}.seq_length": 7}, "model.seq_length (7) must be at least 8 with bert"),
     # Data.
     ({f"{DATA}.paths": DROP}, "data.paths is missing: one path or a weighted blend, or train_paths and valid_paths"),
     ({f"{DATA}.paths": [0.5, "a", "b"]}, 'must be paths, or positive weights and paths in turn: try ["a"]'),
