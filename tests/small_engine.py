@@ -64,7 +64,7 @@ def make_coordinator(topology: Topology, config: RunConfig, model: LanguageModel
     section = config.ssd_megatron
     probe = ProbeBatch([random_batch(config, 10**6 + topology.data.rank)], engine.mean_loss, topology)
     schedule = Schedule(section.ssd, section.training.train_steps)
-    networks = Networks(ffn_names(section.model.num_layers), model.ffns, topology)
+    networks = Networks(ffn_names(section.model.total_layers), model.ffns, topology)
     return Coordinator(section.ssd, networks, engine.state, probe, schedule, section.seed)
 
 

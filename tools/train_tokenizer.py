@@ -63,8 +63,8 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
         nargs="+",
         choices=tuple(MARKERS),
         default=(),
-        help="tokens that a family needs beside the text: "
-        + "; ".join(f"{family} {', '.join(markers)}" for family, markers in MARKERS.items()),
+        help="families whose objectives need tokens that no text contains: "
+        + "; ".join(f"{family} {markers[0]} ... {markers[-1]}" for family, markers in MARKERS.items()),
     )
     parser.add_argument("--seed", type=int, default=1, help="of the choice of lines when there are very many")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")

@@ -4,6 +4,7 @@ Messages are predicates, because a report puts the field and its value before th
 """
 
 import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -29,11 +30,11 @@ def optional(default: Any, text: str, **constraints: Any) -> Any:
     return Field(default=default, description=text, **constraints)
 
 
-def derived(source: str, times: int, text: str) -> Any:
-    """A field that is a multiple of an earlier one, `source`, unless it is given."""
+def derived(source: str, times: float, text: str) -> Any:
+    """A field that is a multiple of an earlier one, `source`, rounded up, unless it is given."""
     shown = source if times == 1 else f"{times} * {source}"
     return Field(
-        default_factory=lambda fields: times * fields[source],
+        default_factory=lambda fields: math.ceil(times * fields[source]),
         description=text,
         json_schema_extra={"shown_default": shown, "source": source},
     )

@@ -7,7 +7,9 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from ssd_megatron.config.schema import DataConfig, ModelConfig
+from ssd_megatron.config.span_sizes import span_sizes
 from ssd_megatron.data.masking import MaskedObjective, Masking
+from ssd_megatron.data.spans import SpanCorruption, find_sentinels
 from ssd_megatron.data.tokenizers import Tokenizer
 
 Sample = Mapping[str, Tensor]
@@ -48,6 +50,15 @@ def make_objective(model: ModelConfig, data: DataConfig, tokenizer: Tokenizer, s
     """
     if model.family == "gpt":
         return NextToken(model.seq_length)
+    if model.family == "t5":
+        sizes = span_sizes(model.seq_length, data.mask_fraction, data.mean_span_length)
+        return SpanCorruption(
+            sizes,
+            decoder_length=model.decoder_seq_length,
+            sentinels=find_sentinels(tokenizer, data.tokenizer, model.vocab_size, sizes.spans),
+            eod=tokenizer.eod,
+            seed=seed,
+        )
     return MaskedObjective(
         Masking.of(data, tokenizer),
         seq_length=model.seq_length,

@@ -18,7 +18,10 @@ from ssd_megatron.files import sha256_of, write_atomically
 HUGGING_FACE_EOD_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<eod>")
 
 # Tokens that objectives need and no text contains, for a tokenizer to reserve, by family.
-MARKERS: dict[str, tuple[str, ...]] = {"bert": ("[MASK]", "[CLS]", "[SEP]")}
+MARKERS: dict[str, tuple[str, ...]] = {
+    "bert": ("[MASK]", "[CLS]", "[SEP]"),
+    "t5": tuple(f"<extra_id_{number}>" for number in range(100)),
+}
 
 SPACE = "\u2581"  # SentencePiece's sign for one
 BYTE_LEVEL_SPACES = ("Ġ", "Ċ", "ĉ")  # what byte-level vocabularies write for space, newline and tab

@@ -14,7 +14,12 @@ from ssd_megatron.parallel.topology import Topology
 
 class Embedding(nn.Module):
     """Vocabulary-parallel token embedding, plus learned positions and kinds of tokens where the model has them, and
-    normalised where the blocks normalise after their networks."""
+    normalised where the blocks normalise after their networks.
+
+    Attributes:
+        position_bias: biases of attention by bucket of distance and head, of encoder and decoder, where the model has
+            them; the blocks use them.
+    """
 
     def __init__(self, config: TransformerConfig, model: ModelConfig, topology: Topology) -> None:
         super().__init__()
@@ -28,10 +33,17 @@ class Embedding(nn.Module):
         self.token_type = None
         if model.num_token_types:
             self.token_type = nn.Embedding(model.num_token_types, model.hidden_size)
+        self.position_bias = None
+        if model.position_embedding == "relative":
+            table = (model.relative_attention_num_buckets, model.num_attention_heads)
+            tables = {name: nn.Parameter(torch.empty(table)) for name in ("encoder", "decoder")}
+            self.position_bias = nn.ParameterDict(tables)
         self.norm = make_norm(model) if model.norm_position == "post" else None
         self.dropout = model.dropout
 
-    def forward(self, tokens_bs: Tensor, position_ids_bs: Tensor, token_types_bs: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens_bs: Tensor, position_ids_bs: Tensor | None = None, token_types_bs: Tensor | None = None
+    ) -> Tensor:
         """Hidden states [s, b, h], the layout of megatron-core's blocks."""
         x_bsh = self.word(tokens_bs)
         if self.position is not None:

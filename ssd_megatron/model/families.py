@@ -26,6 +26,8 @@ class Fields:
 
 def batch_fields(model: ModelConfig) -> Fields:
     """The fields of a family's batches; `tokens`, [samples, seq_length], are among the inputs of every one."""
+    if model.family == "t5":
+        return Fields(("tokens", "decoder_tokens"), ("labels",), ("loss_mask",))
     kinds = ("token_types",) if model.num_token_types else ()
     sentence = ("sentence_labels",) if model.predicts_sentences else ()
     masks = ("loss_mask", "sentence_mask") if model.predicts_sentences else ("loss_mask",)

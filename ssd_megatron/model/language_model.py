@@ -11,6 +11,7 @@ from ssd_megatron.model.embedding import Embedding
 from ssd_megatron.model.families import batch_fields
 from ssd_megatron.model.heads import LanguageModelHead, Outputs
 from ssd_megatron.model.init import initialize_parameters
+from ssd_megatron.model.streams import make_streams
 from ssd_megatron.parallel.topology import Topology
 
 
@@ -36,17 +37,18 @@ class LanguageModel(nn.Module):
         recompute = config.training.recompute == "full"
         gather_once = config.parallel.dense_gather == "step"
         self.embedding = Embedding(mcore, model, topology) if topology.is_first_stage else None
-        blocks = stage_blocks(model.num_layers, topology)
+        blocks = stage_blocks(model.total_layers, topology)
         self.blocks = nn.ModuleDict(
             {str(i): TransformerBlock(mcore, model, ffn, i, recompute, gather_once, topology) for i in blocks}
         )
         word_embedding = None if self.embedding is None else self.embedding.word.weight
         self.head = LanguageModelHead(model, word_embedding, topology) if topology.is_last_stage else None
         self.fields = batch_fields(model)
-        self.hidden_size = model.hidden_size
+        self._streams = make_streams(model, topology)
+        self._hidden_size = model.hidden_size
         self._tied = model.tie_embeddings
         parameters = self.logical_parameters()
-        initialize_parameters(parameters, seed=config.seed, std=model.init_std, num_layers=model.num_layers)
+        initialize_parameters(parameters, seed=config.seed, std=model.init_std, num_layers=model.total_layers)
 
     @property
     def ffns(self) -> dict[str, SwitchableFFN]:
@@ -75,18 +77,12 @@ class LanguageModel(nn.Module):
         """This stage's layers.
 
         Args:
-            inputs: on the first stage the batch's `fields.inputs`, on others hidden states [s, b, h].
+            inputs: on the first stage the batch's `fields.inputs`, on others what the stage before gave.
         Returns:
-            hidden states, or on the last stage what `losses` takes: logits [s, b, v] first.
+            hidden states [rows, b, h] for the next stage, on the last one what `losses` takes: logits [s, b, v] first.
         """
-        if self.embedding is not None:
-            assert isinstance(inputs, tuple)
-            x_sbh: Tensor = self.embedding(*inputs)
-        else:
-            assert isinstance(inputs, Tensor)
-            x_sbh = inputs
-        for block in self.blocks.values():
-            x_sbh = block(x_sbh)
+        inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+        x_sbh = self._streams.run(self.embedding, self.blocks.values(), inputs)
         if self.head is None:
             return x_sbh
         outputs: Outputs = self.head(x_sbh)
@@ -102,8 +98,7 @@ class LanguageModel(nn.Module):
 
     def hidden_shape(self, batch: Mapping[str, Tensor]) -> tuple[int, int, int]:
         """Shape of the hidden states that one stage gives to the next."""
-        samples, length = batch["tokens"].shape
-        return length, samples, self.hidden_size
+        return self._streams.rows(batch), len(batch["tokens"]), self._hidden_size
 
     def _head(self) -> LanguageModelHead:
         assert self.head is not None, "only the last stage has the head"

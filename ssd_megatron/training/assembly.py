@@ -40,7 +40,7 @@ def assemble(config: RunConfig, topology: Topology, probe_batches: Sequence[Batc
     model = LanguageModel(section, backend, topology)
     engine = make_engine(model, config, topology)
     probe = ProbeBatch(list(probe_batches), engine.mean_loss, topology)
-    networks = Networks(ffn_names(section.model.num_layers), model.ffns, topology)
+    networks = Networks(ffn_names(section.model.total_layers), model.ffns, topology)
     schedule = Schedule(section.ssd, section.training.train_steps)
     coordinator = Coordinator(section.ssd, networks, engine.state, probe, schedule, section.seed)
     return Assembly(model, engine, coordinator, reason)

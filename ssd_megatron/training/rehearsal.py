@@ -79,7 +79,7 @@ def rehearse(config: RunConfig, rank: int) -> Rehearsal:
         rank=rank,
         world_size=world_size,
         groups={group.name: group.ranks for group in named_groups},
-        blocks=stage_blocks(section.model.num_layers, topology),
+        blocks=stage_blocks(section.model.total_layers, topology),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         sent=sent,
         received=received,

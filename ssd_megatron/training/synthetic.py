@@ -62,12 +62,14 @@ def random_batch(config: RunConfig, samples: list[int], device: torch.device) ->
     """Samples by their numbers (any integers, or none): random tokens, all of them valid."""
     model = config.ssd_megatron.model
     length, count = model.seq_length, len(samples)
-    rows = [_sample(number, length + 1, model.vocab_size) for number in samples]
-    tokens = torch.cat([torch.empty(0, length + 1, dtype=torch.int64), *rows])
+    rows = [_sample(number, model.sample_tokens + 1, model.vocab_size) for number in samples]
+    tokens = torch.cat([torch.empty(0, model.sample_tokens + 1, dtype=torch.int64), *rows])
+    predicted = model.decoder_seq_length if model.family == "t5" else length
     values = {
-        "tokens": tokens[:, :-1],
-        "labels": tokens[:, 1:],
-        "loss_mask": torch.ones(count, length),
+        "tokens": tokens[:, :length],
+        "decoder_tokens": tokens[:, -predicted - 1 : -1],
+        "labels": tokens[:, -predicted:],
+        "loss_mask": torch.ones(count, predicted),
         "position_ids": torch.arange(length).expand(count, length),
         "token_types": (torch.arange(length) * 2 // length).expand(count, length),
         "sentence_labels": tokens[:, 0] % 2,

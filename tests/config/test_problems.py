@@ -29,7 +29,7 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({f"{MODEL}.dropout": 1.0}, "model.dropout (1.0) must be below 1"),
     ({f"{MODEL}.init_std": 0}, "model.init_std (0) must be above 0"),
     ({f"{MODEL}.tie_embeddings": "yes"}, 'model.tie_embeddings ("yes") must be true or false'),
-    ({f"{MODEL}.seq_length": DROP}, "model.seq_length is missing: Tokens per sample."),
+    ({f"{MODEL}.seq_length": DROP}, "model.seq_length is missing: Tokens per sample;"),
     ({MODEL: DROP}, "ssd_megatron.model is missing: Shape of the Transformer."),
     ({MODEL: 3}, "ssd_megatron.model (3) must be an object in braces"),
     ({"ssd_megatron": DROP}, "ssd_megatron is missing: This project's section."),
@@ -115,7 +115,7 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
     ),
     ({f"{SSD}.top_k": 17}, "ssd.top_k (17) must be at most ssd.num_experts (16): try 4"),
     ({f"{SSD}.top_k": 1}, 'gives the router no gradient with ssd.router_update "straight_through": try 2'),
-    ({f"{SSD}.check_layers": 3}, "ssd.check_layers (3) must be at most model.num_layers (2)"),
+    ({f"{SSD}.check_layers": 3}, "ssd.check_layers (3) must be at most the number of layers (2)"),
     # Schedules.
     (
         {f"{SSD}.sparse_fraction": 0.8},
