@@ -1,4 +1,5 @@
 # make quickstart   set up everything and train a small GPT with switchable sparse-dense learning on real text
+#                   (CONFIG=examples/bert/quickstart.json: a small BERT)
 # make test         set up everything and run the tests
 # make test-layouts   train on the whole matrix of layouts; takes many minutes
 # make test-faults  kill ranks of small jobs 50 times and start the jobs again (about 15 minutes)
@@ -10,12 +11,14 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 VENV ?= .venv
 BIN := $(abspath $(VENV))/bin
 CONFIG ?= examples/quickstart/ds.json
+# Of a config below examples/bert or examples/t5, whose tokenizers reserve tokens.
+FAMILY := $(filter bert t5,$(subst /, ,$(CONFIG)))
 CONSTRAINTS := constraints.txt
 
 .PHONY: quickstart test test-layouts test-faults test-triton-compile test-mpi test-multinode test-slurm lint docs clean
 
 quickstart: $(VENV)/.installed
-	$(BIN)/python tools/embedded_corpus.py --out data/embedded
+	$(BIN)/python tools/embedded_corpus.py --out data/embedded$(addprefix -,$(FAMILY)) $(addprefix --reserve ,$(FAMILY))
 	PATH="$(BIN):$$PATH" deepspeed pretrain_ssd.py --ds_config $(CONFIG)
 
 test: $(VENV)/.installed-dev

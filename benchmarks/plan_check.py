@@ -29,7 +29,7 @@ from benchmarks.counters import GatheredBytes, GradientBytes, KeptBytes, SentByt
 from ssd_megatron.config.load import Hardware, RunConfig, load_config
 from ssd_megatron.config.schema import ParallelConfig
 from ssd_megatron.ffn import routers
-from ssd_megatron.model.gpt import GPT
+from ssd_megatron.model.language_model import LanguageModel
 from ssd_megatron.model.memory import OPTIMIZER_BYTES, Layout, layout_of, stage_memory
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.parallel.zero import KINDS
@@ -176,7 +176,7 @@ def measured(topology: Topology, name: str, layout: Layout) -> list[Check]:
     return checks
 
 
-def moved_by_a_switch(model: GPT, engine: Engine, topology: Topology) -> float:
+def moved_by_a_switch(model: LanguageModel, engine: Engine, topology: Topology) -> float:
     """Bytes that cross between ranks when every network's neurons get a random new order; only planned."""
     generator, moved = torch.Generator().manual_seed(0), 0
     for prefix, ffn in model.ffns.items():

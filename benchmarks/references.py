@@ -18,7 +18,7 @@ from benchmarks.row import Missing
 from ssd_megatron.config.load import RunConfig
 from ssd_megatron.ffn.bank import NeuronBank
 from ssd_megatron.model.blocks import TransformerBlock
-from ssd_megatron.model.gpt import GPT
+from ssd_megatron.model.language_model import LanguageModel
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.training.assembly import make_engine
 from ssd_megatron.training.synthetic import SyntheticJob, step_batches
@@ -55,9 +55,9 @@ class PlainFFN(nn.Module):
         return F.linear(F.relu(self.up(x)), self.down.weight), self.down.bias
 
 
-def plain_model(config: RunConfig, topology: Topology) -> GPT:
+def plain_model(config: RunConfig, topology: Topology) -> LanguageModel:
     """Our GPT as it starts, its switchable networks replaced."""
-    model = GPT(config.ssd_megatron, "torch", topology)
+    model = LanguageModel(config.ssd_megatron, "torch", topology)
     for block in model.blocks.values():
         assert isinstance(block, TransformerBlock)
         block.layer.mlp = PlainFFN(block.ffn.bank)

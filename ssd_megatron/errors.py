@@ -1,4 +1,4 @@
-"""Errors that a user can mend. Both end a run with exit status 2, before any work is lost."""
+"""Errors that a user can mend. They end a program with exit status 2, before any work is lost."""
 
 
 class ConfigError(ValueError):
@@ -7,3 +7,7 @@ class ConfigError(ValueError):
 
 class DataError(ValueError):
     """The data cannot be used. The message names file, value and what would work."""
+
+
+class ExportError(ValueError):
+    """Tensors or settings have no place in the other model; the message names them."""

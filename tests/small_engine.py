@@ -11,7 +11,7 @@ from torch import Tensor
 
 from ssd_megatron.config.load import Hardware, RunConfig, load_config
 from ssd_megatron.config.schema import ParallelConfig
-from ssd_megatron.model.gpt import GPT, ffn_names
+from ssd_megatron.model.language_model import LanguageModel, ffn_names
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.switching.coordinator import Coordinator
 from ssd_megatron.switching.networks import Networks
@@ -19,6 +19,7 @@ from ssd_megatron.switching.schedule import Schedule
 from ssd_megatron.switching.statistics import ProbeBatch
 from ssd_megatron.training.assembly import make_engine
 from ssd_megatron.training.engine import Engine
+from ssd_megatron.training.synthetic import random_batch as synthetic_batch
 from tests.small_run import Corpus, small_config
 
 NOWHERE = Corpus(Path("corpus"), Path("tokenizer.model"))
@@ -47,29 +48,23 @@ def run_config(world_size: int = 1, **model: Any) -> RunConfig:
         return load_config(path, world_size=world_size, hardware=Hardware("cpu", False, "test"))
 
 
-def build(topology: Topology, config: RunConfig, backend: str = "torch") -> tuple[GPT, Engine]:
-    model = GPT(config.ssd_megatron, backend, topology)
+def build(topology: Topology, config: RunConfig, backend: str = "torch") -> tuple[LanguageModel, Engine]:
+    model = LanguageModel(config.ssd_megatron, backend, topology)
     return model, make_engine(model, config, topology)
 
 
 def random_batch(config: RunConfig, seed: int) -> dict[str, Tensor]:
     """A microbatch of random tokens, all of them valid."""
-    shape = (config.micro_batch_size, config.ssd_megatron.model.seq_length + 1)
-    tokens = torch.randint(0, 512, shape, generator=torch.Generator().manual_seed(seed))
-    return {
-        "tokens": tokens[:, :-1].contiguous(),
-        "labels": tokens[:, 1:].contiguous(),
-        "loss_mask": torch.ones(shape[0], shape[1] - 1),
-        "position_ids": torch.arange(shape[1] - 1).expand(shape[0], -1).contiguous(),
-    }
+    samples = [config.micro_batch_size * seed + sample for sample in range(config.micro_batch_size)]
+    return dict(synthetic_batch(config, samples, torch.device("cpu")))
 
 
-def make_coordinator(topology: Topology, config: RunConfig, model: GPT, engine: Engine) -> Coordinator:
+def make_coordinator(topology: Topology, config: RunConfig, model: LanguageModel, engine: Engine) -> Coordinator:
     """As a job makes it, with one probe batch on each data-parallel rank."""
     section = config.ssd_megatron
     probe = ProbeBatch([random_batch(config, 10**6 + topology.data.rank)], engine.mean_loss, topology)
     schedule = Schedule(section.ssd, section.training.train_steps)
-    networks = Networks(ffn_names(section.model.num_layers), model.ffns, topology)
+    networks = Networks(ffn_names(section.model.total_layers), model.ffns, topology)
     return Coordinator(section.ssd, networks, engine.state, probe, schedule, section.seed)
 
 

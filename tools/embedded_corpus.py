@@ -17,7 +17,7 @@ from rich.console import Console
 
 from ssd_megatron.data.documents import DocumentReader, find_inputs
 from ssd_megatron.data.preprocess import corpus_files, preprocess, read_corpus_info
-from ssd_megatron.data.tokenizers import train_sentencepiece
+from ssd_megatron.data.tokenizers import MARKERS, train_sentencepiece
 from ssd_megatron.errors import DataError
 from ssd_megatron.files import sha256_of, write_atomically
 
@@ -35,12 +35,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("data/embedded"), help="folder (default: data/embedded)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that tokenise")
+    parser.add_argument("--reserve", nargs="*", choices=tuple(MARKERS), default=(), help="as of train_tokenizer.py")
     arguments = parser.parse_args(argv)
     try:
         if is_finished(arguments.out):
             print(f"{arguments.out} is finished: nothing to do")
         else:
-            make_corpus(arguments.out, Path(sysconfig.get_path("stdlib")), workers=arguments.workers)
+            make_corpus(arguments.out, Path(sysconfig.get_path("stdlib")), arguments.reserve, workers=arguments.workers)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -56,12 +57,13 @@ def is_finished(out: Path) -> bool:
     return info is not None and info.tokenizer_sha256 == sha256_of(tokenizer)
 
 
-def make_corpus(out: Path, library: Path, *, workers: int) -> None:
+def make_corpus(out: Path, library: Path, reserve: Sequence[str] = (), *, workers: int) -> None:
     """Write documents.jsonl, tokenizer.model and corpus.bin/.idx into a folder, over whatever was left there.
 
     Args:
         out: the folder, made if missing.
         library: the folder of Python sources; tests and installed packages in it are left out.
+        reserve: families whose markers the tokenizer has.
         workers: processes that tokenise.
     Raises:
         DataError: the library holds no source files.
@@ -84,7 +86,14 @@ def make_corpus(out: Path, library: Path, *, workers: int) -> None:
 
     reader = DocumentReader(find_inputs([documents]), on_error="fail")
     tokenizer = out / "tokenizer.model"
-    train_sentencepiece((document.text for document in reader), tokenizer, VOCAB_SIZE, seed=SEED, max_lines=MAX_LINES)
+    train_sentencepiece(
+        (document.text for document in reader),
+        tokenizer,
+        VOCAB_SIZE,
+        reserve=reserve,
+        seed=SEED,
+        max_lines=MAX_LINES,
+    )
     print(f"{tokenizer}: {VOCAB_SIZE:,} tokens")
     preprocess(
         reader,

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ssd_megatron.data.documents import DocumentReader, find_inputs
-from ssd_megatron.data.tokenizers import load_tokenizer, train_sentencepiece
+from ssd_megatron.data.tokenizers import MARKERS, load_tokenizer, train_sentencepiece
 from ssd_megatron.errors import DataError
 
 EXAMPLE = """example:
@@ -27,7 +27,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             report=lambda line: print(line, file=sys.stderr),
         )
         train_sentencepiece(
-            (document.text for document in reader), arguments.output, arguments.vocab_size, seed=arguments.seed
+            (document.text for document in reader),
+            arguments.output,
+            arguments.vocab_size,
+            reserve=arguments.reserve,
+            seed=arguments.seed,
         )
         vocab_size = load_tokenizer(arguments.output).vocab_size
     except DataError as error:
@@ -53,6 +57,14 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--key", default="text", help="key (JSON) or column (parquet) of the text (default: text)")
     parser.add_argument(
         "--on_error", choices=("skip", "fail"), default="skip", help="what to do at a broken record (default: skip)"
+    )
+    parser.add_argument(
+        "--reserve",
+        nargs="+",
+        choices=tuple(MARKERS),
+        default=(),
+        help="families whose objectives need tokens that no text contains: "
+        + "; ".join(f"{family} {markers[0]} ... {markers[-1]}" for family, markers in MARKERS.items()),
     )
     parser.add_argument("--seed", type=int, default=1, help="of the choice of lines when there are very many")
     parser.add_argument("--overwrite", action="store_true", help="replace an existing tokenizer")

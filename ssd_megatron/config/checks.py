@@ -2,6 +2,7 @@
 Each check names the fields it reads and yields the problems it sees.
 """
 
+import json
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,6 +11,7 @@ from ssd_megatron.config.check_list import CheckList, divisors_near
 from ssd_megatron.config.layout_checks import LAYOUT_CHECKS
 from ssd_megatron.config.report import problem
 from ssd_megatron.config.schema import PhaseConfig
+from ssd_megatron.config.span_sizes import span_sizes
 
 CHECKS = CheckList()
 
@@ -22,6 +24,16 @@ _ADAPTIVE_ONLY = (
     "warmup_fraction",
     "final_dense_fraction",
 )
+_GPT_ONLY = ("data.eod_mask_loss", "data.reset_position_ids")
+_BERT_ONLY = (
+    "model.num_token_types",
+    "model.sentence_objective",
+    "data.mask_token_fraction",
+    "data.random_token_fraction",
+    "data.whole_words",
+)
+_T5_ONLY = ("model.num_decoder_layers", "model.decoder_seq_length", "data.mean_span_length")
+_RELATIVE_ONLY = ("model.relative_attention_num_buckets", "model.relative_attention_max_distance")
 # Settings that act only if another field has one of some values.
 ACTS_ONLY_IF: dict[str, tuple[str, tuple[Any, ...]]] = {
     **{f"ssd.{name}": ("ssd.schedule", ("adaptive",)) for name in _ADAPTIVE_ONLY},
@@ -30,6 +42,11 @@ ACTS_ONLY_IF: dict[str, tuple[str, tuple[Any, ...]]] = {
     "ssd.spike_factor": ("ssd.schedule", ("adaptive", "fixed")),
     "model.rotary_base": ("model.position_embedding", ("rope",)),
     "data.split": ("data.train_paths", (None,)),
+    **{path: ("model.family", ("gpt",)) for path in _GPT_ONLY},
+    **{path: ("model.family", ("bert",)) for path in _BERT_ONLY},
+    **{path: ("model.family", ("t5",)) for path in _T5_ONLY},
+    "data.mask_fraction": ("model.family", ("bert", "t5")),
+    **{path: ("model.position_embedding", ("relative",)) for path in _RELATIVE_ONLY},
     "optimizer.params.adam_w_mode": ("optimizer.type", ("Adam",)),
 }
 
@@ -54,7 +71,7 @@ def without_effect(values: Mapping[str, Any]) -> dict[str, tuple[str, tuple[Any,
 
 
 def _choices(values: tuple[Any, ...]) -> str:
-    return " or ".join("null" if value is None else f'"{value}"' for value in values)
+    return " or ".join(f'"{value}"' if isinstance(value, str) else json.dumps(value) for value in values)
 
 
 @CHECKS("model.hidden_size", "model.num_attention_heads", "model.position_embedding")
@@ -131,10 +148,11 @@ def _phases(schedule: str, phases: tuple[PhaseConfig, ...] | None, steps: int) -
         yield problem(last, starts[-1], f"must be at most training.train_steps ({steps})")
 
 
-@CHECKS("ssd.check_layers", "model.num_layers")
-def _check_layers(check_layers: int | None, layers: int) -> Iterator[str]:
-    if check_layers is not None and check_layers > layers:
-        yield problem("ssd.check_layers", check_layers, f"must be at most model.num_layers ({layers})")
+@CHECKS("ssd.check_layers", "model.family", "model.num_layers", "model.num_decoder_layers")
+def _check_layers(check_layers: int | None, family: str, layers: int, decoder_layers: int) -> Iterator[str]:
+    total = layers + decoder_layers if family == "t5" else layers
+    if check_layers is not None and check_layers > total:
+        yield problem("ssd.check_layers", check_layers, f"must be at most the number of layers ({total})")
 
 
 @CHECKS("ssd.partition")
@@ -232,3 +250,73 @@ def _torch_adam(torch_adam: bool | str) -> Iterator[str]:
 def _reset_positions(positions: str, reset: bool) -> Iterator[str]:
     if reset and positions == "rope":
         yield problem("data.reset_position_ids", reset, "has no effect with rope: use false, or learned positions")
+
+
+@CHECKS("data.mask_token_fraction", "data.random_token_fraction")
+def _masking(mask: float, random: float) -> Iterator[str]:
+    if mask + random > 1 + 1e-9:
+        yield problem(
+            "data.random_token_fraction",
+            random,
+            f"+ data.mask_token_fraction ({mask}) must be at most 1: try {max(0.0, 1 - mask):g}",
+        )
+
+
+@CHECKS("model.sentence_objective", "model.num_token_types")
+def _segments(objective: str, token_types: int) -> Iterator[str]:
+    if objective != "none" and token_types < 2:
+        wanted = f'must be at least 2 with model.sentence_objective "{objective}": try 2'
+        yield problem("model.num_token_types", token_types, wanted)
+
+
+@CHECKS("model.family", "model.seq_length")
+def _room_for_markers(family: str, length: int) -> Iterator[str]:
+    if family == "bert" and length < 8:
+        yield problem("model.seq_length", length, "must be at least 8 with bert, whose samples have up to 3 markers")
+
+
+_T5_HAS = {"position_embedding": "relative", "norm_position": "pre", "add_bias": False}
+
+
+@CHECKS("model.family", *(f"model.{name}" for name in _T5_HAS))
+def _what_t5_has(family: str, *values: Any) -> Iterator[str]:
+    for (name, wanted), value in zip(_T5_HAS.items(), values, strict=True):
+        if family == "t5" and value != wanted:
+            yield problem(f"model.{name}", value, f"does not go with t5: use {_choices((wanted,))}")
+    if family != "t5" and values[0] == "relative":
+        yield problem("model.position_embedding", "relative", f"does not go with {family}: use learned or rope")
+
+
+@CHECKS("model.family", "model.num_attention_heads", "model.num_query_groups")
+def _heads_of_t5(family: str, heads: int, groups: int) -> Iterator[str]:
+    if family == "t5" and groups != heads:
+        yield problem(
+            "model.num_query_groups", groups, f"must be model.num_attention_heads ({heads}) with t5: leave it out"
+        )
+
+
+@CHECKS("model.relative_attention_num_buckets", "model.relative_attention_max_distance")
+def _buckets(buckets: int, distance: int) -> Iterator[str]:
+    if distance <= buckets // 2:
+        yield problem(
+            "model.relative_attention_max_distance",
+            distance,
+            f"must be above half of model.relative_attention_num_buckets ({buckets}): try {4 * buckets}",
+        )
+
+
+@CHECKS("model.family", "model.seq_length", "model.decoder_seq_length", "data.mask_fraction", "data.mean_span_length")
+def _room_for_spans(family: str, length: int, decoder_length: int, fraction: float, mean: float) -> Iterator[str]:
+    if family != "t5":
+        return
+    if length < 4:
+        yield problem("model.seq_length", length, "must be at least 4 with t5")
+        return
+    needed = span_sizes(length, fraction, mean).targets
+    if decoder_length < needed:
+        yield problem(
+            "model.decoder_seq_length",
+            decoder_length,
+            f"is too short for the spans of model.seq_length ({length}), data.mask_fraction ({fraction}) and "
+            f"data.mean_span_length ({mean}): try {needed}",
+        )

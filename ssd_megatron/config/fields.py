@@ -3,6 +3,8 @@
 Messages are predicates, because a report puts the field and its value before them: `ssd.top_k (0) must be at least 1`.
 """
 
+import json
+import math
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any
@@ -28,13 +30,23 @@ def optional(default: Any, text: str, **constraints: Any) -> Any:
     return Field(default=default, description=text, **constraints)
 
 
-def derived(source: str, times: int, text: str) -> Any:
-    """A field that is a multiple of an earlier one, `source`, unless it is given."""
+def derived(source: str, times: float, text: str) -> Any:
+    """A field that is a multiple of an earlier one, `source`, rounded up, unless it is given."""
     shown = source if times == 1 else f"{times} * {source}"
     return Field(
-        default_factory=lambda fields: times * fields[source],
+        default_factory=lambda fields: math.ceil(times * fields[source]),
         description=text,
         json_schema_extra={"shown_default": shown, "source": source},
+    )
+
+
+def by_family(default: Any, text: str, **others: Any) -> Any:
+    """A field whose default depends on `family`, an earlier one: `default`, or what `others` has for the family."""
+    shown = ", ".join([json.dumps(default), *(f"{name}: {json.dumps(value)}" for name, value in others.items())])
+    return Field(
+        default_factory=lambda fields: others.get(fields["family"], default),
+        description=text,
+        json_schema_extra={"shown_default": shown, "source": "family"},
     )
 
 
@@ -106,4 +118,5 @@ Split = Annotated[str, AfterValidator(_check_split)]
 Positive = Annotated[int, Field(ge=1)]
 NonNegative = Annotated[int, Field(ge=0)]
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Share = Annotated[float, Field(ge=0, le=1)]
 PositiveFloat = Annotated[float, Field(gt=0)]

@@ -30,11 +30,14 @@ def _vocabulary_by_tensor(tensor: int, vocab_size: int, multiple: int) -> Iterat
         )
 
 
-@LAYOUT_CHECKS("parallel.pipeline_parallel_size", "model.num_layers")
-def _layers_by_pipeline(stages: int, layers: int) -> Iterator[str]:
-    if layers % stages:
-        hint = divisors_near(layers, stages)
-        yield problem("parallel.pipeline_parallel_size", stages, f"must divide model.num_layers ({layers}): try {hint}")
+@LAYOUT_CHECKS("parallel.pipeline_parallel_size", "model.family", "model.num_layers", "model.num_decoder_layers")
+def _layers_by_pipeline(stages: int, family: str, layers: int, decoder_layers: int) -> Iterator[str]:
+    total, what = layers, "model.num_layers"
+    if family == "t5":
+        total, what = layers + decoder_layers, "model.num_layers + model.num_decoder_layers"
+    if total % stages:
+        hint = divisors_near(total, stages)
+        yield problem("parallel.pipeline_parallel_size", stages, f"must divide {what} ({total}): try {hint}")
 
 
 @LAYOUT_CHECKS("parallel.tensor_parallel_size", "parallel.expert_parallel_size", "ssd.num_experts")

@@ -88,6 +88,7 @@ class RunConfig:
 
 
 PARALLEL_SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "expert_parallel_size")
+SAMPLE_KEYS = ("model.family", "model.seq_length", "model.decoder_seq_length")
 BATCH_KEYS = ("train_batch_size", MICRO, ACCUMULATION)
 _DEEPSPEED_IDENTITY = ("train_batch_size", "optimizer", "scheduler", "gradient_clipping")
 _IDENTITY = frozenset({"model", "data", "ssd", "seed", "training", *_DEEPSPEED_IDENTITY})
@@ -187,11 +188,13 @@ def _dtype(fp16: bool, bf16: bool | Literal["auto"], hardware: Hardware) -> Dtyp
 
 
 def _batch(values: dict[str, Any], world_size: int, hardware: Hardware) -> tuple[Batch | None, list[str]]:
-    needed = (*BATCH_KEYS, "model.seq_length", *(f"parallel.{name}" for name in PARALLEL_SIZES))
+    needed = (*BATCH_KEYS, *SAMPLE_KEYS, *(f"parallel.{name}" for name in PARALLEL_SIZES))
     if not all(name in values for name in needed):
         return None, []
     train, micro, accumulation = (values[name] for name in BATCH_KEYS)
-    limit = TOKENS_PER_MICRO_BATCH[hardware.device] // values["model.seq_length"]
+    family, length, decoder_length = (values[name] for name in SAMPLE_KEYS)
+    sample_tokens = length + decoder_length if family == "t5" else length
+    limit = TOKENS_PER_MICRO_BATCH[hardware.device] // sample_tokens
     try:
         data_parallel = data_parallel_size(world_size, *(values[f"parallel.{name}"] for name in PARALLEL_SIZES))
         return resolve_batch(train, micro, accumulation, data_parallel=data_parallel, micro_limit=limit), []

@@ -19,14 +19,16 @@ from ssd_megatron.config.fields import (
     PositiveFloat,
     RecordedPartition,
     Section,
+    Share,
     Split,
+    by_family,
     derived,
     only,
     optional,
-    refuse,
     required,
 )
 
+Family = Literal["gpt", "bert", "t5"]
 Mode = Literal["dense", "sparse"]
 Activation = Literal["relu", "squared_relu", "reglu", "gelu", "silu", "geglu", "swiglu"]
 
@@ -37,10 +39,9 @@ SPARSE_ACTIVATIONS: frozenset[str] = frozenset({"relu", "squared_relu", "reglu"}
 class ModelConfig(Section):
     """Shape of the Transformer. All sizes are global."""
 
-    family: Annotated[Literal["gpt"], refuse({name: f"{NOT_IN_THIS_VERSION}: use gpt" for name in ("bert", "t5")})] = (
-        optional("gpt", "Model family; `bert` and `t5` are not in this version.")
-    )
-    num_layers: Positive = required("Transformer layers.")
+    family: Family = optional("gpt", "Decoder (`gpt`), masked language model (`bert`), encoder and decoder (`t5`).")
+    num_layers: Positive = required("Transformer layers; of `t5` those of the encoder.")
+    num_decoder_layers: Positive = derived("num_layers", 1, "Layers of the decoder (`t5`).")
     hidden_size: Positive = required("Width of the residual stream.")
     num_attention_heads: Positive = required("Attention heads; must divide `hidden_size`.")
     num_query_groups: Positive = derived(
@@ -53,16 +54,38 @@ class ModelConfig(Section):
         4,
         "Neurons of each feed-forward network; `ssd.num_experts` must divide it.",
     )
-    seq_length: Positive = required("Tokens per sample.")
+    seq_length: Positive = required("Tokens per sample; of `t5` those of the encoder.")
+    decoder_seq_length: Positive = derived(
+        "seq_length", 0.25, "Tokens of the decoder per sample (`t5`); at least what span corruption gives."
+    )
     vocab_size: Positive = required("Token ids the model knows: at least the tokenizer's.")
     make_vocab_size_divisible_by: Positive = optional(128, "The vocabulary is padded up to a multiple of this.")
     activation: Activation = optional("relu", "Feed-forward activation; gelu, silu, geglu, swiglu are less sparse.")
-    normalization: Literal["layernorm", "rmsnorm"] = optional("layernorm", "Kind of normalisation.")
-    norm_epsilon: PositiveFloat = optional(1e-5, "Added to the variance in the normalisation.")
-    position_embedding: Literal["learned", "rope"] = optional("learned", "Learned absolute positions, or rotary ones.")
+    normalization: Literal["layernorm", "rmsnorm"] = by_family("layernorm", "Kind of normalisation.", t5="rmsnorm")
+    norm_position: Literal["pre", "post"] = by_family(
+        "pre", "Normalisation before attention and feed-forward network, or after each and its residual.", bert="post"
+    )
+    norm_epsilon: PositiveFloat = by_family(1e-5, "Added to the variance in the normalisation.", bert=1e-12, t5=1e-6)
+    position_embedding: Literal["learned", "rope", "relative"] = by_family(
+        "learned",
+        "Learned absolute positions, rotary ones, or a bias by distance in buckets (`t5`, which has only these).",
+        t5="relative",
+    )
+    relative_attention_num_buckets: Annotated[int, Field(ge=4, multiple_of=4)] = optional(
+        32, "Buckets of distances (`relative` only); near ones each have their own."
+    )
+    relative_attention_max_distance: Positive = optional(
+        128, "Distance from which on all are in one bucket (`relative` only)."
+    )
     rotary_base: PositiveFloat = optional(10000.0, "Base of the rotary frequencies (`rope` only).")
+    num_token_types: NonNegative = optional(0, "Embedded kinds of tokens (`bert`), one for each segment.")
+    sentence_objective: Literal["none", "next", "order"] = optional(
+        "none",
+        "Second objective of `bert`: does the second segment follow in the text or come from another sample, or were "
+        "the two swapped; `none`: one segment.",
+    )
     tie_embeddings: bool = optional(True, "The output head shares the weights of the token embedding.")
-    add_bias: bool = optional(True, "Biases in the linear layers of attention and feed-forward networks.")
+    add_bias: bool = by_family(True, "Biases in the linear layers of attention and feed-forward networks.", t5=False)
     dropout: Fraction = optional(0.0, "Dropout probability after embedding, attention and feed-forward network.")
     init_std: PositiveFloat = optional(0.02, "Standard deviation of the initial weights.")
 
@@ -71,7 +94,7 @@ class ModelConfig(Section):
     def _null_means_default(cls, fields: Any) -> Any:
         if not isinstance(fields, dict):
             return fields
-        derived_sizes = ("num_query_groups", "ffn_hidden_size")
+        derived_sizes = ("num_query_groups", "ffn_hidden_size", "num_decoder_layers", "decoder_seq_length")
         return {name: value for name, value in fields.items() if value is not None or name not in derived_sizes}
 
     @property
@@ -83,6 +106,21 @@ class ModelConfig(Section):
     def head_dim(self) -> int:
         """Width of one attention head."""
         return self.hidden_size // self.num_attention_heads
+
+    @property
+    def total_layers(self) -> int:
+        """Layers of all stages, those of a decoder after those of its encoder."""
+        return self.num_layers + (self.num_decoder_layers if self.family == "t5" else 0)
+
+    @property
+    def sample_tokens(self) -> int:
+        """Tokens of a sample, of encoder and decoder."""
+        return self.seq_length + (self.decoder_seq_length if self.family == "t5" else 0)
+
+    @property
+    def predicts_sentences(self) -> bool:
+        """Whether there is a second objective on pairs of segments."""
+        return self.sentence_objective != "none"
 
     @property
     def gated(self) -> bool:
@@ -100,6 +138,11 @@ class DataConfig(Section):
     split: Split = optional("969,30,1", "Shares of documents for train, validation and test (`paths` only).")
     tokenizer: FilePath = required("SentencePiece .model or Hugging Face tokenizer.json that made the data.")
     cache_dir: FilePath | None = optional(None, "Folder of the sample index cache; null: `<run_dir>/data_cache`.")
+    mask_fraction: Annotated[float, Field(gt=0, lt=1)] = optional(0.15, "`bert`, `t5`: share of tokens to predict.")
+    mean_span_length: Annotated[float, Field(ge=1)] = optional(3.0, "`t5`: mean tokens of a span to predict.")
+    mask_token_fraction: Share = optional(0.8, "`bert`: share of those that the mask token replaces.")
+    random_token_fraction: Share = optional(0.1, "`bert`: share that a random token replaces; the rest stay.")
+    whole_words: bool = optional(True, "`bert`: choose whole words, not single tokens.")
     eod_mask_loss: bool = optional(False, "Leave the loss at end-of-document tokens out.")
     reset_position_ids: bool = optional(False, "Count positions from 0 again after each end of document.")
     reset_attention_mask: Annotated[
@@ -113,7 +156,7 @@ class ParallelConfig(Section):
     """Sizes of the model-parallel groups; data parallelism follows from the number of processes."""
 
     tensor_parallel_size: Positive = optional(1, "Ranks that share each layer; best within a node.")
-    pipeline_parallel_size: Positive = optional(1, "Pipeline stages; must divide `num_layers`.")
+    pipeline_parallel_size: Positive = optional(1, "Pipeline stages; must divide the number of layers.")
     expert_parallel_size: Positive = optional(
         1, "Data-parallel ranks that share the neurons of each feed-forward network; divides the data parallel size."
     )

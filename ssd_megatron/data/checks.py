@@ -16,13 +16,13 @@ from ssd_megatron.files import sha256_of
 
 @dataclass(frozen=True)
 class Demand:
-    """What one split must give: `steps` batches of `batch_size` samples of `seq_length` tokens."""
+    """What one split must give: `steps` batches of `batch_size` samples of `text_length` tokens."""
 
     name: str
     steps: int
     steps_field: str
     batch_size: int
-    seq_length: int
+    text_length: int
 
     @property
     def samples(self) -> int:
@@ -38,7 +38,7 @@ def check_data(
     *,
     tokenizer: Tokenizer,
     model_vocab_size: int,
-    seq_length: int,
+    text_length: int,
     global_batch_size: int,
     train_steps: int,
     eval_steps: int,
@@ -53,6 +53,7 @@ def check_data(
 
     Args:
         model_vocab_size: model.vocab_size, before padding.
+        text_length: tokens of text in a sample.
         eval_steps: validation batches; the same ones in each evaluation.
         report: receives lines that the user should see once.
     Raises:
@@ -76,9 +77,9 @@ def check_data(
         _check_tokenizer(corpus, data.tokenizer)
         _check_ids(corpus, tokenizer, cache_dir, report)
     demands = (
-        (sources.train, Demand("training", train_steps, "training.train_steps", global_batch_size, seq_length)),
-        (sources.valid, Demand("validation", eval_steps, "training.eval_steps", global_batch_size, seq_length)),
-        (sources.test, Demand("test", test_steps, "test steps", global_batch_size, seq_length)),
+        (sources.train, Demand("training", train_steps, "training.train_steps", global_batch_size, text_length)),
+        (sources.valid, Demand("validation", eval_steps, "training.eval_steps", global_batch_size, text_length)),
+        (sources.test, Demand("test", test_steps, "test steps", global_batch_size, text_length)),
     )
     for source, demand in demands:
         if demand.samples > 0:
@@ -119,10 +120,10 @@ def _check_samples(
     for corpus, weight in zip(chosen, source.normalized_weights(chosen), strict=True):
         tokens = source.tokens_in(corpus)
         documents = len(corpus.lengths[source.document_range(corpus)])
-        available = max(0, tokens - 1) // demand.seq_length
+        available = max(0, tokens - 1) // demand.text_length
         needed = math.ceil(demand.samples * weight)
         have = (
-            f"{source.field}: {corpus.prefix} has {available:,} {demand.name} samples of {demand.seq_length:,} tokens "
+            f"{source.field}: {corpus.prefix} has {available:,} {demand.name} samples of {demand.text_length:,} tokens "
             f"({tokens:,} tokens in {documents:,} documents)"
         )
         need = f"{demand.name} needs {demand.arithmetic}"

@@ -1,4 +1,5 @@
-"""The samples of training, validation and test: mcore's GPTDataset and blends, with their index cache.
+"""The samples of training, validation and test: stretches of text from mcore's GPTDataset and blends, with their index
+cache, of which the family's objective makes samples.
 
 The order of the samples follows from the seed, the corpora and the number of samples asked for, and from nothing else:
 not from the number of ranks, nor from what the other splits need.
@@ -22,22 +23,19 @@ from torch.utils.data import Dataset
 from ssd_megatron.config.schema import DataConfig
 from ssd_megatron.data.blends import SPLITS, SplitSource, split_sources
 from ssd_megatron.data.corpus import make_cache_dir, open_corpus
+from ssd_megatron.data.objectives import Objective, Sample
 from ssd_megatron.data.tokenizers import Tokenizer
 from ssd_megatron.errors import DataError
 
-FIELDS = ("tokens", "labels", "loss_mask", "position_ids")
 MCORE_SURPLUS = 0.005  # of samples indexed in each corpus of a blend, mcore's default
 
 
 class SampleDataset(Dataset[dict[str, Tensor]]):
-    """The first `count` samples of an mcore dataset.
+    """The first `count` samples that an objective makes of an mcore dataset's stretches of text."""
 
-    A sample is a dict of `tokens`, `labels`, `position_ids` (int64) and `loss_mask` (float32), each [seq_length];
-    `labels` is `tokens` one later.
-    """
-
-    def __init__(self, samples: Dataset[dict[str, Tensor]], count: int) -> None:
-        self._samples = samples
+    def __init__(self, texts: Dataset[Sample], objective: Objective, count: int) -> None:
+        self._texts = texts
+        self._objective = objective
         self._count = count
 
     def __len__(self) -> int:
@@ -46,8 +44,7 @@ class SampleDataset(Dataset[dict[str, Tensor]]):
     def __getitem__(self, index: int) -> dict[str, Tensor]:
         if not 0 <= index < self._count:
             raise IndexError(f"sample {index} of {self._count}")
-        sample = self._samples[index]
-        return {name: sample[name] for name in FIELDS}
+        return self._objective.sample(self._texts, self._count, index)
 
 
 @dataclass(frozen=True)
@@ -63,7 +60,7 @@ def build_datasets(
     data: DataConfig,
     *,
     tokenizer: Tokenizer,
-    seq_length: int,
+    objective: Objective,
     seed: int,
     train_samples: int,
     valid_samples: int,
@@ -93,8 +90,8 @@ def build_datasets(
                 continue
             if source is None:
                 raise DataError(f"{samples:,} samples are wanted of the {name} split, which has no data")
-            config = _mcore_config(name, source, samples, data, tokenizer, seq_length, seed, cache_dir)
-            built[name] = _build(config, SPLITS.index(name), samples, is_builder_rank)
+            config = _mcore_config(name, source, samples, data, tokenizer, objective, seed, cache_dir)
+            built[name] = _build(config, objective, SPLITS.index(name), samples, is_builder_rank)
     return Datasets(**built)
 
 
@@ -104,21 +101,21 @@ def _mcore_config(
     samples: int,
     data: DataConfig,
     tokenizer: Tokenizer,
-    seq_length: int,
+    objective: Objective,
     seed: int,
     cache_dir: Path,
 ) -> GPTDatasetConfig:
     corpora = [open_corpus(prefix) for prefix in source.prefixes]
     for corpus in corpora:
-        if source.tokens_in(corpus) <= seq_length:  # mcore would add empty epochs for ever
+        if source.tokens_in(corpus) <= objective.text_length:  # mcore would add empty epochs for ever
             raise DataError(
-                f"{source.field}: {corpus.prefix} has no sample of {seq_length} tokens for the {name} split"
+                f"{source.field}: {corpus.prefix} has no sample of {objective.text_length} tokens for the {name} split"
             )
     blended = len(corpora) > 1
     weights = source.normalized_weights(corpora)
     config = GPTDatasetConfig(
         random_seed=seed,
-        sequence_length=seq_length,
+        sequence_length=objective.text_length,
         blend=(list(source.prefixes), weights if blended else None),
         split="1,1,1",  # mcore wants one; its meaning, the split matrix, is set below
         path_to_cache=str(_cache_folder(cache_dir, source.prefixes)),
@@ -134,7 +131,9 @@ def _mcore_config(
     return config
 
 
-def _build(config: GPTDatasetConfig, position: int, samples: int, is_builder_rank: bool) -> SampleDataset | None:
+def _build(
+    config: GPTDatasetConfig, objective: Objective, position: int, samples: int, is_builder_rank: bool
+) -> SampleDataset | None:
     if dist.get_rank() == 0:
         _drop_damaged_indices(Path(config.path_to_cache))
     sizes = [samples if split == position else 0 for split in range(len(SPLITS))]
@@ -147,7 +146,7 @@ def _build(config: GPTDatasetConfig, position: int, samples: int, is_builder_ran
         raise DataError(
             f"data.cache_dir: the index of the samples cannot be written to {config.path_to_cache}: {cause}"
         ) from error
-    return None if dataset is None else SampleDataset(dataset, samples)
+    return None if dataset is None else SampleDataset(dataset, objective, samples)
 
 
 def _surplus(weights: list[float], samples: int) -> float:

@@ -42,9 +42,16 @@ class ScaledDotProductCore(nn.Module):
         key_sbgd: Tensor,
         value_sbgd: Tensor,
         attention_mask: Tensor | None = None,
+        attention_bias: Tensor | None = None,
         **_unused_by_this_core: object,
     ) -> Tensor:
-        """Context [s, b, n * d]. `attention_mask`, if given, is True where a query must not look."""
+        """Context [s, b, n * d].
+
+        Args:
+            attention_mask: True where a query must not look.
+            attention_bias: added to the scores [b or 1, n, s, keys]; then it alone says what is hidden, by -infinity.
+        """
+        assert attention_mask is None or attention_bias is None
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_sbnd, key_sbgd, value_sbgd))
         dropout = self.dropout if self.training else 0.0
         with _own_dropout(dropout, self.tensor_group, query.device):
@@ -52,9 +59,9 @@ class ScaledDotProductCore(nn.Module):
                 query,
                 key,
                 value,
-                attn_mask=None if attention_mask is None else ~attention_mask,
+                attn_mask=attention_bias if attention_mask is None else ~attention_mask,
                 dropout_p=dropout,
-                is_causal=self.is_causal and attention_mask is None,
+                is_causal=self.is_causal and attention_mask is None and attention_bias is None,
                 enable_gqa=query.size(1) != key.size(1),
             )
         return context_bnsd.permute(2, 0, 1, 3).flatten(2)

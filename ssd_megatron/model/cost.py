@@ -35,15 +35,32 @@ def parameter_counts(model: ModelConfig, ssd: SSDConfig) -> dict[str, int]:
     """Parameters by part of the model."""
     h, layers = model.hidden_size, model.num_layers
     bias = int(model.add_bias)
-    positions = model.seq_length * h if model.position_embedding == "learned" else 0
     return {
-        "embedding": model.padded_vocab_size * h + positions,
+        "embedding": model.padded_vocab_size * h + small_embeddings(model),
         "attention": layers * (h * qkv_size(model) + h * h + bias * (qkv_size(model) + h)),
         "ffn": layers * (bank_parameters(model) + bias * h),
         "router": layers * ssd.num_experts * h,
-        "norm": (2 * layers + 1) * norm_parameters(model),
-        "head": 0 if model.tie_embeddings else model.padded_vocab_size * h,
+        "norm": (2 * layers + 1) * norm_parameters(model) + (norm_parameters(model) if model.family == "bert" else 0),
+        "head": (0 if model.tie_embeddings else model.padded_vocab_size * h) + head_matrices(model) + head_bias(model),
     }
+
+
+def small_embeddings(model: ModelConfig) -> int:
+    """Parameters of the embeddings that no rank splits: of positions and of kinds of tokens."""
+    positions = model.seq_length if model.position_embedding == "learned" else 0
+    return (positions + model.num_token_types) * model.hidden_size
+
+
+def head_matrices(model: ModelConfig) -> int:
+    """Parameters of BERT's transform, pooler and classifier of sentences, whole on every rank of the last stage."""
+    dense = (model.hidden_size + 1) * model.hidden_size
+    sentence = dense + 2 * (model.hidden_size + 1) if model.predicts_sentences else 0
+    return (dense if model.family == "bert" else 0) + sentence
+
+
+def head_bias(model: ModelConfig) -> int:
+    """Parameters of the bias of the logits."""
+    return model.padded_vocab_size if model.family == "bert" else 0
 
 
 def forward_flops(model: ModelConfig, ssd: SSDConfig) -> ForwardFlops:
@@ -53,7 +70,7 @@ def forward_flops(model: ModelConfig, ssd: SSDConfig) -> ForwardFlops:
         attention=2 * h * (qkv + h) + 4 * model.seq_length * h,
         ffn=2 * ffn_matrices(model) * h * model.ffn_hidden_size,
         router=2 * h * ssd.num_experts,
-        head=2 * h * model.padded_vocab_size,
+        head=2 * h * model.padded_vocab_size + (2 * h * h if model.family == "bert" else 0),
     )
 
 

@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from ssd_megatron.parallel.sharding import row_shard
 
-NORMS = ("input_layernorm", "pre_mlp_layernorm", "norm")
 RESIDUAL_OUTPUTS = ("linear_proj.weight", "bank.w_out")
 
 
@@ -28,7 +27,7 @@ def initialize_parameters(parameters: Mapping[str, nn.Parameter], *, seed: int, 
         owner, _, leaf = name.rpartition(".")
         if leaf.startswith(("bias", "b_")) or owner.endswith("router"):
             parameter.zero_()
-        elif owner.rpartition(".")[2] in NORMS:
+        elif owner.endswith("norm"):
             parameter.fill_(1.0)
         elif parameter.device.type != "meta":
             scale = std / math.sqrt(2 * num_layers) if name.endswith(RESIDUAL_OUTPUTS) else std

@@ -8,11 +8,20 @@ from dataclasses import dataclass
 
 from ssd_megatron.config.load import Dtype, RunConfig
 from ssd_megatron.config.schema import ModelConfig, SSDConfig
-from ssd_megatron.model.cost import bank_parameters, ffn_matrices, norm_parameters, qkv_size
+from ssd_megatron.model.cost import (
+    bank_parameters,
+    ffn_matrices,
+    head_bias,
+    head_matrices,
+    norm_parameters,
+    qkv_size,
+    small_embeddings,
+)
 
 BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 OPTIMIZER_BYTES = 12  # fp32 master and two fp32 moments (ZeRO, arXiv 1910.02054)
 BUCKET_PADDING = 1.25  # at most, of the slots of sparse networks (ffn/kernels/dispatch.py)
+OVERWRITING = ("relu", "reglu")  # activations whose output takes the place of their input
 ROUTING_BYTES = 28  # of a token copy: its expert, its slot and the slot's token (int64), its softmax weight (fp32)
 
 
@@ -139,9 +148,11 @@ def rank_parameters(model: ModelConfig, ssd: SSDConfig, layout: Layout, stage: i
     layers = model.num_layers // layout.pipeline
     plain = layers * (split + whole)
     if stage == 0:
-        plain += word + (model.seq_length * h if model.position_embedding == "learned" else 0)
+        plain += word + small_embeddings(model) + (norm_parameters(model) if model.norm_position == "post" else 0)
     if stage == layout.pipeline - 1:
-        plain += norm_parameters(model) + (0 if model.tie_embeddings and layout.pipeline == 1 else word)
+        plain += (0 if model.tie_embeddings and layout.pipeline == 1 else word) + head_bias(model) // tp
+        norms = (model.norm_position == "pre") + (model.family == "bert")
+        plain += head_matrices(model) + norms * norm_parameters(model)
     return RankParameters(plain, layers * bank_parameters(model) // layout.homes)
 
 
@@ -221,14 +232,26 @@ def stage_activation_bytes(
     layers = model.num_layers // layout.pipeline
     layer = layer_activation_bytes(model, ssd, layout, mode, size)
     inputs = layers * model.hidden_size * size
-    head = 2 * model.hidden_size * size if stage == layout.pipeline - 1 else 0  # its norm's input and output
-    return in_flight * (inputs if layout.recompute else layers * layer) + layout.recompute * layer + head
+    head = _head_activations(model) * size if stage == layout.pipeline - 1 else 0
+    embedding = model.hidden_size * size if stage == 0 and model.norm_position == "post" else 0  # its norm's input
+    kept = embedding + (inputs if layout.recompute else layers * layer)
+    return in_flight * kept + layout.recompute * layer + head
+
+
+def _head_activations(model: ModelConfig) -> int:
+    """Numbers for each token that the head keeps beside the logits: its input, what comes out of its norm, and of
+    BERT's transform the norm's input and output, and the activation's input where that is not overwritten."""
+    tensors = 2 if model.norm_position == "pre" else 1
+    if model.family == "bert":
+        tensors += 2 if model.activation in OVERWRITING else 3
+    return tensors * model.hidden_size
 
 
 def layer_activation_bytes(model: ModelConfig, ssd: SSDConfig, layout: Layout, mode: str, size: int) -> float:
     """Bytes that autograd keeps of one layer for each token (tests compare them with what it saves).
 
-    Whole on every tensor-parallel rank: inputs and outputs of both norms. Split: queries, keys and values, the context,
+    Whole on every tensor-parallel rank: inputs and outputs of both norms (after the networks: one of them is the next
+    layer's input, counted there). Split: queries, keys and values, the context,
     and of the feed-forward network its pre-activations and what the activation makes of them. Rotary embeddings keep
     queries and keys a second time, grouped queries without them the queries; dropout keeps two masks of a byte.
     """
@@ -246,7 +269,7 @@ def _ffn_activation_bytes(model: ModelConfig, ssd: SSDConfig, layout: Layout, mo
     neurons = model.ffn_hidden_size / layout.tensor
     if mode == "dense":
         # relu overwrites its input; the others keep it beside their output. A gate adds the other half and the product.
-        tensors = (1 if model.activation in ("relu", "reglu") else 2) + 2 * model.gated
+        tensors = (1 if model.activation in OVERWRITING else 2) + 2 * model.gated
         return size * tensors * neurons
     # Pre-activations (and the other half of a gate) of the chosen experts; the rest is computed again.
     hidden = size * (1 + model.gated) * neurons * ssd.top_k / ssd.num_experts

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 from ssd_megatron.config.load import Dtype
 from ssd_megatron.config.schema import ModelConfig, SSDConfig
-from ssd_megatron.model.cost import ffn_matrices, forward_flops, qkv_size
+from ssd_megatron.model.cost import ffn_matrices, forward_flops, head_matrices, qkv_size, small_embeddings
 from ssd_megatron.model.memory import OPTIMIZER_BYTES, Layout
 from ssd_megatron.planning.cluster import Cluster
 from ssd_megatron.planning.traffic import all_gather, seconds, step_traffic
@@ -77,7 +77,7 @@ def _line(model: ModelConfig, layout: Layout) -> Iterator[tuple[float, bool]]:
     h, tp, alone = model.hidden_size, layout.tensor, layout.expert > 1
     if not alone:
         yield model.padded_vocab_size * h / tp, False
-        yield (model.seq_length * h if model.position_embedding == "learned" else 0), False
+        yield small_embeddings(model), False
     for _ in range(model.num_layers // layout.pipeline):
         if not alone:
             yield (h + qkv_size(model)) * h / tp, False
@@ -85,6 +85,8 @@ def _line(model: ModelConfig, layout: Layout) -> Iterator[tuple[float, bool]]:
             yield h * model.ffn_hidden_size / layout.homes, True
     if not alone and layout.pipeline == 1 and not model.tie_embeddings:
         yield model.padded_vocab_size * h / tp, False
+    if not alone and layout.pipeline == 1:
+        yield head_matrices(model), False
 
 
 def _same_part(start: float, length: float, part: float) -> float:

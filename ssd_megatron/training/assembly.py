@@ -9,7 +9,7 @@ from ssd_megatron.config.load import RunConfig
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.kernels import choose_backend
 from ssd_megatron.ffn.kernels.trial import trial
-from ssd_megatron.model.gpt import GPT, ffn_names
+from ssd_megatron.model.language_model import LanguageModel, ffn_names
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.switching.coordinator import Coordinator
 from ssd_megatron.switching.networks import Networks
@@ -23,7 +23,7 @@ from ssd_megatron.training.pipeline_engine import PipelineParallelEngine
 class Assembly:
     """What a job computes with; `backend_reason` says in words which kernels sparse mode has, and why."""
 
-    model: GPT
+    model: LanguageModel
     engine: Engine
     coordinator: Coordinator
     backend_reason: str
@@ -37,10 +37,10 @@ def assemble(config: RunConfig, topology: Topology, probe_batches: Sequence[Batc
     """
     section = config.ssd_megatron
     backend, reason = choose_kernels(config, topology)
-    model = GPT(section, backend, topology)
+    model = LanguageModel(section, backend, topology)
     engine = make_engine(model, config, topology)
     probe = ProbeBatch(list(probe_batches), engine.mean_loss, topology)
-    networks = Networks(ffn_names(section.model.num_layers), model.ffns, topology)
+    networks = Networks(ffn_names(section.model.total_layers), model.ffns, topology)
     schedule = Schedule(section.ssd, section.training.train_steps)
     coordinator = Coordinator(section.ssd, networks, engine.state, probe, schedule, section.seed)
     return Assembly(model, engine, coordinator, reason)
@@ -67,7 +67,7 @@ def choose_kernels(config: RunConfig, topology: Topology) -> tuple[str, str]:
     return "torch", f"sparse kernels: torch (triton, which should be faster, fails its trial: {wrong})"
 
 
-def make_engine(model: GPT, config: RunConfig, topology: Topology) -> Engine:
+def make_engine(model: LanguageModel, config: RunConfig, topology: Topology) -> Engine:
     """The engine that fits the layout."""
     kind = DataParallelEngine if topology.pipeline.size == 1 else PipelineParallelEngine
     return kind(model, config, topology)

@@ -11,7 +11,7 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from ssd_megatron.model.gpt import GPT
+from ssd_megatron.model.language_model import LanguageModel
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.switching.coordinator import Coordinator
 from ssd_megatron.training import checkpoint_files as files
@@ -30,7 +30,7 @@ class Trained:
     """What holds the state of a run; `identity` are the settings that must not change on resume."""
 
     engine: Engine
-    model: GPT
+    model: LanguageModel
     coordinator: Coordinator
     identity: dict[str, Any]
 

@@ -6,8 +6,6 @@ import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
 
-from ssd_megatron.data.datasets import FIELDS
-
 
 class StepSampler(Sampler[list[int]]):
     """Microbatches of one data-parallel rank, in order, from `first_step` on.
@@ -36,7 +34,7 @@ class StepSampler(Sampler[list[int]]):
 def microbatches(
     dataset: Dataset[dict[str, Tensor]], sampler: StepSampler, device: torch.device, num_workers: int
 ) -> Iterator[dict[str, Tensor]]:
-    """Batches of FIELDS, each [micro_batch_size, seq_length], on `device`."""
+    """Batches of the samples' fields on `device`, each [micro_batch_size, ...]."""
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,
@@ -51,7 +49,7 @@ def microbatches(
 
 
 def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:
-    return {name: torch.stack([sample[name] for sample in samples]) for name in FIELDS}
+    return {name: torch.stack([sample[name] for sample in samples]) for name in samples[0]}
 
 
 def to_device(batch: dict[str, Tensor], device: torch.device) -> dict[str, Tensor]:

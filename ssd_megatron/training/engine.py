@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LambdaLR
 
 from ssd_megatron.config.deepspeed_keys import WSDParams
 from ssd_megatron.config.load import RunConfig
-from ssd_megatron.model.gpt import GPT, WORD_EMBEDDING
+from ssd_megatron.model.language_model import WORD_EMBEDDING, LanguageModel
 from ssd_megatron.parallel.experts import declare_expert_parallel
 from ssd_megatron.parallel.logical_state import LogicalState
 from ssd_megatron.parallel.sharding import expert_group_of
@@ -57,7 +57,7 @@ class Engine(ABC):
     zero: ZeroAdapter
     state: LogicalState
 
-    def __init__(self, model: GPT, config: RunConfig, topology: Topology) -> None:
+    def __init__(self, model: LanguageModel, config: RunConfig, topology: Topology) -> None:
         self._model = model
         self._topology = topology
         self._accumulation = config.gradient_accumulation_steps
@@ -66,8 +66,8 @@ class Engine(ABC):
     def train_step(self, microbatches: Sequence[Batch]) -> StepResult:
         """Forward, backward and update for this rank's microbatches of one global batch (collective).
 
-        The loss is the sum over the valid tokens of the global batch divided by their number, which is known before
-        backward: it does not depend on how the batch is cut into ranks and microbatches.
+        Each part of the loss is the sum over what its mask lets through in the global batch, divided by the number of
+        that, which is known before backward: it does not depend on how the batch is cut into ranks and microbatches.
         """
         homes = [ffn.homes for ffn in self._model.ffns.values()]
         for home in homes:
@@ -79,19 +79,22 @@ class Engine(ABC):
 
     @torch.no_grad()
     def mean_loss(self, batches: Sequence[Batch]) -> float:
-        """Mean loss over the valid tokens of all ranks' batches without dropout, in the mode that the networks have.
+        """Loss over the valid tokens of all ranks' batches without dropout, in the mode that the networks have.
 
         Collective; expert-parallel ranks give the same number of batches. Batches may be empty.
         """
         self._model.eval()
-        loss = count = 0.0
+        masks = self._model.fields.masks
+        sums, counts = dict.fromkeys(masks, 0.0), dict.fromkeys(masks, 0.0)
         for batch, losses in self._losses(batches):
-            loss += float((losses * batch["loss_mask"]).sum(dtype=torch.float64))
-            count += float(batch["loss_mask"].sum(dtype=torch.float64))
+            for mask in masks:
+                sums[mask] += float((losses[mask] * batch[mask]).sum(dtype=torch.float64))
+                counts[mask] += float(batch[mask].sum(dtype=torch.float64))
         # Each batch counts once: on the last stage, and there on one of the ranks that share its layers.
-        counts = self._topology.is_last_stage and self._topology.tensor.rank == 0
-        loss, count = self._topology.world.sum("mean loss", [loss, count] if counts else [0.0, 0.0])
-        return loss / count
+        mine = [*sums.values(), *counts.values()]
+        is_counted = self._topology.is_last_stage and self._topology.tensor.rank == 0
+        total = self._topology.world.sum("mean loss", mine if is_counted else [0.0] * len(mine))
+        return sum(loss / count for loss, count in zip(total[: len(masks)], total[len(masks) :], strict=True))
 
     def close(self) -> None:
         """Free what the engine holds, so that the process can make another one."""
@@ -102,8 +105,8 @@ class Engine(ABC):
         """See train_step."""
 
     @abstractmethod
-    def _losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Tensor]]:
-        """Batches and their losses [b, s], on the last stage."""
+    def _losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
+        """Batches and their losses by mask, on the last stage."""
 
     def _start(self, module: nn.Module, config: RunConfig, mpu: ModelParallelUnit | None) -> None:
         """Make the DeepSpeed engine around `module`, which holds the model."""
@@ -124,14 +127,16 @@ class Engine(ABC):
         self.zero = ZeroAdapter(self._optimizer)
         self.state = LogicalState(parameters, self.zero, topology, kept_elsewhere=copies)
 
-    def _valid_tokens(self, microbatches: Sequence[Batch]) -> float:
-        mine = float(sum(batch["loss_mask"].sum(dtype=torch.float64) for batch in microbatches))
-        return self._topology.data.sum("valid tokens", [mine])[0]
+    def _valid(self, microbatches: Sequence[Batch]) -> list[float]:
+        """What each mask lets through in the global batch."""
+        masks = self._model.fields.masks
+        mine = [float(sum(batch[mask].sum(dtype=torch.float64) for batch in microbatches)) for mask in masks]
+        return self._topology.data.sum("valid tokens", mine)
 
-    def _loss_scale(self, valid: float) -> float:
-        """What to multiply a microbatch's sum of losses by: DeepSpeed divides by accumulation steps (backward) and
+    def _loss_scales(self, valid: Sequence[float]) -> list[float]:
+        """What to multiply a microbatch's sums of losses by: DeepSpeed divides by accumulation steps (backward) and
         data-parallel size (reduction)."""
-        return self._accumulation * self._topology.data.size / valid
+        return [self._accumulation * self._topology.data.size / count for count in valid]
 
     def _result(self, loss: float, lr: float, could_rescale: bool) -> StepResult:
         """Of a step before which the loss scale could still be lowered, or not."""
@@ -147,26 +152,28 @@ class Engine(ABC):
 class DataParallelEngine(Engine):
     """The model under DeepSpeedEngine: every process holds (its shard of) all layers and its part of the batch."""
 
-    def __init__(self, model: GPT, config: RunConfig, topology: Topology) -> None:
+    def __init__(self, model: LanguageModel, config: RunConfig, topology: Topology) -> None:
         super().__init__(model, config, topology)
         self._start(model, config, ModelParallelUnit(topology) if topology.tensor.size > 1 else None)
 
     def _step(self, microbatches: Sequence[Batch]) -> StepResult:
-        valid = self._valid_tokens(microbatches)
-        scale, lr, could_rescale = self._loss_scale(valid), self._learning_rate(), self.zero.can_lower_loss_scale
+        valid, masks = self._valid(microbatches), self._model.fields.masks
+        scales, lr, could_rescale = self._loss_scales(valid), self._learning_rate(), self.zero.can_lower_loss_scale
         self._model.train()
-        total = torch.zeros((), dtype=torch.float64, device=self._topology.device)
+        totals = torch.zeros(len(masks), dtype=torch.float64, device=self._topology.device)
         for batch in microbatches:
-            losses = self.deepspeed(batch["tokens"], batch["position_ids"], batch["labels"])
-            loss_sum = (losses * batch["loss_mask"]).sum()
-            self.deepspeed.backward(loss_sum * scale)
+            losses = self.deepspeed(batch)
+            sums = torch.stack([(losses[mask] * batch[mask]).sum() for mask in masks])
+            self.deepspeed.backward((sums * sums.new_tensor(scales)).sum())
             self.deepspeed.step()
-            total += loss_sum.detach()
-        return self._result(self._topology.data.sum("training loss", [float(total)])[0] / valid, lr, could_rescale)
+            totals += sums.detach()
+        total = self._topology.data.sum("training loss", totals.tolist())
+        loss = sum(part / count for part, count in zip(total, valid, strict=True))
+        return self._result(loss, lr, could_rescale)
 
-    def _losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+    def _losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
         for batch in batches:
-            yield batch, self._model(batch["tokens"], batch["position_ids"], batch["labels"])
+            yield batch, self._model(batch)
 
 
 def parameter_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float) -> list[dict[str, object]]:

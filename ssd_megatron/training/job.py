@@ -11,6 +11,7 @@ import torch
 from ssd_megatron.config.load import RunConfig
 from ssd_megatron.data.checks import check_data
 from ssd_megatron.data.datasets import Datasets, SampleDataset, build_datasets
+from ssd_megatron.data.objectives import make_objective
 from ssd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.parallel.collectives import named
@@ -50,7 +51,7 @@ def check_run_data(config: RunConfig, tell: Callable[[str], None]) -> Tokenizer:
         section.data,
         tokenizer=tokenizer,
         model_vocab_size=section.model.vocab_size,
-        seq_length=section.model.seq_length,
+        text_length=make_objective(section.model, section.data, tokenizer, section.seed).text_length,
         global_batch_size=config.train_batch_size,
         train_steps=section.training.train_steps,
         eval_steps=max(section.training.eval_steps, math.ceil(section.ssd.probe_samples / config.train_batch_size)),
@@ -197,7 +198,7 @@ def _datasets(config: RunConfig, tokenizer: Tokenizer) -> Datasets:
     return build_datasets(
         section.data,
         tokenizer=tokenizer,
-        seq_length=section.model.seq_length,
+        objective=make_objective(section.model, section.data, tokenizer, section.seed),
         seed=section.seed,
         train_samples=section.training.train_steps * config.train_batch_size,
         valid_samples=max(evaluation, section.ssd.probe_samples),

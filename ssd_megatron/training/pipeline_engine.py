@@ -12,7 +12,8 @@ from deepspeed.runtime.pipe.topology import PipeModelDataParallelTopology
 from torch import Tensor, nn
 
 from ssd_megatron.config.load import RunConfig
-from ssd_megatron.model.gpt import GPT
+from ssd_megatron.model.heads import Outputs
+from ssd_megatron.model.language_model import LanguageModel
 from ssd_megatron.parallel.collectives import named
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.training.engine import Batch, Engine, StepResult
@@ -21,38 +22,40 @@ from ssd_megatron.training.engine import Batch, Engine, StepResult
 class PipelineParallelEngine(Engine):
     """One stage of the model under PipelineEngine, microbatches in the order one forward, one backward (1F1B)."""
 
-    def __init__(self, model: GPT, config: RunConfig, topology: Topology) -> None:
+    def __init__(self, model: LanguageModel, config: RunConfig, topology: Topology) -> None:
         super().__init__(model, config, topology)
         with contextlib.redirect_stdout(io.StringIO()):  # DeepSpeed prints its partition
             self._start(_Pipeline(model, topology), config, mpu=None)
 
     def _step(self, microbatches: Sequence[Batch]) -> StepResult:
         self._share_tied_weight()
-        valid = self._valid_tokens(microbatches)
+        valid, fields = self._valid(microbatches), self._model.fields
         lr, could_rescale = self._learning_rate(), self.zero.can_lower_loss_scale
-        scale = torch.tensor(self._loss_scale(valid), device=self._topology.device)
+        scales = torch.tensor(self._loss_scales(valid), device=self._topology.device)
         batches = (
-            ((batch["tokens"], batch["position_ids"]), (batch["labels"], batch["loss_mask"], scale))
+            (
+                tuple(batch[name] for name in fields.inputs),
+                (scales, *(batch[name] for name in fields.targets + fields.masks)),
+            )
             for batch in microbatches
         )
         return self._result(float(self.deepspeed.train_batch(batches)), lr, could_rescale)
 
-    def _losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, Tensor]]:
+    def _losses(self, batches: Sequence[Batch]) -> Iterator[tuple[Batch, dict[str, Tensor]]]:
         """Each stage takes one batch after the other from the stage before: the stages work at the same time."""
         self._share_tied_weight()
-        pipeline = self._topology.pipeline
+        pipeline, model = self._topology.pipeline, self._model
         for batch in batches:
-            tokens_bs = batch["tokens"]
-            inputs: Tensor | tuple[Tensor, Tensor] = (tokens_bs, batch["position_ids"])
+            inputs: Tensor | tuple[Tensor, ...] = tuple(batch[name] for name in model.fields.inputs)
             if not self._topology.is_first_stage:
-                shape = (*reversed(tokens_bs.shape), self._model.hidden_size)
-                inputs = torch.empty(shape, dtype=self._dtype, device=self._topology.device)
+                inputs = torch.empty(model.hidden_shape(batch), dtype=self._dtype, device=self._topology.device)
                 with named("receiving activations"):
                     dist.recv(inputs, pipeline.ranks[pipeline.rank - 1], group=pipeline.handle)
-            outputs = self._model.run_stage(inputs)
+            outputs = model.run_stage(inputs)
             if self._topology.is_last_stage:
-                yield batch, self._model.token_losses(outputs, batch["labels"])
+                yield batch, model.losses(outputs, batch)
             else:
+                assert isinstance(outputs, Tensor)
                 with named("sending activations"):
                     dist.send(outputs.contiguous(), pipeline.ranks[pipeline.rank + 1], group=pipeline.handle)
 
@@ -66,25 +69,25 @@ class PipelineParallelEngine(Engine):
 
 
 class _Stage(nn.Module):
-    def __init__(self, model: GPT) -> None:
+    def __init__(self, model: LanguageModel) -> None:
         super().__init__()
         self.model = model
 
-    def forward(self, inputs: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, inputs: Tensor | tuple[Tensor, ...]) -> Outputs:
         return self.model.run_stage(inputs)
 
 
 class _Pipeline(PipelineModule):  # type: ignore[misc]
     """DeepSpeed's pipeline with one layer per stage: a stage of ours, with the tied embedding held together by us."""
 
-    def __init__(self, model: GPT, topology: Topology) -> None:
+    def __init__(self, model: LanguageModel, topology: Topology) -> None:
         sizes = {"num_pp": topology.pipeline.size, "num_mp": topology.tensor.size, "num_dp": topology.data.size}
         layers: list[Any] = [LayerSpec(nn.Identity) for _ in range(topology.pipeline.size)]
         layers[topology.pipeline.rank] = _Stage(model)
         super().__init__(
             layers=layers,
             topology=PipeModelDataParallelTopology(**sizes),
-            loss_fn=lambda logits, labels: _scaled_loss(model, logits, *labels),
+            loss_fn=lambda outputs, labels: _scaled_loss(model, outputs, *labels),
             partition_method="uniform",
         )
         self._tied: list[tuple[nn.Parameter, dist.ProcessGroup]] = []
@@ -99,5 +102,9 @@ class _Pipeline(PipelineModule):  # type: ignore[misc]
         return self._tied
 
 
-def _scaled_loss(model: GPT, logits_sbv: Tensor, labels_bs: Tensor, mask_bs: Tensor, scale: Tensor) -> Tensor:
-    return (model.token_losses(logits_sbv, labels_bs) * mask_bs).sum() * scale
+def _scaled_loss(model: LanguageModel, outputs: Outputs, scales: Tensor, *targets_and_masks: Tensor) -> Tensor:
+    fields = model.fields
+    batch = dict(zip(fields.targets + fields.masks, targets_and_masks, strict=True))
+    losses = model.losses(outputs, batch)
+    sums = torch.stack([(losses[mask] * batch[mask]).sum() for mask in fields.masks])
+    return (sums * scales).sum()

@@ -15,7 +15,7 @@ from torch import nn
 from ssd_megatron.config.load import RunConfig
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.kernels import choose_backend
-from ssd_megatron.model.gpt import GPT, stage_blocks
+from ssd_megatron.model.language_model import LanguageModel, stage_blocks
 from ssd_megatron.parallel.experts import declare_expert_parallel
 from ssd_megatron.parallel.logical_state import Interval
 from ssd_megatron.parallel.sharding import row_shard, row_size
@@ -72,14 +72,14 @@ def rehearse(config: RunConfig, rank: int) -> Rehearsal:
         )
     backend, _ = choose_backend(section.ssd.backend, device=topology.device, dtype=getattr(torch, config.dtype))
     with torch.device("meta"):
-        model = GPT(section, backend, topology)
+        model = LanguageModel(section, backend, topology)
     sent, received = _switch_traffic(model, topology, section.ssd.num_experts, section.model.ffn_hidden_size)
     named_groups = (topology.tensor, topology.pipeline, topology.data, topology.expert, topology.expert_data)
     result = Rehearsal(
         rank=rank,
         world_size=world_size,
         groups={group.name: group.ranks for group in named_groups},
-        blocks=stage_blocks(section.model.num_layers, topology),
+        blocks=stage_blocks(section.model.total_layers, topology),
         parameters=sum(parameter.numel() for parameter in model.parameters()),
         sent=sent,
         received=received,
@@ -89,7 +89,7 @@ def rehearse(config: RunConfig, rank: int) -> Rehearsal:
     return result
 
 
-def owners_on_paper(model: GPT, topology: Topology) -> dict[str, list[Interval]]:
+def owners_on_paper(model: LanguageModel, topology: Topology) -> dict[str, list[Interval]]:
     """Who will own what of this stage's neuron banks (see LogicalState.owners), known before any engine exists."""
     parameters = model.logical_parameters()
     banks = {
@@ -123,7 +123,7 @@ def print_rehearsal(rehearsal: Rehearsal) -> None:
     console.print(table)
 
 
-def _switch_traffic(model: GPT, topology: Topology, num_experts: int, neurons: int) -> tuple[int, int]:
+def _switch_traffic(model: LanguageModel, topology: Topology, num_experts: int, neurons: int) -> tuple[int, int]:
     owners, parameters = owners_on_paper(model, topology), model.logical_parameters()
     sent = received = 0
     for seed, (name, ffn) in enumerate(model.ffns.items()):

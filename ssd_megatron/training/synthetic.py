@@ -7,7 +7,8 @@ import torch
 from torch import Tensor
 
 from ssd_megatron.config.load import RunConfig
-from ssd_megatron.model.gpt import GPT
+from ssd_megatron.model.families import batch_fields
+from ssd_megatron.model.language_model import LanguageModel
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.switching.coordinator import Coordinator
 from ssd_megatron.switching.reports import SwitchReport
@@ -22,7 +23,7 @@ class SyntheticJob:
 
     config: RunConfig
     topology: Topology
-    model: GPT
+    model: LanguageModel
     engine: Engine
     coordinator: Coordinator
 
@@ -60,15 +61,21 @@ def step_batches(config: RunConfig, topology: Topology, step: int) -> list[Batch
 def random_batch(config: RunConfig, samples: list[int], device: torch.device) -> Batch:
     """Samples by their numbers (any integers, or none): random tokens, all of them valid."""
     model = config.ssd_megatron.model
-    rows = [_sample(number, model.seq_length + 1, model.vocab_size) for number in samples]
-    tokens = torch.cat([torch.empty(0, model.seq_length + 1, dtype=torch.int64), *rows]).to(device)
-    shape = tokens[:, :-1].shape
-    return {
-        "tokens": tokens[:, :-1].contiguous(),
-        "labels": tokens[:, 1:].contiguous(),
-        "loss_mask": torch.ones(shape, device=device),
-        "position_ids": torch.arange(shape[1], device=device).expand(shape).contiguous(),
+    length, count = model.seq_length, len(samples)
+    rows = [_sample(number, model.sample_tokens + 1, model.vocab_size) for number in samples]
+    tokens = torch.cat([torch.empty(0, model.sample_tokens + 1, dtype=torch.int64), *rows])
+    predicted = model.decoder_seq_length if model.family == "t5" else length
+    values = {
+        "tokens": tokens[:, :length],
+        "decoder_tokens": tokens[:, -predicted - 1 : -1],
+        "labels": tokens[:, -predicted:],
+        "loss_mask": torch.ones(count, predicted),
+        "position_ids": torch.arange(length).expand(count, length),
+        "token_types": (torch.arange(length) * 2 // length).expand(count, length),
+        "sentence_labels": tokens[:, 0] % 2,
+        "sentence_mask": torch.ones(count),
     }
+    return {name: values[name].contiguous().to(device) for name in batch_fields(model).all}
 
 
 def _sample(number: int, length: int, vocab_size: int) -> Tensor:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ssd_megatron.config.load import RunConfig
 from ssd_megatron.model.cost import flops_per_token
-from ssd_megatron.model.gpt import GPT
+from ssd_megatron.model.language_model import LanguageModel
 from ssd_megatron.parallel.collectives import CollectiveError, named
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.switching.coordinator import Coordinator
@@ -57,7 +57,7 @@ class Trainer:
         topology: Topology,
         *,
         engine: Engine,
-        model: GPT,
+        model: LanguageModel,
         coordinator: Coordinator,
         checkpointer: Checkpointer,
         batches: Iterator[Batch],

@@ -29,7 +29,7 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({f"{MODEL}.dropout": 1.0}, "model.dropout (1.0) must be below 1"),
     ({f"{MODEL}.init_std": 0}, "model.init_std (0) must be above 0"),
     ({f"{MODEL}.tie_embeddings": "yes"}, 'model.tie_embeddings ("yes") must be true or false'),
-    ({f"{MODEL}.seq_length": DROP}, "model.seq_length is missing: Tokens per sample."),
+    ({f"{MODEL}.seq_length": DROP}, "model.seq_length is missing: Tokens per sample;"),
     ({MODEL: DROP}, "ssd_megatron.model is missing: Shape of the Transformer."),
     ({MODEL: 3}, "ssd_megatron.model (3) must be an object in braces"),
     ({"ssd_megatron": DROP}, "ssd_megatron is missing: This project's section."),
@@ -57,8 +57,6 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"optimizer.params.learning": 1}, "optimizer.params.learning (1) is not a known key: the keys here are lr, betas"),
     ({"zero_optimization.overlap": 1}, "zero_optimization.overlap (1) is not a known key: did you mean overlap_comm?"),
     # Not in this version, refused by name.
-    ({f"{MODEL}.family": "bert"}, 'model.family ("bert") is not in this version: use gpt'),
-    ({f"{MODEL}.family": "t5"}, 'model.family ("t5") is not in this version: use gpt'),
     ({"ssd_megatron.parallel.context_parallel_size": 2}, "sequence and context parallelism are not supported yet"),
     ({"ssd_megatron.weight_sparsity": {"sparsity": 0.9}}, "is not in this version (sparse weights): leave it out"),
     ({"ssd_megatron.ffn_expansion": 4}, "ssd_megatron.ffn_expansion (4) is not in this version"),
@@ -116,7 +114,7 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
     ),
     ({f"{SSD}.top_k": 17}, "ssd.top_k (17) must be at most ssd.num_experts (16): try 4"),
     ({f"{SSD}.top_k": 1}, 'gives the router no gradient with ssd.router_update "straight_through": try 2'),
-    ({f"{SSD}.check_layers": 3}, "ssd.check_layers (3) must be at most model.num_layers (2)"),
+    ({f"{SSD}.check_layers": 3}, "ssd.check_layers (3) must be at most the number of layers (2)"),
     # Schedules.
     (
         {f"{SSD}.sparse_fraction": 0.8},
@@ -175,6 +173,25 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
         {"zero_optimization.allgather_bucket_size": 101},
         "zero_optimization.allgather_bucket_size (101) must be even: try 102",
     ),
+    # Families.
+    (
+        {f"{DATA}.mask_fraction": 0.2},
+        'data.mask_fraction (0.2) has no effect: leave it out, or set model.family "bert"',
+    ),
+    ({f"{MODEL}.num_token_types": 2}, "model.num_token_types (2) has no effect"),
+    (
+        {f"{MODEL}.family": "bert", f"{DATA}.eod_mask_loss": True},
+        'data.eod_mask_loss (true) has no effect: leave it out, or set model.family "gpt"',
+    ),
+    (
+        {f"{MODEL}.family": "bert", f"{MODEL}.sentence_objective": "next"},
+        'model.num_token_types (0) must be at least 2 with model.sentence_objective "next": try 2',
+    ),
+    (
+        {f"{MODEL}.family": "bert", f"{DATA}.random_token_fraction": 0.3},
+        "data.random_token_fraction (0.3) + data.mask_token_fraction (0.8) must be at most 1: try 0.2",
+    ),
+    ({f"{MODEL}.family": "bert", f"{MODEL}.seq_length": 7}, "model.seq_length (7) must be at least 8 with bert"),
     # Data.
     ({f"{DATA}.paths": DROP}, "data.paths is missing: one path or a weighted blend, or train_paths and valid_paths"),
     ({f"{DATA}.paths": [0.5, "a", "b"]}, 'must be paths, or positive weights and paths in turn: try ["a"]'),

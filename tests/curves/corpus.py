@@ -13,6 +13,7 @@ from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 from tests.small_run import Corpus
 
 WORDS, END = 120, 120  # token ids of words are 0..119
+MARKERS = {"[MASK]": 121, "[CLS]": 122, "[SEP]": 123}
 CHANCES = (0.7, 0.9, 0.97, 1.0)  # cumulative, of the four successors
 
 
@@ -29,7 +30,7 @@ def write_corpus(folder: Path, documents: int = 1000) -> Corpus:
             tokens.append(successors[tokens[-1]][sum(chance > bound for bound in CHANCES)])
         builder.add_document(np.array([*tokens, END], dtype=np.uint16), [len(tokens) + 1])
     builder.finalize(str(folder / "corpus.idx"))
-    vocabulary = {**{f"w{word}": word for word in range(WORDS)}, "</s>": END}
+    vocabulary = {**{f"w{word}": word for word in range(WORDS)}, "</s>": END, **MARKERS}
     model = {"type": "WordLevel", "vocab": vocabulary, "unk_token": "w0"}
     parts = dict.fromkeys(("truncation", "padding", "normalizer", "pre_tokenizer", "post_processor", "decoder"))
     (folder / "tokenizer.json").write_text(json.dumps({"version": "1.0", "added_tokens": [], **parts, "model": model}))

@@ -17,7 +17,7 @@ from tests.data.conftest import TEXTS
 
 MakeCorpus = Callable[..., Path]
 
-SIZES = {"train_steps": 3, "eval_steps": 2, "global_batch_size": 4, "seq_length": 8, "model_vocab_size": 340}
+SIZES = {"train_steps": 3, "eval_steps": 2, "global_batch_size": 4, "text_length": 8, "model_vocab_size": 340}
 
 
 def check(tmp_path: Path, tokenizer: Path, *paths: str | float | Path, data: Any = None, **sizes: int) -> list[str]:

@@ -11,6 +11,7 @@ import torch.distributed as dist
 
 from ssd_megatron.config.schema import DataConfig
 from ssd_megatron.data.datasets import Datasets, SampleDataset, build_datasets
+from ssd_megatron.data.objectives import NextToken
 from ssd_megatron.data.tokenizers import load_tokenizer
 from ssd_megatron.errors import DataError
 from ssd_megatron.parallel.topology import Topology
@@ -47,7 +48,7 @@ class Builder:
         return build_datasets(
             DataConfig(**fields | (data or {})),
             tokenizer=load_tokenizer(self.tokenizer),
-            seq_length=SEQ_LENGTH,
+            objective=NextToken(SEQ_LENGTH),
             seed=seed,
             train_samples=train,
             valid_samples=valid,

@@ -10,7 +10,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from ssd_megatron.config.schema import ParallelConfig
 from ssd_megatron.model.cost import parameter_counts
-from ssd_megatron.model.gpt import GPT
+from ssd_megatron.model.language_model import LanguageModel
 from ssd_megatron.model.memory import (
     Layout,
     Memory,
@@ -38,6 +38,13 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
     "grouped queries, gelu": {"num_attention_heads": 4, "num_query_groups": 2, "activation": "gelu"},
     "swiglu": {"activation": "swiglu"},
+    "bert with sentences": {"family": "bert", "num_token_types": 2, "sentence_objective": "order"},
+    "pre-norm bert, gelu, untied": {
+        "family": "bert",
+        "norm_position": "pre",
+        "activation": "gelu",
+        "tie_embeddings": False,
+    },
 }
 KEYS = {"reduce_bucket_size": 1000}
 
@@ -65,7 +72,7 @@ def test_tensor_and_expert_ranks_together_hold_each_neuron_once(name: str) -> No
 
 def built_parameters(topology: Topology, settings: dict[str, Any]) -> tuple[int, int]:
     config = run_config(world_size=1, **settings)
-    gpt = GPT(config.ssd_megatron, "torch", topology)
+    gpt = LanguageModel(config.ssd_megatron, "torch", topology)
     banks = {id(p) for ffn in gpt.ffns.values() for p in ffn.bank.neuron_parameters().values()}
     bank = sum(p.numel() for p in gpt.parameters() if id(p) in banks)
     return sum(p.numel() for p in gpt.parameters()) - bank, bank
@@ -89,7 +96,7 @@ def test_parameters_of_each_rank_are_those_of_the_built_model(name: str, layout:
 
 def kept_bytes(topology: Topology, mode: str, settings: dict[str, Any]) -> int:
     """What autograd keeps of the first block, each storage once, without parameters."""
-    gpt = GPT(kept_config(settings).ssd_megatron, "torch", topology).bfloat16()
+    gpt = LanguageModel(kept_config(settings).ssd_megatron, "torch", topology).bfloat16()
     for ffn in gpt.ffns.values():
         ffn.mode = "sparse" if mode == "sparse" else "dense"
     parameters = {p.untyped_storage().data_ptr() for p in gpt.parameters()}
@@ -202,7 +209,7 @@ def test_a_scheduled_mode_is_the_only_one() -> None:
 def engine_bytes(topology: Topology, settings: dict[str, Any]) -> tuple[int, int]:
     """Bytes of parameters, and of masters and moments, as DeepSpeed's optimizer holds them."""
     config = run_config(world_size=topology.data.size, bf16=True, **settings)
-    engine = make_engine(GPT(config.ssd_megatron, "torch", topology), config, topology)
+    engine = make_engine(LanguageModel(config.ssd_megatron, "torch", topology), config, topology)
     optimizer: Any = engine.deepspeed.optimizer
     flat = optimizer.single_partition_of_fp32_groups
     states = [optimizer.optimizer.state[f][kind] for f in flat for kind in ("exp_avg", "exp_avg_sq")]

@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssd_megatron.model.gpt import GPT, ffn_names
+from ssd_megatron.model.language_model import LanguageModel, ffn_names
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.switching.clustering import Clustering, Grouping
 from ssd_megatron.switching.networks import Networks
@@ -47,7 +47,7 @@ def form_experts(topology: Topology, layout: Layout, shuffle: int | None) -> Fou
         ffn_hidden_size=NEURONS,
         activation="reglu",
     )
-    model = GPT(config.ssd_megatron, "torch", topology)
+    model = LanguageModel(config.ssd_megatron, "torch", topology)
     networks = Networks(ffn_names(LAYERS), model.ffns, topology)
     numbers = torch.arange(EXPERTS)
     if shuffle is not None:

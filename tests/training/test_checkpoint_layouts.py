@@ -14,7 +14,7 @@ import pytest
 import torch
 
 from ssd_megatron.config.schema import ParallelConfig
-from ssd_megatron.model.gpt import ffn_names
+from ssd_megatron.model.language_model import ffn_names
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.switching.coordinator import Coordinator
 from ssd_megatron.switching.networks import Networks
@@ -139,7 +139,7 @@ def random_numbers(topology: Topology, root: Path) -> list[float]:
     torch.manual_seed(section.seed + topology.data.rank)
     model, engine = build(topology, config)
     probe = ProbeBatch([random_batch(config, 0)], engine.mean_loss, topology)
-    networks = Networks(ffn_names(section.model.num_layers), model.ffns, topology)
+    networks = Networks(ffn_names(section.model.total_layers), model.ffns, topology)
     coordinator = Coordinator(section.ssd, networks, engine.state, probe, Schedule(section.ssd, 9), section.seed)
     trained = Trained(engine, model, coordinator, {})
     checkpointer = Checkpointer(root, trained, topology, keep_last=None, async_save=False, tell=print)

@@ -50,6 +50,7 @@ MODERN = (
     "model.tie_embeddings=false",
     "model.add_bias=false",
 )
+BERT_PAIRS = ("model.family=bert", "model.num_token_types=2", "model.sentence_objective=next")
 # Without effect, and so refused, where one rank has all neurons.
 GATHERED_ONCE, REBALANCED = "parallel.dense_gather=step", "ssd.rebalance_limit=1.001"
 # What differs from the default: 2 layers, hidden 32, 2 heads, 64 ReLU neurons in 8 experts, biases, layernorm, learned
@@ -73,6 +74,11 @@ MODELS: dict[str, tuple[str, ...]] = {
     "1 probe sample": ("ssd.probe_samples=1",),
     "gathered once": (GATHERED_ONCE,),
     "gathered once, recompute": (GATHERED_ONCE, "training.recompute=full"),
+    # Normalised after the networks, learned positions, tied head with a transform and a bias.
+    "bert": ("model.family=bert",),
+    "bert with sentences": (*BERT_PAIRS, "model.tie_embeddings=false"),
+    "pre-norm bert": ("model.family=bert", "model.norm_position=pre", "model.activation=gelu"),
+    "post-norm": ("model.norm_position=post",),
     "rebalanced": (REBALANCED, "ssd.check_interval=4"),
 }
 
@@ -86,6 +92,8 @@ FEW: list[Case] = [
     ("gathered once", PP2_EP2),
     ("rebalanced", EP2),
     ("3 probe samples", DP2),
+    ("bert", PP2_EP2),
+    ("bert with sentences", TP2_PP2),
 ]
 
 
@@ -116,6 +124,10 @@ MATRIX: list[Case] = [
     *cases("1 probe sample", EP2, DP4, EP2_DP2, Layout(pipeline=2, data=4)),
     *cases("gathered once", EP2, TP2_EP2, PP2_EP2, EP2_DP2),
     *cases("gathered once, recompute", TP2_EP2, PP2_EP2),
+    *cases("bert", DP2, zero2(TP2), PP2, zero2(EP2_DP2), TP2_PP2_EP2, PP2_EP2_DP2),
+    *cases("bert with sentences", DP4, zero2(TP2_EP2), PP2_EP2, TP2_PP2_DP2),
+    *cases("pre-norm bert", TP2_PP2_EP2),
+    *cases("post-norm", TP2_PP2_EP2),
     *cases("rebalanced", TP2, zero2(EP2), zero2(TP2_EP2), PP2_EP2_DP2),
 ]
 BF16: list[Case] = [

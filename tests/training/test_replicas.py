@@ -10,7 +10,7 @@ import torch
 from megatron.core.transformer.enums import AttnMaskType
 
 from ssd_megatron.model.attention import ScaledDotProductCore
-from ssd_megatron.model.gpt import WORD_EMBEDDING
+from ssd_megatron.model.language_model import WORD_EMBEDDING
 from ssd_megatron.parallel.topology import Topology
 from tests.layouts import (
     EP2_DP2,

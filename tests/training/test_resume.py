@@ -7,6 +7,7 @@ import torch
 
 from ssd_megatron.parallel.zero import MASTER
 from ssd_megatron.training.checkpoint_files import checkpoints, read_index, read_interval
+from tests.curves.corpus import write_corpus
 from tests.small_run import Corpus, curve, records, small_config, train, write_config
 
 
@@ -44,6 +45,20 @@ def test_two_processes_resume_bit_by_bit(corpus: Corpus, tmp_path: Path, stage: 
     train(parts, "ssd_megatron.training.stop_after_step=11", world_size=2)
     train(parts, world_size=2)
     assert curve(parts_dir) == curve(whole_dir)
+
+
+def test_bert_resumes_bit_by_bit(tmp_path: Path) -> None:
+    """Its masks, too, are those that the run would have had."""
+    corpus = write_corpus(tmp_path)
+    for name in ("whole", "parts"):
+        config = small_config(corpus, tmp_path / name)
+        config["ssd_megatron"]["model"] |= {"family": "bert", "num_token_types": 2, "sentence_objective": "next"}
+        write_config(config, tmp_path / f"{name}.json")
+    train(tmp_path / "whole.json")
+    for stop in (3, 6):
+        train(tmp_path / "parts.json", f"ssd_megatron.training.stop_after_step={stop}")
+    train(tmp_path / "parts.json")
+    assert curve(tmp_path / "parts") == curve(tmp_path / "whole")
 
 
 def test_the_adaptive_schedule_resumes_as_it_would_have_gone_on(corpus: Corpus, tmp_path: Path) -> None:

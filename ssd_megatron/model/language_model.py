@@ -1,4 +1,6 @@
-"""GPT: a decoder-only Transformer as one list of layers (embedding, blocks, head), or one pipeline stage of it."""
+"""A language model of any family as one list of layers (embedding, blocks, head), or one pipeline stage of it."""
+
+from collections.abc import Mapping
 
 from torch import Tensor, nn
 
@@ -6,17 +8,22 @@ from ssd_megatron.config.schema import SsdMegatronConfig
 from ssd_megatron.ffn.switchable import SwitchableFFN
 from ssd_megatron.model.blocks import TransformerBlock, ffn_settings, transformer_config
 from ssd_megatron.model.embedding import Embedding
-from ssd_megatron.model.heads import LanguageModelHead
+from ssd_megatron.model.families import batch_fields
+from ssd_megatron.model.heads import LanguageModelHead, Outputs
 from ssd_megatron.model.init import initialize_parameters
+from ssd_megatron.model.streams import make_streams
 from ssd_megatron.parallel.topology import Topology
 
 
-class GPT(nn.Module):
+class LanguageModel(nn.Module):
     """The layers of one pipeline stage. Parameter names are the logical state's names.
 
     Stage p of P has blocks [p * L/P, (p + 1) * L/P) of L; the first also the embedding, the last also the head. With
     tied embeddings and several stages, first and last hold a copy of the word embedding each (`tied_copy` is the last
     stage's).
+
+    Attributes:
+        fields: what it reads from a batch.
 
     Args:
         backend: kernels of sparse mode, as `ffn.kernels.choose_backend` resolved it.
@@ -30,16 +37,18 @@ class GPT(nn.Module):
         recompute = config.training.recompute == "full"
         gather_once = config.parallel.dense_gather == "step"
         self.embedding = Embedding(mcore, model, topology) if topology.is_first_stage else None
-        blocks = stage_blocks(model.num_layers, topology)
+        blocks = stage_blocks(model.total_layers, topology)
         self.blocks = nn.ModuleDict(
             {str(i): TransformerBlock(mcore, model, ffn, i, recompute, gather_once, topology) for i in blocks}
         )
         word_embedding = None if self.embedding is None else self.embedding.word.weight
         self.head = LanguageModelHead(model, word_embedding, topology) if topology.is_last_stage else None
-        self.hidden_size = model.hidden_size
+        self.fields = batch_fields(model)
+        self._streams = make_streams(model, topology)
+        self._hidden_size = model.hidden_size
         self._tied = model.tie_embeddings
         parameters = self.logical_parameters()
-        initialize_parameters(parameters, seed=config.seed, std=model.init_std, num_layers=model.num_layers)
+        initialize_parameters(parameters, seed=config.seed, std=model.init_std, num_layers=model.total_layers)
 
     @property
     def ffns(self) -> dict[str, SwitchableFFN]:
@@ -60,35 +69,36 @@ class GPT(nn.Module):
             parameters[WORD_EMBEDDING] = parameters.pop("head.weight")
         return parameters
 
-    def logits(self, tokens_bs: Tensor, position_ids_bs: Tensor) -> Tensor:
-        """Logits [s, b, v] of token ids [b, s]; of a model on one stage."""
-        return self.run_stage((tokens_bs, position_ids_bs))
+    def forward(self, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Losses of a batch (see `losses`); of a model on one stage."""
+        return self.losses(self.run_stage(tuple(batch[name] for name in self.fields.inputs)), batch)
 
-    def forward(self, tokens_bs: Tensor, position_ids_bs: Tensor, labels_bs: Tensor) -> Tensor:
-        """Loss of each token [b, s], fp32; of a model on one stage."""
-        return self.token_losses(self.logits(tokens_bs, position_ids_bs), labels_bs)
-
-    def run_stage(self, inputs: Tensor | tuple[Tensor, Tensor]) -> Tensor:
+    def run_stage(self, inputs: Tensor | tuple[Tensor, ...]) -> Outputs:
         """This stage's layers.
 
         Args:
-            inputs: on the first stage token and position ids [b, s], on others hidden states [s, b, h].
+            inputs: on the first stage the batch's `fields.inputs`, on others what the stage before gave.
         Returns:
-            hidden states, or on the last stage logits [s, b, v].
+            hidden states [rows, b, h] for the next stage, on the last one what `losses` takes: logits [s, b, v] first.
         """
-        if self.embedding is not None:
-            assert isinstance(inputs, tuple)
-            x_sbh: Tensor = self.embedding(*inputs)
-        else:
-            assert isinstance(inputs, Tensor)
-            x_sbh = inputs
-        for block in self.blocks.values():
-            x_sbh = block(x_sbh)
-        return x_sbh if self.head is None else self.head(x_sbh)
+        inputs = inputs if isinstance(inputs, tuple) else (inputs,)
+        x_sbh = self._streams.run(self.embedding, self.blocks.values(), inputs)
+        if self.head is None:
+            return x_sbh
+        outputs: Outputs = self.head(x_sbh)
+        return outputs
 
-    def token_losses(self, logits_sbv: Tensor, labels_bs: Tensor) -> Tensor:
-        """Loss of each token [b, s], fp32; on the last stage."""
-        return self._head().token_losses(logits_sbv, labels_bs)
+    def losses(self, outputs: Outputs, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """Losses in fp32 by the mask that says which of them count (`fields.masks`), of its shape; on the last stage.
+
+        Args:
+            batch: at least `fields.targets`.
+        """
+        return self._head().losses(outputs, batch)
+
+    def hidden_shape(self, batch: Mapping[str, Tensor]) -> tuple[int, int, int]:
+        """Shape of the hidden states that one stage gives to the next."""
+        return self._streams.rows(batch), len(batch["tokens"]), self._hidden_size
 
     def _head(self) -> LanguageModelHead:
         assert self.head is not None, "only the last stage has the head"

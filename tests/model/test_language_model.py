@@ -8,9 +8,9 @@ from torch import Tensor
 
 from ssd_megatron.config.schema import ModelConfig, ParallelConfig
 from ssd_megatron.model.cost import flops_per_token, parameter_counts
-from ssd_megatron.model.gpt import GPT
 from ssd_megatron.model.heads import LanguageModelHead
 from ssd_megatron.model.init import named_normal
+from ssd_megatron.model.language_model import LanguageModel
 from ssd_megatron.parallel.topology import Topology
 from tests.ranks import run_ranks
 from tests.small_engine import random_batch, run_config
@@ -27,18 +27,28 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gated": {"activation": "reglu"},
     "gated without bias": {"activation": "swiglu", "add_bias": False},
     "gelu": {"activation": "gelu"},
+    "post-norm": {"norm_position": "post"},
+    "bert": {"family": "bert"},
+    "bert with sentences": {"family": "bert", "num_token_types": 2, "sentence_objective": "next"},
+    "pre-norm bert, gelu, untied": {
+        "family": "bert",
+        "norm_position": "pre",
+        "activation": "gelu",
+        "tie_embeddings": False,
+    },
 }
 
 
-def losses(model: GPT, batch: dict[str, Tensor]) -> Tensor:
-    return model(batch["tokens"], batch["position_ids"], batch["labels"])
+def losses(model: LanguageModel, batch: dict[str, Tensor]) -> Tensor:
+    found: Tensor = model(batch)["loss_mask"]
+    return found
 
 
 def built_sizes(topology: Topology, settings: dict[str, Any]) -> dict[str, int]:
     config = run_config(**settings)
-    model = GPT(config.ssd_megatron, "torch", topology)
+    model = LanguageModel(config.ssd_megatron, "torch", topology)
     batch = random_batch(config, 0)
-    losses(model, batch).mean().backward()
+    torch.stack([part.mean() for part in model(batch).values()]).sum().backward()
     without = [n for n, p in model.named_parameters() if p.grad is None and "router" not in n]
     assert not without, f"no gradient: {without}"
     sizes = dict.fromkeys(parameter_counts(config.ssd_megatron.model, config.ssd_megatron.ssd), 0)
@@ -76,7 +86,7 @@ def test_flops_of_gpt2_small_are_the_published_estimate() -> None:
 
 def first_values(topology: Topology, layers: int) -> dict[str, float]:
     torch.manual_seed(layers)  # must not matter
-    model = GPT(run_config(num_layers=layers).ssd_megatron, "torch", topology)
+    model = LanguageModel(run_config(num_layers=layers).ssd_megatron, "torch", topology)
     return {name: float(p.double().pow(2).sum()) for name, p in model.named_parameters() if "linear_proj" not in name}
 
 
@@ -95,7 +105,7 @@ def recomputed_gradients(topology: Topology, mode: str) -> float:
         config = run_config()
         section = config.ssd_megatron
         training = section.training.model_copy(update={"recompute": recompute})
-        model = GPT(section.model_copy(update={"training": training}), "torch", topology)
+        model = LanguageModel(section.model_copy(update={"training": training}), "torch", topology)
         for index, ffn in enumerate(model.ffns.values()):
             ffn.mode = "sparse" if mode == "sparse" else "dense"
             ffn.router.weight.data = named_normal(str(index), ffn.router.weight.shape, 5)
@@ -115,7 +125,7 @@ def future_leaks(topology: Topology) -> list[float]:
     changes = []
     for position in ("learned", "rope"):
         config = run_config(position_embedding=position)
-        model = GPT(config.ssd_megatron, "torch", topology).eval()
+        model = LanguageModel(config.ssd_megatron, "torch", topology).eval()
         batch = random_batch(config, 2)
         before = losses(model, batch)
         batch["tokens"][:, -1] = (batch["tokens"][:, -1] + 1) % 512

@@ -1,0 +1,99 @@
+"""BERT against Hugging Face's, on the same weights, in both directions."""
+
+from typing import Any
+
+import pytest
+import torch
+from transformers import BertConfig, BertForMaskedLM, BertForPreTraining
+
+from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.errors import ExportError
+from ssd_megatron.export import bert
+from ssd_megatron.parallel.topology import Topology
+from tests.export.parity import load, logical_tensors, random_model
+from tests.ranks import run_ranks
+
+DECODER = "cls.predictions.decoder.weight"
+BERT = {"family": "bert", "num_attention_heads": 4, "vocab_size": 500}
+SETTINGS: dict[str, dict[str, Any]] = {
+    "relu": {},
+    "gelu, kinds of tokens, untied": {"activation": "gelu", "num_token_types": 2, "tie_embeddings": False},
+    "sentences": {"num_token_types": 2, "sentence_objective": "next"},
+}
+
+
+def differences(topology: Topology, settings: dict[str, Any]) -> tuple[list[float], float]:
+    """Largest difference of logits, ours exported; and of any tensor that was exported and came back."""
+    ours, model = random_model(topology, BERT | settings)
+    kind = BertForPreTraining if model.predicts_sentences else BertForMaskedLM
+    theirs = kind(BertConfig(**bert.hf_config(model)))
+    tensors = logical_tensors(ours)
+    load(theirs, bert.to_hf(tensors, model))
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.vocab_size, (3, 11), generator=generator)
+    types = torch.randint(0, model.num_token_types or 1, (3, 11), generator=generator)
+    inputs = [tokens, torch.arange(11).expand(3, -1), types][: len(ours.fields.inputs)]
+    with torch.no_grad():
+        mine, expected = ours.run_stage(tuple(inputs)), theirs(input_ids=tokens, token_type_ids=types)
+    if model.predicts_sentences:
+        pairs = [(mine[0], expected.prediction_logits), (mine[1], expected.seq_relationship_logits)]
+    else:
+        pairs = [(mine, expected.logits)]
+    pairs[0] = (pairs[0][0].transpose(0, 1)[..., : model.vocab_size], pairs[0][1])
+    back = bert.from_hf(theirs.state_dict(), model)
+    routers = {name for name in tensors if name.endswith("router.weight")}
+    assert back.keys() == tensors.keys() - routers and len(routers) == model.num_layers
+    lost = max(float((back[name] - kept).abs().max()) for name, kept in used_rows(tensors, model).items())
+    return [float((a - b).abs().max()) for a, b in pairs], lost
+
+
+def used_rows(tensors: dict[str, torch.Tensor], model: ModelConfig) -> dict[str, torch.Tensor]:
+    """All but routers, with zeros where the vocabulary is padded."""
+    kept = {name: tensor.clone() for name, tensor in tensors.items() if not name.endswith("router.weight")}
+    for name in {"embedding.word.weight", "head.weight", "head.bias"} & kept.keys():
+        kept[name][model.vocab_size :] = 0
+    return kept
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_logits_are_those_of_hugging_face(name: str) -> None:
+    ((logits, lost),) = run_ranks(1, differences, SETTINGS[name])
+    assert max(logits) < 1e-4 and lost == 0.0, (logits, lost)
+
+
+def config(**settings: Any) -> ModelConfig:
+    sizes = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "seq_length": 8, "vocab_size": 20}
+    return ModelConfig(**{"family": "bert", **sizes, **settings})
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        ({"norm_position": "pre"}, r"model.norm_position \(pre\) has no place in .* BERT, which has post"),
+        ({"activation": "reglu"}, r"model.activation \(reglu\) has no place in .*relu or squared_relu or gelu or silu"),
+        ({"num_query_groups": 1}, r"model.num_query_groups \(1\) has no place in .* which has 2"),
+    ],
+)
+def test_models_that_are_no_bert_are_refused(settings: dict[str, Any], message: str) -> None:
+    with pytest.raises(ExportError, match=message):
+        bert.hf_config(config(**settings))
+
+
+def test_tensors_that_are_missing_or_superfluous_are_named() -> None:
+    model = config()
+    theirs = BertForMaskedLM(BertConfig(**bert.hf_config(model))).state_dict()
+    theirs["bert.embeddings.token_type_embeddings.weight"] *= 0
+    tensors = bert.from_hf(theirs, model)
+    with pytest.raises(ExportError, match=r"missing: blocks.0.layer.mlp.bank.b_in$"):
+        bert.to_hf({name: t for name, t in tensors.items() if not name.endswith("b_in")}, model)
+    with pytest.raises(ExportError, match=r"no place in the other model: blocks.1.x$"):
+        bert.to_hf(tensors | {"blocks.1.x": torch.zeros(1)}, model)
+    with pytest.raises(ExportError, match=r"missing: cls.predictions.bias$"):
+        bert.from_hf({name: t for name, t in theirs.items() if name != "cls.predictions.bias"}, model)
+    with pytest.raises(ExportError, match=r"decoder.weight differs from .*: set model.tie_embeddings to false"):
+        bert.from_hf(theirs | {DECODER: torch.ones(20, 8)}, model)
+    with pytest.raises(ExportError, match=r"is not 0 throughout: set model.num_token_types"):
+        bert.from_hf(theirs | {"bert.embeddings.token_type_embeddings.weight": torch.ones(1, 8)}, model)
+    words = torch.ones(21, 8)
+    with pytest.raises(ExportError, match=r"has 21 rows, but model.vocab_size is 20"):
+        bert.from_hf(theirs | dict.fromkeys(("bert.embeddings.word_embeddings.weight", DECODER), words), model)
