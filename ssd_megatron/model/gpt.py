@@ -35,7 +35,8 @@ class GPT(nn.Module):
             {str(i): TransformerBlock(mcore, model, ffn, i, recompute, gather_once, topology) for i in blocks}
         )
         word_embedding = None if self.embedding is None else self.embedding.word.weight
-        self.head = LanguageModelHead(model, word_embedding, topology) if topology.is_last_stage else None
+        chunk = config.training.loss_chunk_tokens
+        self.head = LanguageModelHead(model, word_embedding, topology, chunk) if topology.is_last_stage else None
         self.hidden_size = model.hidden_size
         self._tied = model.tie_embeddings
         parameters = self.logical_parameters()
@@ -62,11 +63,11 @@ class GPT(nn.Module):
 
     def logits(self, tokens_bs: Tensor, position_ids_bs: Tensor) -> Tensor:
         """Logits [s, b, v] of token ids [b, s]; of a model on one stage."""
-        return self.run_stage((tokens_bs, position_ids_bs))
+        return self._head().logits(self.run_stage((tokens_bs, position_ids_bs)))
 
     def forward(self, tokens_bs: Tensor, position_ids_bs: Tensor, labels_bs: Tensor) -> Tensor:
         """Loss of each token [b, s], fp32; of a model on one stage."""
-        return self.token_losses(self.logits(tokens_bs, position_ids_bs), labels_bs)
+        return self.token_losses(self.run_stage((tokens_bs, position_ids_bs)), labels_bs)
 
     def run_stage(self, inputs: Tensor | tuple[Tensor, Tensor]) -> Tensor:
         """This stage's layers.
@@ -74,7 +75,7 @@ class GPT(nn.Module):
         Args:
             inputs: on the first stage token and position ids [b, s], on others hidden states [s, b, h].
         Returns:
-            hidden states, or on the last stage logits [s, b, v].
+            hidden states [s, b, h]; on the last stage those that `token_losses` takes.
         """
         if self.embedding is not None:
             assert isinstance(inputs, tuple)
@@ -86,9 +87,9 @@ class GPT(nn.Module):
             x_sbh = block(x_sbh)
         return x_sbh if self.head is None else self.head(x_sbh)
 
-    def token_losses(self, logits_sbv: Tensor, labels_bs: Tensor) -> Tensor:
-        """Loss of each token [b, s], fp32; on the last stage."""
-        return self._head().token_losses(logits_sbv, labels_bs)
+    def token_losses(self, outputs_sbh: Tensor, labels_bs: Tensor) -> Tensor:
+        """Loss of each token [b, s], fp32, from what the last stage gives; on the last stage."""
+        return self._head().token_losses(outputs_sbh, labels_bs)
 
     def _head(self) -> LanguageModelHead:
         assert self.head is not None, "only the last stage has the head"

@@ -5,10 +5,10 @@ Shapes: b batch, s sequence, h hidden, v vocabulary of this tensor-parallel rank
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from torch import Tensor, nn
 
 from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.model.cross_entropy import projected_losses
 from ssd_megatron.parallel.regions import enter_region
 from ssd_megatron.parallel.sharding import shard_rows
 from ssd_megatron.parallel.topology import Topology
@@ -19,10 +19,18 @@ class LanguageModelHead(nn.Module):
 
     Args:
         word_embedding: the word embedding's weight [v, h] if this stage has it; it is the head's if they are tied.
+        loss_chunk_tokens: see projected_losses.
     """
 
-    def __init__(self, model: ModelConfig, word_embedding: nn.Parameter | None, topology: Topology) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        word_embedding: nn.Parameter | None,
+        topology: Topology,
+        loss_chunk_tokens: int | None = None,
+    ) -> None:
         super().__init__()
+        self.loss_chunk_tokens = loss_chunk_tokens
         norm = nn.LayerNorm if model.normalization == "layernorm" else nn.RMSNorm
         self.norm = norm(model.hidden_size, eps=model.norm_epsilon)
         self.tensor = topology.tensor
@@ -33,14 +41,17 @@ class LanguageModelHead(nn.Module):
             shard_rows(self.weight, self.tensor.rank, self.tensor.size)
 
     def forward(self, x_sbh: Tensor) -> Tensor:
-        """Logits [s, b, v]."""
-        return F.linear(enter_region(self.norm(x_sbh), self.tensor.handle), self.weight)
+        """What both logits and losses are made of, [s, b, h]: normalised, and the same on all tensor-parallel ranks."""
+        return enter_region(self.norm(x_sbh), self.tensor.handle)
 
-    def token_losses(self, logits_sbv: Tensor, labels_bs: Tensor) -> Tensor:
+    def logits(self, normed_sbh: Tensor) -> Tensor:
+        """Logits [s, b, v]."""
+        return F.linear(normed_sbh, self.weight)
+
+    def token_losses(self, normed_sbh: Tensor, labels_bs: Tensor) -> Tensor:
         """Cross entropy of each token in fp32, [b, s]."""
-        logits_sbv, labels_sb = logits_sbv.float(), labels_bs.t()
-        if self.tensor.size > 1:
-            losses: Tensor = vocab_parallel_cross_entropy(logits_sbv, labels_sb.contiguous())
-            return losses.t()
-        losses = F.cross_entropy(logits_sbv.flatten(0, 1), labels_sb.flatten(), reduction="none")
-        return losses.view(labels_sb.shape).t()
+        labels_sb = labels_bs.t()
+        losses_T = projected_losses(
+            normed_sbh.flatten(0, 1), self.weight, labels_sb.flatten(), self.tensor, self.loss_chunk_tokens
+        )
+        return losses_T.view(labels_sb.shape).t()

@@ -84,7 +84,7 @@ class _Pipeline(PipelineModule):  # type: ignore[misc]
         super().__init__(
             layers=layers,
             topology=PipeModelDataParallelTopology(**sizes),
-            loss_fn=lambda logits, labels: _scaled_loss(model, logits, *labels),
+            loss_fn=lambda outputs, labels: _scaled_loss(model, outputs, *labels),
             partition_method="uniform",
         )
         self._tied: list[tuple[nn.Parameter, dist.ProcessGroup]] = []
@@ -99,5 +99,5 @@ class _Pipeline(PipelineModule):  # type: ignore[misc]
         return self._tied
 
 
-def _scaled_loss(model: GPT, logits_sbv: Tensor, labels_bs: Tensor, mask_bs: Tensor, scale: Tensor) -> Tensor:
-    return (model.token_losses(logits_sbv, labels_bs) * mask_bs).sum() * scale
+def _scaled_loss(model: GPT, outputs_sbh: Tensor, labels_bs: Tensor, mask_bs: Tensor, scale: Tensor) -> Tensor:
+    return (model.token_losses(outputs_sbh, labels_bs) * mask_bs).sum() * scale
