@@ -155,11 +155,8 @@ def measured(topology: Topology, name: str, layout: Layout) -> list[Check]:
         }
         # What is saved while weights are gathered for a pass, or recomputed, is not seen here.
         if not layout.recompute and (layout.expert == 1 or mode == "sparse" or layout.gather_once):
-            # The loss keeps its softmax in fp32, a part of `logits`; weights that are kept are not parameters.
-            tokens = MICRO_BATCH * section.model.seq_length
-            softmax = tokens * section.model.padded_vocab_size // layout.tensor * 4
-            expected = memory.activations + memory.kept_weights + (softmax if topology.is_last_stage else 0)
-            numbers["activations"] = (kept.peak, expected)
+            # Logits are kept with the activations; weights that are kept are not parameters.
+            numbers["activations"] = (kept.peak, memory.activations + memory.logits + memory.kept_weights)
         if mode == "dense" and layout.gather_once:
             others = 1 - 1 / layout.expert  # the rank's own are among `gradients`
             numbers["kept gradients"] = (gathered.gradients * others, memory.kept_gradients)

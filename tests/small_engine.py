@@ -22,15 +22,18 @@ from ssd_megatron.training.engine import Engine
 from ssd_megatron.training.synthetic import random_batch as synthetic_batch
 from tests.small_run import Corpus, small_config
 
+# What run_config takes beside settings of the model.
+OTHERS = ("bf16", "stage", "parallel", "training", "steps", "phases")
 NOWHERE = Corpus(Path("corpus"), Path("tokenizer.model"))
 
 
 def run_config(world_size: int = 1, **model: Any) -> RunConfig:
     """The configuration of small_run with other model settings, without dropout; data is never opened."""
-    settings = {key: model.pop(key) for key in ("bf16", "stage", "parallel", "steps", "phases") if key in model}
+    settings = {key: model.pop(key) for key in OTHERS if key in model}
     raw = small_config(NOWHERE, Path("run"))
     raw["ssd_megatron"]["model"] |= {"dropout": 0.0} | model
     raw["ssd_megatron"]["parallel"] = settings.get("parallel", {})
+    raw["ssd_megatron"]["training"] |= settings.get("training", {})
     if "steps" in settings:
         raw["ssd_megatron"]["training"]["train_steps"] = settings["steps"]
     if "phases" in settings:

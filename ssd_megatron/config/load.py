@@ -104,6 +104,7 @@ _FREE_TO_CHANGE = frozenset(
         "ssd.rebalance_limit",
         "training.eval_interval",
         "training.eval_steps",
+        "training.loss_chunk_tokens",
         "training.max_bad_steps",
         "training.recompute",
         "training.stop_after_step",

@@ -261,6 +261,10 @@ class TrainingConfig(Section):
     eval_interval: Positive = optional(100, "Steps between two evaluations.")
     eval_steps: Positive = optional(4, "Batches of the global batch size in one evaluation, always the same.")
     recompute: Literal["none", "full"] = optional("none", "Activations recomputed in backward: none, or every layer's.")
+    loss_chunk_tokens: Positive | None = optional(
+        None,
+        "Keep no logits: compute those of so many tokens at a time, and again in backward; null: keep a microbatch's.",
+    )
     max_bad_steps: Positive = optional(5, "Steps in a row with NaN or infinite loss or gradients that end the run.")
 
 

@@ -7,17 +7,17 @@ from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
-from megatron.core.tensor_parallel.cross_entropy import vocab_parallel_cross_entropy
 from torch import Tensor, nn
 
 from ssd_megatron.config.schema import ModelConfig
 from ssd_megatron.ffn.activations import ACTIVATIONS
+from ssd_megatron.model.cross_entropy import projected_losses
 from ssd_megatron.model.norms import make_norm
 from ssd_megatron.parallel.regions import enter_region
 from ssd_megatron.parallel.sharding import shard_rows
 from ssd_megatron.parallel.topology import Topology
 
-# Logits [s, b, v], and where sentences are predicted, theirs [b, 2].
+# What is projected onto the vocabulary [s, b, h], and where sentences are predicted, their logits [b, 2].
 Outputs = Tensor | tuple[Tensor, Tensor]
 
 
@@ -27,10 +27,18 @@ class LanguageModelHead(nn.Module):
 
     Args:
         word_embedding: the word embedding's weight [v, h] if this stage has it; it is the head's if they are tied.
+        loss_chunk_tokens: see projected_losses.
     """
 
-    def __init__(self, model: ModelConfig, word_embedding: nn.Parameter | None, topology: Topology) -> None:
+    def __init__(
+        self,
+        model: ModelConfig,
+        word_embedding: nn.Parameter | None,
+        topology: Topology,
+        loss_chunk_tokens: int | None = None,
+    ) -> None:
         super().__init__()
+        self.loss_chunk_tokens = loss_chunk_tokens
         self.norm = make_norm(model) if model.norm_position == "pre" else None
         self.transform = Transform(model) if model.family == "bert" else None
         self.tensor = topology.tensor
@@ -50,27 +58,35 @@ class LanguageModelHead(nn.Module):
         if self.norm is not None:
             x_sbh = self.norm(x_sbh)
         y_sbh = x_sbh if self.transform is None else self.transform(x_sbh)
-        logits_sbv = F.linear(enter_region(y_sbh, self.tensor.handle), self.weight, self.bias)
-        return logits_sbv if self.sentence is None else (logits_sbv, self.sentence(x_sbh[0]))
+        y_sbh = enter_region(y_sbh, self.tensor.handle)
+        return y_sbh if self.sentence is None else (y_sbh, self.sentence(x_sbh[0]))
 
     def losses(self, outputs: Outputs, batch: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Cross entropy in fp32 by mask: of each token [b, s], of each pair of sentences [b]."""
         if isinstance(outputs, Tensor):
             return {"loss_mask": self.token_losses(outputs, batch["labels"])}
-        logits_sbv, sentence_b2 = outputs
+        projected_sbh, sentence_b2 = outputs
         return {
-            "loss_mask": self.token_losses(logits_sbv, batch["labels"]),
+            "loss_mask": self.token_losses(projected_sbh, batch["labels"]),
             "sentence_mask": F.cross_entropy(sentence_b2.float(), batch["sentence_labels"], reduction="none"),
         }
 
-    def token_losses(self, logits_sbv: Tensor, labels_bs: Tensor) -> Tensor:
+    def logits(self, projected_sbh: Tensor) -> Tensor:
+        """Logits [s, b, v]."""
+        return F.linear(projected_sbh, self.weight, self.bias)
+
+    def token_losses(self, projected_sbh: Tensor, labels_bs: Tensor) -> Tensor:
         """Cross entropy of each token in fp32, [b, s]."""
-        logits_sbv, labels_sb = logits_sbv.float(), labels_bs.t()
-        if self.tensor.size > 1:
-            losses: Tensor = vocab_parallel_cross_entropy(logits_sbv, labels_sb.contiguous())
-            return losses.t()
-        losses = F.cross_entropy(logits_sbv.flatten(0, 1), labels_sb.flatten(), reduction="none")
-        return losses.view(labels_sb.shape).t()
+        labels_sb = labels_bs.t()
+        losses_T = projected_losses(
+            projected_sbh.flatten(0, 1),
+            self.weight,
+            self.bias,
+            labels_sb.flatten(),
+            self.tensor,
+            self.loss_chunk_tokens,
+        )
+        return losses_T.view(labels_sb.shape).t()
 
 
 class Transform(nn.Module):

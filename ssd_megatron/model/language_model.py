@@ -42,7 +42,8 @@ class LanguageModel(nn.Module):
             {str(i): TransformerBlock(mcore, model, ffn, i, recompute, gather_once, topology) for i in blocks}
         )
         word_embedding = None if self.embedding is None else self.embedding.word.weight
-        self.head = LanguageModelHead(model, word_embedding, topology) if topology.is_last_stage else None
+        chunk = config.training.loss_chunk_tokens
+        self.head = LanguageModelHead(model, word_embedding, topology, chunk) if topology.is_last_stage else None
         self.fields = batch_fields(model)
         self._streams = make_streams(model, topology)
         self._hidden_size = model.hidden_size
@@ -73,13 +74,18 @@ class LanguageModel(nn.Module):
         """Losses of a batch (see `losses`); of a model on one stage."""
         return self.losses(self.run_stage(tuple(batch[name] for name in self.fields.inputs)), batch)
 
+    def logits(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """Logits [s, b, v] of the batch's `fields.inputs`; of a model on one stage."""
+        outputs = self.run_stage(inputs)
+        return self._head().logits(outputs if isinstance(outputs, Tensor) else outputs[0])
+
     def run_stage(self, inputs: Tensor | tuple[Tensor, ...]) -> Outputs:
         """This stage's layers.
 
         Args:
             inputs: on the first stage the batch's `fields.inputs`, on others what the stage before gave.
         Returns:
-            hidden states [rows, b, h] for the next stage, on the last one what `losses` takes: logits [s, b, v] first.
+            hidden states [rows, b, h] for the next stage, on the last one what `losses` takes.
         """
         inputs = inputs if isinstance(inputs, tuple) else (inputs,)
         x_sbh = self._streams.run(self.embedding, self.blocks.values(), inputs)

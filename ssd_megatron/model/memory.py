@@ -37,6 +37,7 @@ class Layout:
         zero_stage: 1 or 2.
         recompute: activations of layers are computed again in backward.
         gather_once: expert-parallel ranks gather dense weights once per optimizer step, not in every pass.
+        loss_chunk_tokens: tokens whose logits are there at a time; None: a microbatch's.
     """
 
     tensor: int = 1
@@ -48,6 +49,7 @@ class Layout:
     zero_stage: int = 1
     recompute: bool = False
     gather_once: bool = False
+    loss_chunk_tokens: int | None = None
 
     @property
     def ranks(self) -> int:
@@ -77,6 +79,7 @@ def layout_of(config: RunConfig) -> Layout:
         zero_stage=config.zero_stage,
         recompute=training.recompute == "full",
         gather_once=sizes.dense_gather == "step",
+        loss_chunk_tokens=training.loss_chunk_tokens,
     )
 
 
@@ -108,7 +111,7 @@ class Memory:
             in `gradients` and come with the last microbatch.
         buckets: DeepSpeed's buffers for reducing gradients.
         activations: kept between forward and backward.
-        logits: of the last stage, with their softmax and gradient.
+        logits: of the last stage, over which their gradient is written.
         gathered: weights of one layer, gathered over the expert-parallel ranks for a pass, and a gradient.
         working: largest need within one layer.
         update: gradients in fp32 during the optimizer step, when activations are gone.
@@ -213,7 +216,7 @@ def stage_memory(
         kept_gradients=round(kept_gradients * size),
         buckets=buckets * size,
         activations=round(tokens * stage_activation_bytes(model, ssd, layout, stage, mode, size)),
-        logits=tokens * logit_bytes(model, layout.tensor, size) if last else 0,
+        logits=logit_bytes(model, layout, size) if last else 0,
         gathered=round(gathered * size),
         working=round(tokens * working_bytes(model, ssd, layout, mode, size)),
         update=round(owned * (4 + size)),  # its own part of the gradients, flattened, and in fp32
@@ -293,10 +296,10 @@ def working_bytes(model: ModelConfig, ssd: SSDConfig, layout: Layout, mode: str,
     return size * (slots * (3 * h + 2 * model.ffn_hidden_size / ssd.num_experts) + rows)
 
 
-def logit_bytes(model: ModelConfig, tensor: int, size: int) -> int:
-    """Bytes for each token of logits, their fp32 copy, and without tensor parallelism (whose loss works in place) the
-    fp32 softmax."""
-    return model.padded_vocab_size // tensor * (size + (8 if tensor == 1 else 4))
+def logit_bytes(model: ModelConfig, layout: Layout, size: int) -> int:
+    """Bytes of the logits that are there at a time (model/cross_entropy.py)."""
+    tokens = layout.micro_batch_size * model.seq_length
+    return min(tokens, layout.loss_chunk_tokens or tokens) * model.padded_vocab_size // layout.tensor * size
 
 
 def expert_ranks_per_token(ssd: SSDConfig, layout: Layout) -> float:

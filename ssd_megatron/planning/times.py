@@ -78,7 +78,8 @@ def step_time(
 def microbatch_compute(
     model: ModelConfig, ssd: SSDConfig, layout: Layout, stage: int, mode: str, cluster: Cluster, dtype: Dtype
 ) -> float:
-    """Seconds of arithmetic of one stage for one microbatch: backward is twice forward, recomputation one more."""
+    """Seconds of arithmetic of one stage for one microbatch: backward is twice forward, recomputation one more, of
+    layers and, where the loss keeps no logits, of the head."""
     flops, tokens = forward_flops(model, ssd), layout.micro_batch_size * model.seq_length
     layers = model.num_layers // layout.pipeline
     passes = 4 if layout.recompute else 3
@@ -88,7 +89,7 @@ def microbatch_compute(
         layer += flops.ffn / rate
     else:
         layer += flops.router / cluster.flops_per_second + sparse_ffn_seconds(model, ssd, layout, cluster, dtype)
-    head = 3 * flops.head / rate if stage == layout.pipeline - 1 else 0.0
+    head = (3 if layout.loss_chunk_tokens is None else 4) * flops.head / rate if stage == layout.pipeline - 1 else 0.0
     return tokens * (passes * layers * layer + head)
 
 

@@ -20,13 +20,13 @@ from ssd_megatron.errors import DataError
 from ssd_megatron.ffn.routers import Choice
 from ssd_megatron.ffn.switchable import SwitchableFFN
 from ssd_megatron.files import write_atomically
-from ssd_megatron.model.gpt import GPT
+from ssd_megatron.model.language_model import LanguageModel
 from ssd_megatron.parallel.topology import Topology
 
 StepRouting = Callable[[int, Mode], AbstractContextManager[None]]
 
 
-def step_routing(config: RunConfig, model: GPT, topology: Topology) -> StepRouting:
+def step_routing(config: RunConfig, model: LanguageModel, topology: Topology) -> StepRouting:
     """What a training step, given its number and mode, runs within: `ssd.routing` and `ssd.record_routing`."""
     ssd = config.ssd_megatron.ssd
     changes: list[Callable[[int], AbstractContextManager[None]]] = []
@@ -57,11 +57,10 @@ def _recorded(folder: Path, ffns: dict[str, SwitchableFFN], config: RunConfig, s
 
     with _asked(ffns, {name: partial(keep, name) for name in ffns}):
         yield
-    length = config.ssd_megatron.model.seq_length
     tensors = {}
     for name, microbatches in seen.items():
         numbers_E = common_numbers(ffns[name])
-        parts = [numbers_E[ids].view(length, -1, ids.shape[1]).transpose(0, 1) for ids in microbatches]
+        parts = [numbers_E[ids].view(-1, config.micro_batch_size, ids.shape[1]).transpose(0, 1) for ids in microbatches]
         tensors[name] = torch.cat(parts).to(torch.int32).cpu().contiguous()
     write_atomically(_file(folder, step), save(tensors))
 

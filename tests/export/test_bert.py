@@ -34,9 +34,10 @@ def differences(topology: Topology, settings: dict[str, Any]) -> tuple[list[floa
     types = torch.randint(0, model.num_token_types or 1, (3, 11), generator=generator)
     inputs = [tokens, torch.arange(11).expand(3, -1), types][: len(ours.fields.inputs)]
     with torch.no_grad():
-        mine, expected = ours.run_stage(tuple(inputs)), theirs(input_ids=tokens, token_type_ids=types)
+        mine, expected = ours.logits(tuple(inputs)), theirs(input_ids=tokens, token_type_ids=types)
+        outputs = ours.run_stage(tuple(inputs))
     if model.predicts_sentences:
-        pairs = [(mine[0], expected.prediction_logits), (mine[1], expected.seq_relationship_logits)]
+        pairs = [(mine, expected.prediction_logits), (outputs[1], expected.seq_relationship_logits)]
     else:
         pairs = [(mine, expected.logits)]
     pairs[0] = (pairs[0][0].transpose(0, 1)[..., : model.vocab_size], pairs[0][1])

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssd_megatron.config.schema import ModelConfig, ParallelConfig
+from ssd_megatron.config.schema import ModelConfig
 from ssd_megatron.model.cost import flops_per_token, parameter_counts
 from ssd_megatron.model.heads import LanguageModelHead
 from ssd_megatron.model.init import named_normal
@@ -138,23 +138,3 @@ def test_no_token_sees_the_future() -> None:
     learned_past, learned_last, rope_past, rope_last = run_ranks(1, future_leaks)[0]
     assert learned_past == rope_past == 0.0
     assert learned_last > 0 and rope_last > 0
-
-
-def losses_of_logits(topology: Topology) -> tuple[Tensor, torch.dtype]:
-    """Losses of random logits of 8 tokens, of which each tensor-parallel rank has its part."""
-    head = LanguageModelHead(run_config().ssd_megatron.model, None, topology)
-    logits = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0))
-    part = logits.chunk(topology.tensor.size, dim=2)[topology.tensor.rank]
-    return head.token_losses(part.clone(), LABELS), head.token_losses(part.bfloat16(), LABELS).dtype
-
-
-LABELS = torch.tensor([[1, 2, 3], [4, 5, 6]])
-
-
-@pytest.mark.parametrize("tensor", [1, 2])
-def test_token_losses_are_cross_entropy_in_fp32(tensor: int) -> None:
-    logits = torch.randn(3, 2, 8, generator=torch.Generator().manual_seed(0))
-    expected = -logits.log_softmax(-1).permute(1, 0, 2).gather(2, LABELS[..., None]).squeeze(2)
-    for losses, dtype in run_ranks(tensor, losses_of_logits, parallel=ParallelConfig(tensor_parallel_size=tensor)):
-        torch.testing.assert_close(losses, expected)
-        assert dtype == torch.float32
