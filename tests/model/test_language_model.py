@@ -8,7 +8,6 @@ from torch import Tensor
 
 from ssd_megatron.config.schema import ModelConfig
 from ssd_megatron.model.cost import flops_per_token, parameter_counts
-from ssd_megatron.model.heads import LanguageModelHead
 from ssd_megatron.model.init import named_normal
 from ssd_megatron.model.language_model import LanguageModel
 from ssd_megatron.parallel.topology import Topology
