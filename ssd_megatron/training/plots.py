@@ -4,7 +4,6 @@ Only matplotlib's objects are used, not pyplot: nothing here changes the state o
 """
 
 import io
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -19,15 +18,12 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from ssd_megatron.errors import DataError
 from ssd_megatron.files import write_atomically
-from ssd_megatron.training.metrics import Record, phases_of, read_metrics
+from ssd_megatron.training import series
+from ssd_megatron.training.metrics import Record, read_metrics
+from ssd_megatron.training.series import as_array, of_kind, smoothed, values_of
 
-# Okabe and Ito's palette: told apart by colour-blind readers too.
-_TRAIN, _DENSE, _SPARSE, _GREY, _GREEN = "#56B4E9", "#0072B2", "#D55E00", "#808080", "#009E73"
 _SHADE = "#F6D9B8"
-_SMOOTHING = 100  # the smoothed curve averages over this part of the run: 1 / 100
-
 _MOST_MARKERS = 60
-_STEEP_PART = 0.1  # of the run: the vertical range is chosen for what comes after
 
 
 def draw_run(run_dir: Path) -> list[Path]:
@@ -37,11 +33,11 @@ def draw_run(run_dir: Path) -> list[Path]:
         DataError: the run has no step yet, or its metrics cannot be read.
     """
     records = read_metrics(run_dir)
-    if not _of(records, "train"):
+    if not of_kind(records, "train"):
         raise DataError(f"{run_dir} has no training step in its metrics.jsonl yet: draw it when it has")
     figures = {"loss_over_steps": draw_loss_over_steps(records), "loss_over_flops": draw_loss_over_flops(records)}
-    if _of(records, "check"):
-        figures["ssd"] = draw_ssd(records, _similarity_threshold(run_dir))
+    if of_kind(records, "check"):
+        figures["ssd"] = draw_ssd(records, series.similarity_threshold(series.read_json(run_dir / "config.json")))
     folder = run_dir / "plots"
     folder.mkdir(exist_ok=True)
     paths = []
@@ -67,14 +63,14 @@ def draw_loss_over_steps(records: Sequence[Record]) -> Figure:
 def draw_loss_over_flops(records: Sequence[Record]) -> Figure:
     """Training and validation loss over the FLOPs spent, and the same training losses had all steps been dense."""
     figure, axes = _new_figure()
-    train = _of(records, "train")
+    train = of_kind(records, "train")
     spent = {record["step"]: float(record["flops"]) for record in train}
     _draw_losses(axes, records, spent)
-    losses = _smooth(_values(train, "loss"))
+    losses = smoothed(values_of(train, "loss"))
     axes.plot(
-        _values(train, "flops_dense"),
+        values_of(train, "flops_dense"),
         losses,
-        color=_GREY,
+        color=series.GREY,
         lw=1.4,
         ls=":",
         zorder=1.5,
@@ -94,7 +90,7 @@ def draw_ssd(records: Sequence[Record], similarity_threshold: float | None) -> F
     figure = Figure(figsize=(10, 7.5), dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
     top, bottom = figure.subplots(2, 1, sharex=True)
-    checks = _of(records, "check")
+    checks = of_kind(records, "check")
     steps = [record["step"] for record in checks]
     for axes in (top, bottom):
         _style(axes)
@@ -105,7 +101,7 @@ def draw_ssd(records: Sequence[Record], similarity_threshold: float | None) -> F
     for layer in range(layers):
         fractions = [record["active_fraction"][layer] for record in checks]
         label = f"layer {layer}"
-        top.plot(steps, _as_array(fractions), color=colours(layer / last), lw=1.6, marker=".", ms=5, label=label)
+        top.plot(steps, as_array(fractions), color=colours(layer / last), lw=1.6, marker=".", ms=5, label=label)
     depth = ScalarMappable(Normalize(0, last), colours)
     figure.colorbar(depth, ax=top, label="layer", pad=0.01, ticks=MaxNLocator(integer=True))
     top.set(ylabel="active")
@@ -114,12 +110,14 @@ def draw_ssd(records: Sequence[Record], similarity_threshold: float | None) -> F
     top.set_ylim(bottom=0)
 
     bottom.plot(
-        steps, _values(checks, "similarity"), color=_DENSE, lw=2, marker="o", ms=4, label="structure similarity"
+        steps, values_of(checks, "similarity"), color=series.DENSE, lw=2, marker="o", ms=4, label="structure similarity"
     )
-    bottom.plot(steps, _values(checks, "overlap"), color=_GREEN, lw=1.4, marker="s", ms=3, label="top-k expert overlap")
+    bottom.plot(
+        steps, values_of(checks, "overlap"), color=series.GREEN, lw=1.4, marker="s", ms=3, label="top-k expert overlap"
+    )
     if similarity_threshold is not None:
         bottom.axhline(
-            similarity_threshold, color=_SPARSE, ls="--", lw=1.4, label=f"threshold {similarity_threshold:g}"
+            similarity_threshold, color=series.SPARSE, ls="--", lw=1.4, label=f"threshold {similarity_threshold:g}"
         )
     bottom.set(xlabel="step", ylabel="similarity", ylim=(None, 1.02))
     bottom.set_title("Structure similarity between checks", pad=14)
@@ -132,26 +130,23 @@ def draw_ssd(records: Sequence[Record], similarity_threshold: float | None) -> F
 def _draw_losses(axes: Axes, records: Sequence[Record], x_of_step: dict[int, float]) -> None:
     """Draw training loss, raw and smoothed, and validation loss in both modes."""
     x = np.array(list(x_of_step.values()))
-    losses = _values(_of(records, "train"), "loss")
-    smooth = _smooth(losses)
-    axes.plot(x, losses, color=_TRAIN, lw=0.5, alpha=0.5)
-    axes.plot(x, smooth, color=_TRAIN, lw=2, label="training")
-    evals = [record for record in _of(records, "eval") if record["step"] in x_of_step]
+    losses = values_of(of_kind(records, "train"), "loss")
+    smooth = smoothed(losses)
+    axes.plot(x, losses, color=series.TRAIN, lw=0.5, alpha=0.5)
+    axes.plot(x, smooth, color=series.TRAIN, lw=2, label="training")
+    evals = [record for record in of_kind(records, "eval") if record["step"] in x_of_step]
     x_eval = np.array([x_of_step[record["step"]] for record in evals])
-    settled = [smooth[x >= x[-1] * _STEEP_PART]]
-    for mode, color, line, marker in (("dense", _DENSE, "-", "o"), ("sparse", _SPARSE, "--", "s")):
-        values = _values(evals, f"loss_{mode}")
-        settled.append(values[x_eval >= x[-1] * _STEEP_PART])
+    curves = [(x, smooth)]
+    for mode, color, line, marker in (("dense", series.DENSE, "-", "o"), ("sparse", series.SPARSE, "--", "s")):
+        values = values_of(evals, f"loss_{mode}")
+        curves.append((x_eval, values))
         if np.isfinite(values).any():
             marker = marker if len(evals) <= _MOST_MARKERS else ""
             axes.plot(x_eval, values, color=color, lw=1.6, ls=line, marker=marker, ms=4, label=f"validation, {mode}")
     axes.set_ylabel("loss (nats per token)")
-    # The steep fall of the first steps leaves the picture at the top: the rest is what one wants to see.
-    shown = np.concatenate(settled)
-    if np.isfinite(shown).any():
-        low, high = np.nanmin(np.concatenate([losses, shown])), np.nanmax(shown)
-        margin = max(0.05 * (high - low), 1e-3)
-        axes.set_ylim(low - margin, high + margin)
+    visible = series.settled_range(losses, curves)
+    if visible is not None:
+        axes.set_ylim(*visible)
 
 
 def _mark_phases(axes: Axes, records: Sequence[Record], x_of_step: dict[int, float]) -> None:
@@ -164,15 +159,13 @@ def _mark_phases(axes: Axes, records: Sequence[Record], x_of_step: dict[int, flo
         labelled.add(label)
         return label if is_new else f"_{label}"
 
-    end = None
-    for phase in phases_of(records):
-        start, end = end, x_of_step[phase.end_step]
+    for number, phase in enumerate(series.phase_stretches(records)):
+        start, end = x_of_step[phase.start_step], x_of_step[phase.end_step]
         if phase.mode == "sparse":
-            left = x_of_step[phase.start_step] if start is None else start
-            axes.axvspan(left, end, color=_SHADE, alpha=0.6, lw=0, zorder=0.5, label=once("sparse phase"))
-        if start is not None:  # every phase but the first begins with a switch
-            marker, color = ("v", _SPARSE) if phase.mode == "sparse" else ("^", _DENSE)
-            axes.axvline(start, color=_GREY, lw=0.6, alpha=0.7, zorder=0.6)
+            axes.axvspan(start, end, color=_SHADE, alpha=0.6, lw=0, zorder=0.5, label=once("sparse phase"))
+        if number > 0:  # every phase but the first begins with a switch
+            marker, color = ("v", series.SPARSE) if phase.mode == "sparse" else ("^", series.DENSE)
+            axes.axvline(start, color=series.GREY, lw=0.6, alpha=0.7, zorder=0.6)
             axes.plot(
                 start,
                 1.015,
@@ -207,39 +200,6 @@ def _png(figure: Figure) -> bytes:
     return buffer.getvalue()
 
 
-def _of(records: Sequence[Record], kind: str) -> list[Record]:
-    return [record for record in records if record["kind"] == kind]
-
-
 def _steps(records: Sequence[Record]) -> dict[int, float]:
     """The x-axis of steps: each step at its own number."""
-    return {record["step"]: float(record["step"]) for record in _of(records, "train")}
-
-
-def _values(records: Sequence[Record], name: str) -> np.ndarray:
-    return _as_array([record[name] for record in records])
-
-
-def _as_array(values: Sequence[float | None]) -> np.ndarray:
-    """float64, null as nan, which matplotlib leaves out."""
-    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Average over a centred window of 1 / _SMOOTHING of the run, leaving out what is nan."""
-    half = len(values) // (2 * _SMOOTHING)
-    window = np.ones(2 * half + 1)
-    known = np.isfinite(values)
-    total = np.convolve(np.where(known, values, 0.0), window, mode="same")
-    count = np.convolve(known.astype(np.float64), window, mode="same")
-    average: np.ndarray = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0.5)
-    return average
-
-
-def _similarity_threshold(run_dir: Path) -> float | None:
-    """The threshold the run's schedule goes by, which is in the resolved config beside the metrics."""
-    path = run_dir / "config.json"
-    if not path.exists():
-        return None
-    ssd = json.loads(path.read_text(encoding="utf-8"))["ssd_megatron"]["ssd"]
-    return float(ssd["similarity_threshold"]) if ssd["schedule"] == "adaptive" else None
+    return {record["step"]: float(record["step"]) for record in of_kind(records, "train")}
