@@ -27,6 +27,7 @@ from ssd_megatron.training.series import (
 )
 
 RUN_COLORS = (DENSE, SPARSE, GREEN, "#CC79A7", "#E69F00", TRAIN, GREY, "#F0E442")
+_IN_THE_BACK = {"hoverinfo": "skip", "showlegend": False}
 _SHADE = "rgba(213, 94, 0, 0.13)"
 _MOST_POINTS = 1_500  # of a curve: more cannot be seen, and make the page slow
 _MOST_COLUMNS = 500  # of a heat map
@@ -125,8 +126,8 @@ def _losses(run: Run) -> Figure:
     smooth = smoothed(losses)
     curves = [(steps, smooth)]
     traces = [
-        _line(run, steps, losses, name="each step", color=TRAIN, width=0.7, opacity=0.5, hoverinfo="skip"),
-        _line(run, steps, smooth, name="training, smoothed", color=TRAIN, width=2.5),
+        _line(run, steps, losses, name="each step", color=TRAIN, width=0.7, opacity=0.5, **_IN_THE_BACK),
+        _line(run, steps, smooth, name="training", color=TRAIN, width=2.5),
     ]
     evals = run.of("eval")
     for mode, color, dash, symbol in (("dense", DENSE, "solid", "circle"), ("sparse", SPARSE, "dash", "square")):
@@ -143,7 +144,13 @@ def _losses(run: Run) -> Figure:
     if switches:
         traces.append(_switch_marks(run, switches))
         layout["yaxis2"] = {"overlaying": "y", "range": [0, 1], "visible": False, "fixedrange": True}
-    return _figure(run, "Loss", "Nats per token, in training and on the fixed validation samples", traces, layout)
+    return _figure(
+        run,
+        "Loss",
+        "Training, smoothed (thin: each step), and the fixed validation samples in both modes",
+        traces,
+        layout,
+    )
 
 
 def _switch_marks(run: Run, switches: Sequence[Mapping[str, Any]]) -> Trace:
@@ -204,9 +211,9 @@ def _structure(run: Run) -> Figure | None:
     )
 
 
-_SHARES = {"colorscale": "Viridis", "zmin": 0, "colorbar": {"tickformat": ".0%"}}
-_SIMILARITIES = {"colorscale": "Viridis", "zmin": 0, "zmax": 1}
-_LOADS = {"colorscale": "Cividis", "zmin": 1}
+_SHARES = {"colorscale": "Viridis", "zmin": 0, "colorbar": {"tickformat": ".0%", "thickness": 14}}
+_SIMILARITIES = {"colorscale": "Viridis", "zmin": 0, "zmax": 1, "colorbar": {"thickness": 14}}
+_LOADS = {"colorscale": "Cividis", "zmin": 1, "colorbar": {"thickness": 14}}
 
 
 def _layer_map(run: Run, kind: str, name: str, title: str, note: str, colors: Mapping[str, Any]) -> Figure | None:
@@ -259,14 +266,20 @@ def _heat_map(
 
 def _throughput(run: Run) -> Figure:
     steps, speeds = run.spent.axes["step"], values_of(run.train, "tokens_per_second")
-    raw = _line(run, steps, speeds, name="each step", color=GREY, width=0.7, opacity=0.5, hoverinfo="skip")
+    raw = _line(run, steps, speeds, name="each step", color=GREY, width=0.7, opacity=0.5, **_IN_THE_BACK)
     colors = {"dense": DENSE, "sparse": SPARSE}
     by_mode = [
         _line(run, steps, smooth, name=mode, color=colors[mode], width=2.5) for mode, smooth in _speeds(run).items()
     ]
     traces = [raw, *by_mode]
     layout = {"yaxis": {"title": "tokens/s", "rangemode": "tozero"}}
-    return _figure(run, "Throughput", "Tokens per second of all ranks, without checks and switches", traces, layout)
+    return _figure(
+        run,
+        "Throughput",
+        "Tokens per second of all ranks, smoothed (thin: each step), without checks and switches",
+        traces,
+        layout,
+    )
 
 
 def _memory(run: Run) -> Figure | None:

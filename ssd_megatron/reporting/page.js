@@ -39,12 +39,13 @@ function axisOf(own) {
 
 function layoutOf(figure, axis) {
   const { yaxis, yaxis2, ...rest } = figure.layout;
+  const named = figure.traces.filter((trace) => trace.name && trace.showlegend !== false);
   const layout = {
     paper_bgcolor: "rgba(0,0,0,0)",
     plot_bgcolor: "rgba(0,0,0,0)",
     font: { color: cssColor("text"), family: "system-ui, sans-serif", size: 12 },
     margin: { l: isNarrow.matches ? 44 : 56, r: 12, t: 8, b: 40 },
-    height: isNarrow.matches ? 280 : 340,
+    height: isNarrow.matches ? 240 + 18 * named.length : 340, // a narrow legend has a line for each name
     legend: { orientation: "h", x: 0, y: 1.02, yanchor: "bottom" },
     hovermode: "x unified",
     hoverlabel: { bgcolor: cssColor("panel"), bordercolor: cssColor("grid"), font: { color: cssColor("text") } },
@@ -67,6 +68,9 @@ function draw() {
   });
 }
 
-document.querySelectorAll("input[name=axis]").forEach((input) => input.addEventListener("change", draw));
+document.querySelectorAll("input[name=axis]").forEach((input) => {
+  input.checked ||= location.hash === `#${input.value}`; // report.html#seconds opens over seconds
+  input.addEventListener("change", draw);
+});
 [isDark, isNarrow, isTouch].forEach((query) => query.addEventListener("change", draw));
 draw();

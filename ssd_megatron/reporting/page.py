@@ -20,7 +20,7 @@ def render(runs: Sequence[Run]) -> str:
     if len(runs) > 1:
         page.compare(runs)
     for run in runs:
-        page.run(run)
+        page.run(run, heading=len(runs) > 1)
     return "\n".join(_document(", ".join(run.name for run in runs), page))
 
 
@@ -38,8 +38,9 @@ class _Page:
         self._table(tables.difference_table(runs))
         self.html.append("</section>")
 
-    def run(self, run: Run) -> None:
-        self.html.append(f"<section><h2>{escape(run.name)}</h2><dl>")
+    def run(self, run: Run, *, heading: bool) -> None:
+        """What there is of one run, under a heading where there are several."""
+        self.html.append(f"<section>{f'<h2>{escape(run.name)}</h2>' if heading else ''}<dl>")
         for name, value in tables.facts(run):
             self.html.append(f"<div><dt>{escape(name)}</dt><dd>{escape(value)}</dd></div>")
         self.html.append("</dl>")

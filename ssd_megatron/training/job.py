@@ -3,6 +3,7 @@
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from ssd_megatron.training.data_loader import StepSampler, collate, microbatches
 from ssd_megatron.training.engine import Batch
 from ssd_megatron.training.metrics import MetricsLog
 from ssd_megatron.training.monitor import Monitor, silence_engine_events
-from ssd_megatron.training.plots import draw_run
+from ssd_megatron.training.plots import draw_run, run_figures
 from ssd_megatron.training.routing_record import step_routing
 from ssd_megatron.training.run_folder import RunFolder, versions
 from ssd_megatron.training.run_log import RunLog
@@ -144,6 +145,8 @@ def _train(
     )
     try:
         status = trainer.run()
+        if section.logging.plots:
+            log.plots(trainer.done_steps, partial(run_figures, folder.path))
         stop.clear_stop_file()
     finally:
         log.flush()

@@ -27,7 +27,16 @@ _MOST_MARKERS = 60
 
 
 def draw_run(run_dir: Path) -> list[Path]:
-    """Draw a run's plots into run_dir/plots and return their paths; what has no data yet is left out.
+    """Draw a run's plots into run_dir/plots and return their paths. Raises as `run_figures` does."""
+    paths = []
+    for name, figure in run_figures(run_dir).items():
+        paths.append(run_dir / "plots" / f"{name}.png")
+        write_atomically(paths[-1], _png(figure))
+    return paths
+
+
+def run_figures(run_dir: Path) -> dict[str, Figure]:
+    """A run's plots by name; what has no data yet is left out.
 
     Raises:
         DataError: the run has no step yet, or its metrics cannot be read.
@@ -38,13 +47,7 @@ def draw_run(run_dir: Path) -> list[Path]:
     figures = {"loss_over_steps": draw_loss_over_steps(records), "loss_over_flops": draw_loss_over_flops(records)}
     if of_kind(records, "check"):
         figures["ssd"] = draw_ssd(records, series.similarity_threshold(series.read_json(run_dir / "config.json")))
-    folder = run_dir / "plots"
-    folder.mkdir(exist_ok=True)
-    paths = []
-    for name, figure in figures.items():
-        paths.append(folder / f"{name}.png")
-        write_atomically(paths[-1], _png(figure))
-    return paths
+    return figures
 
 
 def draw_loss_over_steps(records: Sequence[Record]) -> Figure:
