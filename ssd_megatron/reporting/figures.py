@@ -272,7 +272,7 @@ def _throughput(run: Run) -> Figure:
         _line(run, steps, smooth, name=mode, color=colors[mode], width=2.5) for mode, smooth in _speeds(run).items()
     ]
     traces = [raw, *by_mode]
-    layout = {"yaxis": {"title": "tokens/s", "rangemode": "tozero"}}
+    layout = {"yaxis": {"title": "tokens/s", "rangemode": "tozero", "tickformat": "~s"}}
     return _figure(
         run,
         "Throughput",
@@ -289,7 +289,7 @@ def _memory(run: Run) -> Figure | None:
     trace = _line(
         run, values_of(records, "step"), values_of(records, "peak_memory"), name="peak of rank 0", color="#CC79A7"
     )
-    layout = {"yaxis": {"title": "bytes", "rangemode": "tozero"}}
+    layout = {"yaxis": {"title": "bytes", "rangemode": "tozero", "tickformat": "~s"}}
     note = "The most that rank 0 has held so far: device memory, on a CPU its process"
     return _figure(run, "Memory", note, [trace], layout)
 

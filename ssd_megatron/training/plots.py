@@ -4,7 +4,7 @@ Only matplotlib's objects are used, not pyplot: nothing here changes the state o
 """
 
 import io
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,7 +31,7 @@ def draw_run(run_dir: Path) -> list[Path]:
     paths = []
     for name, figure in run_figures(run_dir).items():
         paths.append(run_dir / "plots" / f"{name}.png")
-        write_atomically(paths[-1], _png(figure))
+        write_atomically(paths[-1], png(figure))
     return paths
 
 
@@ -52,10 +52,10 @@ def run_figures(run_dir: Path) -> dict[str, Figure]:
 
 def draw_loss_over_steps(records: Sequence[Record]) -> Figure:
     """Training and validation loss over steps."""
-    figure, axes = _new_figure()
+    figure, (axes,) = new_figure()
     x_of_step = _steps(records)
     _draw_losses(axes, records, x_of_step)
-    _mark_phases(axes, records, x_of_step)
+    mark_phases(axes, records, x_of_step)
     axes.set(xlabel="step")
     axes.set_title("Loss over steps", pad=14)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -65,7 +65,7 @@ def draw_loss_over_steps(records: Sequence[Record]) -> Figure:
 
 def draw_loss_over_flops(records: Sequence[Record]) -> Figure:
     """Training and validation loss over the FLOPs spent, and the same training losses had all steps been dense."""
-    figure, axes = _new_figure()
+    figure, (axes,) = new_figure()
     train = of_kind(records, "train")
     spent = {record["step"]: float(record["flops"]) for record in train}
     _draw_losses(axes, records, spent)
@@ -79,7 +79,7 @@ def draw_loss_over_flops(records: Sequence[Record]) -> Figure:
         zorder=1.5,
         label="training, at all-dense cost",
     )
-    _mark_phases(axes, records, spent)
+    mark_phases(axes, records, spent)
     saved = 1 - train[-1]["flops"] / train[-1]["flops_dense"]
     axes.set(xlabel="training FLOPs")
     axes.set_title(f"Loss over FLOPs: {saved:.1%} saved against all-dense", pad=14)
@@ -90,23 +90,11 @@ def draw_loss_over_flops(records: Sequence[Record]) -> Figure:
 
 def draw_ssd(records: Sequence[Record], similarity_threshold: float | None) -> Figure:
     """What the schedule sees: the share of active neurons of each layer, and how alike the structure stays."""
-    figure = Figure(figsize=(10, 7.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    top, bottom = figure.subplots(2, 1, sharex=True)
+    figure, (top, bottom) = new_figure(rows=2, size=(10, 7.5))
+    bottom.sharex(top)
     checks = of_kind(records, "check")
     steps = [record["step"] for record in checks]
-    for axes in (top, bottom):
-        _style(axes)
-
-    layers = len(checks[0]["active_fraction"])
-    colours = colormaps["viridis"]
-    last = max(1, layers - 1)
-    for layer in range(layers):
-        fractions = [record["active_fraction"][layer] for record in checks]
-        label = f"layer {layer}"
-        top.plot(steps, as_array(fractions), color=colours(layer / last), lw=1.6, marker=".", ms=5, label=label)
-    depth = ScalarMappable(Normalize(0, last), colours)
-    figure.colorbar(depth, ax=top, label="layer", pad=0.01, ticks=MaxNLocator(integer=True))
+    draw_layers(top, steps, [check["active_fraction"] for check in checks])
     top.set(ylabel="active")
     top.set_title("Active neurons (share of the neurons that fire, per layer)", pad=14)
     top.yaxis.set_major_formatter(PercentFormatter(1))
@@ -125,9 +113,20 @@ def draw_ssd(records: Sequence[Record], similarity_threshold: float | None) -> F
     bottom.set(xlabel="step", ylabel="similarity", ylim=(None, 1.02))
     bottom.set_title("Structure similarity between checks", pad=14)
     for axes in (top, bottom):
-        _mark_phases(axes, records, _steps(records))
+        mark_phases(axes, records)
     bottom.legend(loc="lower right", fontsize=9, framealpha=0.9)
     return figure
+
+
+def draw_layers(axes: Axes, steps: Sequence[int], rows: Sequence[Sequence[float]]) -> None:
+    """A curve for each layer, coloured by depth, with a scale beside the axes; `rows` are by step."""
+    layers, colours = len(rows[0]), colormaps["viridis"]
+    last = max(1, layers - 1)
+    for layer in range(layers):
+        values = as_array([row[layer] for row in rows])
+        axes.plot(steps, values, color=colours(layer / last), lw=1.6, marker=".", ms=5, label=f"layer {layer}")
+    depth = ScalarMappable(Normalize(0, last), colours)
+    axes.figure.colorbar(depth, ax=axes, label="layer", pad=0.01, ticks=MaxNLocator(integer=True))
 
 
 def _draw_losses(axes: Axes, records: Sequence[Record], x_of_step: dict[int, float]) -> None:
@@ -152,8 +151,13 @@ def _draw_losses(axes: Axes, records: Sequence[Record], x_of_step: dict[int, flo
         axes.set_ylim(*visible)
 
 
-def _mark_phases(axes: Axes, records: Sequence[Record], x_of_step: dict[int, float]) -> None:
-    """Shade the sparse phases, and mark each switch with a line and a triangle on top: down to sparse, up to dense."""
+def mark_phases(axes: Axes, records: Sequence[Record], x_of_step: Mapping[int, float] | None = None) -> None:
+    """Shade the sparse phases, and mark each switch with a line and a triangle on top: down to sparse, up to dense.
+
+    Args:
+        x_of_step: where each step stands; at its own number without it.
+    """
+    x_of_step = _steps(records) if x_of_step is None else x_of_step
     labelled = set()
 
     def once(label: str) -> str:
@@ -182,22 +186,24 @@ def _mark_phases(axes: Axes, records: Sequence[Record], x_of_step: dict[int, flo
             )
 
 
-def _new_figure() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(10, 5.6), dpi=120, layout="constrained")
+def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (10, 5.6)) -> tuple[Figure, list[Axes]]:
+    """A figure and its axes, row by row."""
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    _style(axes)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for each in axes:
+        style(each)
     return figure, axes
 
 
-def _style(axes: Axes) -> None:
+def style(axes: Axes) -> None:
     axes.grid(color="#DDDDDD", lw=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.01)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
