@@ -83,7 +83,7 @@ def _document(title: str, page: _Page) -> Iterator[str]:
     yield '<!doctype html><html lang="en"><head><meta charset="utf-8">'
     yield '<meta name="viewport" content="width=device-width, initial-scale=1">'
     yield f"<title>{escape(title)}</title><style>{(here / 'page.css').read_text(encoding='utf-8')}</style></head><body>"
-    key = "sparse phase; lines and triangles: switches. Drag to zoom in, double-click to zoom out."
+    key = "sparse phase; lines and triangles: switches.<span> Drag to zoom in, double-click to zoom out.</span>"
     yield f"<header><h1>{escape(title)}</h1><fieldset><legend>Over</legend>"
     for number, axis in enumerate(AXES):
         checked = " checked" if number == 0 else ""

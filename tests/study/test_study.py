@@ -55,9 +55,8 @@ def test_the_tool_finds_what_the_run_s_checks_found(run_dir: Path, tmp_path: Pat
     assert [float(row["active"]) for row in layers[4:6]] == pytest.approx(check["active_fraction"], abs=1e-3)
     rates = [float(row["rate"]) for row in table(tmp_path / "neuron_rates.csv")]
     assert len(rates) == 4 * 2 * 101 and rates[:101] == sorted(rates[:101])
-    structure = {
-        (row["layer"], row["step_a"], row["step_b"]): row["similarity"] for row in table(tmp_path / "structure.csv")
-    }
+    rows = table(tmp_path / "structure.csv")
+    structure = {(row["layer"], row["step_a"], row["step_b"]): row["similarity"] for row in rows}
     assert len(structure) == 2 * 4 * 4 and structure["0", "8", "8"] == "1"
     assert structure["1", "4", "16"] == structure["1", "16", "4"] != "1"
     distances = [row["distance"] for row in table(tmp_path / "expert_overlap.csv")][:5]
@@ -79,11 +78,9 @@ def measured(topology: Topology, run_dir: Path) -> tuple[list[float], list[tuple
     def count(name: str) -> Any:
         return lambda _x_TH, pre_TF: counts.update({name: (pre_TF > 0).double().mean(0)})
 
-    subject = type(subject)(subject.config, subject.model, subject.probe, subject.samples)
+    batches = subject.probe.batches
     with observed(ffns, {name: count(name) for name in ffns}):
-        subject.probe.mean_loss(
-            [{k: torch.cat([b[k] for b in subject.probe.batches]) for k in subject.probe.batches[0]}]
-        )
+        subject.probe.mean_loss([{field: torch.cat([batch[field] for batch in batches]) for field in batches[0]}])
     found = look(subject, step, None)
     pairs = []
     for layer, (name, ffn) in zip(found.layers, ffns.items(), strict=True):
@@ -120,7 +117,8 @@ def of_labels(step: int, *labels: int) -> Look:
 
 def test_structures_are_alike_whatever_the_names_of_experts() -> None:
     looks = [of_labels(10, 0, 0, 1, 1), of_labels(20, 1, 1, 0, 0), of_labels(30, 0, 1, 0, 1)]
-    assert similarities(looks, 0) == [[1.0, 1.0, -0.5], [1.0, 1.0, -0.5], [-0.5, -0.5, 1.0]]
+    found = [value for row in similarities(looks, 0) for value in row]
+    assert found == pytest.approx([1.0, 1.0, -0.5, 1.0, 1.0, -0.5, -0.5, -0.5, 1.0])
     axes = draw_structure(looks, [similarities(looks, 0)]).axes[0]
     assert axes.get_title() == "mean of the layers" and axes.get_images()[0].get_array().shape == (3, 3)
 
