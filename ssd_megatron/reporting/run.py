@@ -10,7 +10,8 @@ import numpy as np
 
 from ssd_megatron.errors import DataError
 from ssd_megatron.training.metrics import Record, read_metrics
-from ssd_megatron.training.series import of_kind, read_json, values_of
+from ssd_megatron.training.run_folder import read_written
+from ssd_megatron.training.series import of_kind, values_of
 
 AXES = {
     "step": "step",
@@ -106,7 +107,7 @@ def read_run(run_dir: Path, name: str) -> Run:
     records = read_metrics(run_dir)
     if not of_kind(records, "train"):
         raise DataError(f"{run_dir} has no training step in its metrics.jsonl yet: ask for its report when it has")
-    config, versions, summary = (read_json(run_dir / f"{part}.json") for part in ("config", "versions", "summary"))
+    config, versions, summary = (read_written(run_dir / f"{part}.json") for part in ("config", "versions", "summary"))
     return Run(name, records, config, versions, summary)
 
 

@@ -12,12 +12,12 @@ from ssd_megatron.data.tokenizers import load_tokenizer
 from ssd_megatron.errors import DataError
 from ssd_megatron.model.gpt import GPT
 from ssd_megatron.parallel.topology import Topology
-from ssd_megatron.parallel.zero import MASTER
 from ssd_megatron.switching.statistics import Batch, ProbeBatch
 from ssd_megatron.training import checkpoint_files as files
 from ssd_megatron.training.checkpoint_checks import check_tensors
 from ssd_megatron.training.job import probe_samples
-from ssd_megatron.training.series import read_json
+from ssd_megatron.training.run_folder import read_written
+from ssd_megatron.training.saved_model import open_model
 
 LEAST_TOKENS = 4096  # a neuron that fires on one token in a thousand should not look dead
 ANY_HARDWARE = Hardware("cpu", bf16=True, name="any", fp16=True)  # nothing of a resolved config depends on it
@@ -42,18 +42,15 @@ class Subject:
         Raises:
             CheckpointError: it cannot be read, or is not of this model.
         """
-        index = files.read_index(folder)
-        parameters = self.model.logical_parameters()
-        check_tensors(folder, index.shapes, {name: tuple(value.shape) for name, value in parameters.items()})
-        values = {name: torch.empty(parameter.numel()) for name, parameter in parameters.items()}
-        files.read_intervals(folder, index, {files.key_of(name, MASTER): (0, flat) for name, flat in values.items()})
+        saved, parameters = open_model(folder), self.model.logical_parameters()
+        check_tensors(folder, saved.shapes, {name: tuple(value.shape) for name, value in parameters.items()})
         identities = files.read_tensors(folder, files.SHARED, lambda key: key.endswith(files.NEURON_IDS))
         with torch.no_grad():
             for name, parameter in parameters.items():
-                parameter.copy_(values[name].view_as(parameter))
-            for name, ffn in self.model.ffns.items():
-                ffn.bank.neuron_ids.copy_(identities[f"{name}{files.NEURON_IDS}"])
-        return index.step
+                parameter.copy_(saved.tensor(name))
+        for name, ffn in self.model.ffns.items():
+            ffn.bank.neuron_ids.copy_(identities[f"{name}{files.NEURON_IDS}"])
+        return saved.index.step
 
 
 def prepare(run_dir: Path, topology: Topology, samples: int | None = None) -> Subject:
@@ -94,7 +91,7 @@ def find_checkpoints(run_dir: Path) -> list[Path]:
 def _one_process(run_dir: Path, samples: int | None) -> RunConfig:
     """The run's configuration, with all layers and samples on one rank."""
     path = run_dir / "config.json"
-    raw = read_json(path)
+    raw = read_written(path)
     if raw is None:
         raise DataError(f"{run_dir} has no {path.name}: give the run_dir of a run that has started")
     sizes = raw["ssd_megatron"].get("parallel", {})

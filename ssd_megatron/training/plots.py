@@ -20,6 +20,7 @@ from ssd_megatron.errors import DataError
 from ssd_megatron.files import write_atomically
 from ssd_megatron.training import series
 from ssd_megatron.training.metrics import Record, read_metrics
+from ssd_megatron.training.run_folder import read_written
 from ssd_megatron.training.series import as_array, of_kind, smoothed, values_of
 
 _SHADE = "#F6D9B8"
@@ -46,7 +47,7 @@ def run_figures(run_dir: Path) -> dict[str, Figure]:
         raise DataError(f"{run_dir} has no training step in its metrics.jsonl yet: draw it when it has")
     figures = {"loss_over_steps": draw_loss_over_steps(records), "loss_over_flops": draw_loss_over_flops(records)}
     if of_kind(records, "check"):
-        figures["ssd"] = draw_ssd(records, series.similarity_threshold(series.read_json(run_dir / "config.json")))
+        figures["ssd"] = draw_ssd(records, series.similarity_threshold(read_written(run_dir / "config.json")))
     return figures
 
 

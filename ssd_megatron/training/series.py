@@ -1,8 +1,6 @@
 """Numbers of a run as arrays, and what every drawing of them needs alike, whatever draws it."""
 
-import json
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -66,12 +64,6 @@ def phase_stretches(records: Sequence[Record]) -> list[PhaseSpan]:
         start = stretches[-1].end_step if stretches else phase.start_step
         stretches.append(PhaseSpan(start, phase.end_step, phase.mode))
     return stretches
-
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """What the run has written into a file beside its metrics; None if it has not (yet)."""
-    values: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
-    return values
 
 
 def similarity_threshold(config: Mapping[str, Any] | None) -> float | None:
