@@ -19,6 +19,7 @@ REQUIREMENTS = [
     "safetensors>=0.6",
     "tensorboard>=2.19",
     "matplotlib>=3.10",
+    "plotly>=7,<8",
 ]
 DEVELOPMENT = [
     "pytest>=8.4",
@@ -42,7 +43,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["ssd_megatron", "ssd_megatron.*"]),
-    package_data={"ssd_megatron": ["py.typed"]},
+    package_data={"ssd_megatron": ["py.typed", "reporting/*.css", "reporting/*.js"]},
     install_requires=REQUIREMENTS,
     extras_require={"dev": DEVELOPMENT},
 )

@@ -57,7 +57,7 @@ class RunConfig:
     def resolved(self) -> dict[str, Any]:
         """The whole config as JSON, defaults included; a ds.json that gives the same run."""
         section = self.ssd_megatron.model_dump(mode="json")
-        for path in without_effect(_flat(section)):
+        for path in without_effect(flatten(section)):
             name, _, field = path.partition(".")
             section.get(name, {}).pop(field, None)
         ours: dict[str, Any] = {}
@@ -71,11 +71,13 @@ class RunConfig:
 
     def flat(self) -> dict[str, Any]:
         """`resolved` as values by dotted path."""
-        return {path: value for path, value in _flat(self.resolved()).items() if not isinstance(value, dict)}
+        return {path: value for path, value in flatten(self.resolved()).items() if not isinstance(value, dict)}
 
     def identity(self) -> dict[str, Any]:
         """The fields, by dotted path, that must not change when a run is resumed."""
-        flat = _flat(self.resolved()[SECTION]) | _flat({key: self.resolved().get(key) for key in _DEEPSPEED_IDENTITY})
+        flat = flatten(self.resolved()[SECTION]) | flatten(
+            {key: self.resolved().get(key) for key in _DEEPSPEED_IDENTITY}
+        )
         return {
             path: value
             for path, value in flat.items()
@@ -112,13 +114,13 @@ _FREE_TO_CHANGE = frozenset(
 )
 
 
-def _flat(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+def flatten(tree: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     """Values by dotted path, objects included under their own path."""
     flat: dict[str, Any] = {}
     for name, value in tree.items():
         flat[prefix + name] = value
         if isinstance(value, dict):
-            flat |= _flat(value, f"{prefix}{name}.")
+            flat |= flatten(value, f"{prefix}{name}.")
     return flat
 
 
@@ -133,7 +135,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, world_size: int, h
     raw = without_switched_off(raw)
     values, found = validate(raw)
     problems += found
-    problems += run_checks(values, {shown(field) for field in _flat(raw)})
+    problems += run_checks(values, {shown(field) for field in flatten(raw)})
     problems += _precision(values, hardware)
     problems += _recording(values, world_size)
     batch, batch_problems = _batch(values, world_size, hardware)

@@ -3,6 +3,7 @@
 import ctypes
 import importlib.util
 import os
+import resource
 import shutil
 from pathlib import Path
 
@@ -63,6 +64,13 @@ def share_cores() -> None:
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))
     if not IS_CUDA and "OMP_NUM_THREADS" not in os.environ:
         torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks))
+
+
+def peak_memory(device: torch.device) -> int:
+    """The most bytes that this process has held so far: tensors on a GPU, on a CPU all that is resident."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024  # Linux counts in KiB
 
 
 def keep_freed_memory() -> None:

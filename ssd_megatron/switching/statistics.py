@@ -29,11 +29,13 @@ class LayerStatistics:
             were not asked for.
         expert_ids: [T, K] int64, experts that the given centroids choose, sample by sample, so that the order of the
             tokens does not depend on how the samples are cut into ranks and batches; empty if none were given.
+        tokens: T.
     """
 
     active_fraction: float
     signatures: Tensor
     expert_ids: Tensor
+    tokens: int
 
 
 @dataclass(frozen=True)
@@ -146,6 +148,7 @@ def _gather(recorder: _Recorder, probe: ProbeBatch) -> LayerStatistics:
         active_fraction=sum(part[2] for part in parts) / sum(part[3] for part in parts),
         signatures=torch.cat([torch.cat([part[0] for part in parts[rank::tensor]], 1) for rank in range(tensor)]),
         expert_ids=torch.cat([part[1] for part in parts[::tensor]]),
+        tokens=sum(part[3] for part in parts[::tensor]) // recorder.neurons,
     )
 
 

@@ -68,6 +68,11 @@ class Index:
     values: dict[str, Any]
     files: list[FileRecord]
 
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """What there is of each logical tensor: all of KINDS, or of a model that was imported the master alone."""
+        return tuple(self.values.get("kinds", KINDS))
+
 
 def key_of(name: str, kind: str) -> str:
     """Key of one kind (master, exp_avg, exp_avg_sq) of a logical tensor."""
@@ -162,7 +167,7 @@ def read_index(folder: Path) -> Index:
 
 def index_damages(index: Index) -> list[str]:
     """Tensors of which the files do not hold every element exactly once, one line each."""
-    numels = {key_of(name, kind): math.prod(shape) for name, shape in index.shapes.items() for kind in KINDS}
+    numels = {key_of(name, kind): math.prod(shape) for name, shape in index.shapes.items() for kind in index.kinds}
     known = {record.name for record in index.files}
     found = []
     for key in sorted(numels.keys() | index.pieces.keys()):

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from ssd_megatron.errors import DataError
 from ssd_megatron.files import open_atomically
-from ssd_megatron.parallel.zero import KINDS, MASTER
+from ssd_megatron.parallel.zero import MASTER
 from ssd_megatron.switching.schedule import Decision, phases_until
 from ssd_megatron.training import checkpoint_files as files
 from ssd_megatron.training.checkpoint_files import CheckpointError, Index, key_of
@@ -70,6 +70,8 @@ def consolidate(folder: Path, out: Path, kind: str = MASTER, dtype: torch.dtype 
     if damages:
         raise CheckpointError(f"{folder} is damaged: {'; '.join(damages)}")
     index = files.read_index(folder)
+    if kind not in index.kinds:
+        raise CheckpointError(f"{folder} holds no {kind}, only {', '.join(index.kinds)}")
     shared = files.read_tensors(folder, files.SHARED)
     identities = {name: ids for name, ids in shared.items() if name.endswith(files.NEURON_IDS)}
     # Identities first: then every tensor begins at a multiple of its element size.
@@ -205,9 +207,11 @@ def _layers(index: Index) -> Table:
 
 
 def _tensors(index: Index) -> Table:
-    table = Table("tensor", "shape", "MB", "files", title="Tensors: master and two moments, fp32", title_justify="left")
+    table = Table(
+        "tensor", "shape", "MB", "files", title=f"Tensors: {', '.join(index.kinds)}, fp32", title_justify="left"
+    )
     for name, shape in index.shapes.items():
-        size = len(KINDS) * math.prod(shape) * torch.float32.itemsize / MEGABYTE
+        size = len(index.kinds) * math.prod(shape) * torch.float32.itemsize / MEGABYTE
         pieces = index.pieces.get(key_of(name, MASTER), [])
         table.add_row(name, " x ".join(map(str, shape)), f"{size:,.3f}", str(len(pieces)))
     return table

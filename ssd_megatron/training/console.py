@@ -160,6 +160,11 @@ def short_number(value: float) -> str:
     return f"{value:.3g}Y"
 
 
+def format_loss(loss: float | None) -> str:
+    """Write a loss with four decimals, or a dash where there is none."""
+    return "-" if loss is None else f"{loss:.4f}"
+
+
 def format_seconds(seconds: float) -> str:
     """Write a time as h:mm:ss, with days in front where there are any."""
     minutes, second = divmod(round(seconds), 60)

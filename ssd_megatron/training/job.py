@@ -3,6 +3,7 @@
 import importlib.util
 import math
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,7 @@ from ssd_megatron.training.data_loader import StepSampler, collate, microbatches
 from ssd_megatron.training.engine import Batch
 from ssd_megatron.training.metrics import MetricsLog
 from ssd_megatron.training.monitor import Monitor, silence_engine_events
-from ssd_megatron.training.plots import draw_run
+from ssd_megatron.training.plots import draw_run, run_figures
 from ssd_megatron.training.routing_record import step_routing
 from ssd_megatron.training.run_folder import RunFolder, versions
 from ssd_megatron.training.run_log import RunLog
@@ -94,7 +95,7 @@ def _train(
             console.note(line)
 
     with named("indexing the samples"):
-        datasets = _datasets(config, tokenizer)
+        datasets = _datasets(config, tokenizer, section.training.train_steps * config.train_batch_size)
     with named("making the engine"):
         parts = assemble(config, topology, _probe_batches(config, datasets, topology))
     model, engine, coordinator = parts.model, parts.engine, parts.coordinator
@@ -145,6 +146,8 @@ def _train(
     )
     try:
         status = trainer.run()
+        if section.logging.plots:
+            log.plots(trainer.done_steps, partial(run_figures, folder.path))
         stop.clear_stop_file()
     finally:
         log.flush()
@@ -192,7 +195,7 @@ def _peak_flops(config: RunConfig) -> float | None:
     return None if peak is None else peak * 1e12
 
 
-def _datasets(config: RunConfig, tokenizer: Tokenizer) -> Datasets:
+def _datasets(config: RunConfig, tokenizer: Tokenizer, train_samples: int) -> Datasets:
     section = config.ssd_megatron
     evaluation = section.training.eval_steps * config.train_batch_size
     return build_datasets(
@@ -200,7 +203,7 @@ def _datasets(config: RunConfig, tokenizer: Tokenizer) -> Datasets:
         tokenizer=tokenizer,
         objective=make_objective(section.model, section.data, tokenizer, section.seed),
         seed=section.seed,
-        train_samples=section.training.train_steps * config.train_batch_size,
+        train_samples=train_samples,
         valid_samples=max(evaluation, section.ssd.probe_samples),
         test_samples=0,
         cache_dir=section.data_cache_dir,
@@ -218,6 +221,15 @@ def _eval_batches(config: RunConfig, datasets: Datasets, topology: Topology) -> 
     assert datasets.valid is not None
     sampler = _sampler(config, topology, 1, config.ssd_megatron.training.eval_steps)
     return list(microbatches(datasets.valid, sampler, topology.device, 0))
+
+
+def probe_samples(config: RunConfig, tokenizer: Tokenizer, topology: Topology) -> list[Batch]:
+    """This rank's part of the probe samples of a run that is not trained here (collective).
+
+    Raises:
+        DataError: the data is not there.
+    """
+    return _probe_batches(config, _datasets(config, tokenizer, train_samples=0), topology)
 
 
 def _probe_batches(config: RunConfig, datasets: Datasets, topology: Topology) -> list[Batch]:

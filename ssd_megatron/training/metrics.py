@@ -5,7 +5,7 @@ Every line has `step` (the first step is 1) and `kind`:
 | kind   | further keys                                                                                              |
 |--------|-----------------------------------------------------------------------------------------------------------|
 | train  | loss, grad_norm, lr, mode, tokens_per_second, seconds, flops, flops_dense (cumulative), skipped,    |
-|        | loss_scale; every step                                                                                    |
+|        | loss_scale, peak_memory (bytes of rank 0 so far; on a GPU its tensors, on a CPU its process); every step  |
 | eval   | loss_dense, loss_sparse (null before the first partition)                                                 |
 | check  | similarity, similarity_layers, overlap (null at the first check), active_fraction (per layer), stable,    |
 |        | seconds                                                                                                   |

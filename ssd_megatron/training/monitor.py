@@ -5,10 +5,10 @@ them; text, histograms and figures, which DeepSpeed's monitor does not know, go 
 
 Names: train/{loss, lr, grad_norm, tokens_per_second}, flops/{spent, saved_fraction}, eval/{loss_dense, loss_sparse},
 ssd/{similarity, overlap}, ssd/active_fraction/layer_00, ssd/similarity/layer_00, expert_load/max_over_mean/layer_00,
-and as text switch, resume, fault.
+as text switch, resume, fault, and at the end of a run its plots as images.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -25,6 +25,16 @@ _SCALARS = {
 _PER_LAYER = {
     "check": {"active_fraction": "ssd/active_fraction", "similarity_layers": "ssd/similarity"},
     "load": {"expert_load": "expert_load/max_over_mean"},
+}
+# TensorBoard's custom scalars: what belongs together in one chart. Tags are regular expressions.
+_CHARTS = {
+    "loss": {"training and validation": ["Multiline", ["train/loss", "eval/loss_.*"]]},
+    "structure": {
+        "structure similarity and expert overlap": ["Multiline", ["ssd/similarity$", "ssd/overlap"]],
+        "structure similarity by layer": ["Multiline", ["ssd/similarity/.*"]],
+        "active neurons by layer": ["Multiline", ["ssd/active_fraction/.*"]],
+    },
+    "expert load": {"busiest expert over mean, by layer": ["Multiline", ["expert_load/max_over_mean/.*"]]},
 }
 _TEXTS = ("switch", "resume", "fault")
 
@@ -61,6 +71,8 @@ class Monitor:
         tensorboard = deepspeed_monitor.tb_monitor
         # torch's SummaryWriter, whose annotations are not to be relied on.
         self._writer: Any = None if tensorboard is None else tensorboard.summary_writer
+        if self._writer is not None:
+            self._writer.add_custom_scalars(_CHARTS)
 
     def resume(self, last_step: int) -> None:
         """Tell TensorBoard to forget what an earlier process wrote for steps after `last_step`."""
@@ -89,10 +101,11 @@ class Monitor:
         if self._writer is not None:
             self._writer.add_histogram(tag, np.asarray(values), step)
 
-    def figure(self, step: int, tag: str, figure: Figure) -> None:
-        """Write a plot as an image (TensorBoard only)."""
+    def figures(self, step: int, draw: Callable[[], Mapping[str, Figure]]) -> None:
+        """Write plots as images under their names (TensorBoard only; without it, nothing is drawn)."""
         if self._writer is not None:
-            self._writer.add_figure(tag, figure, step, close=False)
+            for name, figure in draw().items():
+                self._writer.add_figure(f"plots/{name}", figure, step, close=False)
 
     def close(self) -> None:
         """Write what is still buffered."""

@@ -4,8 +4,7 @@ Only matplotlib's objects are used, not pyplot: nothing here changes the state o
 """
 
 import io
-import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -19,44 +18,45 @@ from matplotlib.ticker import EngFormatter, MaxNLocator, PercentFormatter
 
 from ssd_megatron.errors import DataError
 from ssd_megatron.files import write_atomically
-from ssd_megatron.training.metrics import Record, phases_of, read_metrics
+from ssd_megatron.training import series
+from ssd_megatron.training.metrics import Record, read_metrics
+from ssd_megatron.training.run_folder import read_written
+from ssd_megatron.training.series import as_array, of_kind, smoothed, values_of
 
-# Okabe and Ito's palette: told apart by colour-blind readers too.
-_TRAIN, _DENSE, _SPARSE, _GREY, _GREEN = "#56B4E9", "#0072B2", "#D55E00", "#808080", "#009E73"
 _SHADE = "#F6D9B8"
-_SMOOTHING = 100  # the smoothed curve averages over this part of the run: 1 / 100
-
 _MOST_MARKERS = 60
-_STEEP_PART = 0.1  # of the run: the vertical range is chosen for what comes after
 
 
 def draw_run(run_dir: Path) -> list[Path]:
-    """Draw a run's plots into run_dir/plots and return their paths; what has no data yet is left out.
+    """Draw a run's plots into run_dir/plots and return their paths. Raises as `run_figures` does."""
+    paths = []
+    for name, figure in run_figures(run_dir).items():
+        paths.append(run_dir / "plots" / f"{name}.png")
+        write_atomically(paths[-1], png(figure))
+    return paths
+
+
+def run_figures(run_dir: Path) -> dict[str, Figure]:
+    """A run's plots by name; what has no data yet is left out.
 
     Raises:
         DataError: the run has no step yet, or its metrics cannot be read.
     """
     records = read_metrics(run_dir)
-    if not _of(records, "train"):
+    if not of_kind(records, "train"):
         raise DataError(f"{run_dir} has no training step in its metrics.jsonl yet: draw it when it has")
     figures = {"loss_over_steps": draw_loss_over_steps(records), "loss_over_flops": draw_loss_over_flops(records)}
-    if _of(records, "check"):
-        figures["ssd"] = draw_ssd(records, _similarity_threshold(run_dir))
-    folder = run_dir / "plots"
-    folder.mkdir(exist_ok=True)
-    paths = []
-    for name, figure in figures.items():
-        paths.append(folder / f"{name}.png")
-        write_atomically(paths[-1], _png(figure))
-    return paths
+    if of_kind(records, "check"):
+        figures["ssd"] = draw_ssd(records, series.similarity_threshold(read_written(run_dir / "config.json")))
+    return figures
 
 
 def draw_loss_over_steps(records: Sequence[Record]) -> Figure:
     """Training and validation loss over steps."""
-    figure, axes = _new_figure()
+    figure, (axes,) = new_figure()
     x_of_step = _steps(records)
     _draw_losses(axes, records, x_of_step)
-    _mark_phases(axes, records, x_of_step)
+    mark_phases(axes, records, x_of_step)
     axes.set(xlabel="step")
     axes.set_title("Loss over steps", pad=14)
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
@@ -66,21 +66,21 @@ def draw_loss_over_steps(records: Sequence[Record]) -> Figure:
 
 def draw_loss_over_flops(records: Sequence[Record]) -> Figure:
     """Training and validation loss over the FLOPs spent, and the same training losses had all steps been dense."""
-    figure, axes = _new_figure()
-    train = _of(records, "train")
+    figure, (axes,) = new_figure()
+    train = of_kind(records, "train")
     spent = {record["step"]: float(record["flops"]) for record in train}
     _draw_losses(axes, records, spent)
-    losses = _smooth(_values(train, "loss"))
+    losses = smoothed(values_of(train, "loss"))
     axes.plot(
-        _values(train, "flops_dense"),
+        values_of(train, "flops_dense"),
         losses,
-        color=_GREY,
+        color=series.GREY,
         lw=1.4,
         ls=":",
         zorder=1.5,
         label="training, at all-dense cost",
     )
-    _mark_phases(axes, records, spent)
+    mark_phases(axes, records, spent)
     saved = 1 - train[-1]["flops"] / train[-1]["flops_dense"]
     axes.set(xlabel="training FLOPs")
     axes.set_title(f"Loss over FLOPs: {saved:.1%} saved against all-dense", pad=14)
@@ -91,71 +91,74 @@ def draw_loss_over_flops(records: Sequence[Record]) -> Figure:
 
 def draw_ssd(records: Sequence[Record], similarity_threshold: float | None) -> Figure:
     """What the schedule sees: the share of active neurons of each layer, and how alike the structure stays."""
-    figure = Figure(figsize=(10, 7.5), dpi=120, layout="constrained")
-    FigureCanvasAgg(figure)
-    top, bottom = figure.subplots(2, 1, sharex=True)
-    checks = _of(records, "check")
+    figure, (top, bottom) = new_figure(rows=2, size=(10, 7.5))
+    bottom.sharex(top)
+    checks = of_kind(records, "check")
     steps = [record["step"] for record in checks]
-    for axes in (top, bottom):
-        _style(axes)
-
-    layers = len(checks[0]["active_fraction"])
-    colours = colormaps["viridis"]
-    last = max(1, layers - 1)
-    for layer in range(layers):
-        fractions = [record["active_fraction"][layer] for record in checks]
-        label = f"layer {layer}"
-        top.plot(steps, _as_array(fractions), color=colours(layer / last), lw=1.6, marker=".", ms=5, label=label)
-    depth = ScalarMappable(Normalize(0, last), colours)
-    figure.colorbar(depth, ax=top, label="layer", pad=0.01, ticks=MaxNLocator(integer=True))
+    draw_layers(top, steps, [check["active_fraction"] for check in checks])
     top.set(ylabel="active")
     top.set_title("Active neurons (share of the neurons that fire, per layer)", pad=14)
     top.yaxis.set_major_formatter(PercentFormatter(1))
     top.set_ylim(bottom=0)
 
     bottom.plot(
-        steps, _values(checks, "similarity"), color=_DENSE, lw=2, marker="o", ms=4, label="structure similarity"
+        steps, values_of(checks, "similarity"), color=series.DENSE, lw=2, marker="o", ms=4, label="structure similarity"
     )
-    bottom.plot(steps, _values(checks, "overlap"), color=_GREEN, lw=1.4, marker="s", ms=3, label="top-k expert overlap")
+    bottom.plot(
+        steps, values_of(checks, "overlap"), color=series.GREEN, lw=1.4, marker="s", ms=3, label="top-k expert overlap"
+    )
     if similarity_threshold is not None:
         bottom.axhline(
-            similarity_threshold, color=_SPARSE, ls="--", lw=1.4, label=f"threshold {similarity_threshold:g}"
+            similarity_threshold, color=series.SPARSE, ls="--", lw=1.4, label=f"threshold {similarity_threshold:g}"
         )
     bottom.set(xlabel="step", ylabel="similarity", ylim=(None, 1.02))
     bottom.set_title("Structure similarity between checks", pad=14)
     for axes in (top, bottom):
-        _mark_phases(axes, records, _steps(records))
+        mark_phases(axes, records)
     bottom.legend(loc="lower right", fontsize=9, framealpha=0.9)
     return figure
+
+
+def draw_layers(axes: Axes, steps: Sequence[int], rows: Sequence[Sequence[float]]) -> None:
+    """A curve for each layer, coloured by depth, with a scale beside the axes; `rows` are by step."""
+    layers, colours = len(rows[0]), colormaps["viridis"]
+    last = max(1, layers - 1)
+    for layer in range(layers):
+        values = as_array([row[layer] for row in rows])
+        axes.plot(steps, values, color=colours(layer / last), lw=1.6, marker=".", ms=5, label=f"layer {layer}")
+    depth = ScalarMappable(Normalize(0, last), colours)
+    axes.figure.colorbar(depth, ax=axes, label="layer", pad=0.01, ticks=MaxNLocator(integer=True))
 
 
 def _draw_losses(axes: Axes, records: Sequence[Record], x_of_step: dict[int, float]) -> None:
     """Draw training loss, raw and smoothed, and validation loss in both modes."""
     x = np.array(list(x_of_step.values()))
-    losses = _values(_of(records, "train"), "loss")
-    smooth = _smooth(losses)
-    axes.plot(x, losses, color=_TRAIN, lw=0.5, alpha=0.5)
-    axes.plot(x, smooth, color=_TRAIN, lw=2, label="training")
-    evals = [record for record in _of(records, "eval") if record["step"] in x_of_step]
+    losses = values_of(of_kind(records, "train"), "loss")
+    smooth = smoothed(losses)
+    axes.plot(x, losses, color=series.TRAIN, lw=0.5, alpha=0.5)
+    axes.plot(x, smooth, color=series.TRAIN, lw=2, label="training")
+    evals = [record for record in of_kind(records, "eval") if record["step"] in x_of_step]
     x_eval = np.array([x_of_step[record["step"]] for record in evals])
-    settled = [smooth[x >= x[-1] * _STEEP_PART]]
-    for mode, color, line, marker in (("dense", _DENSE, "-", "o"), ("sparse", _SPARSE, "--", "s")):
-        values = _values(evals, f"loss_{mode}")
-        settled.append(values[x_eval >= x[-1] * _STEEP_PART])
+    curves = [(x, smooth)]
+    for mode, color, line, marker in (("dense", series.DENSE, "-", "o"), ("sparse", series.SPARSE, "--", "s")):
+        values = values_of(evals, f"loss_{mode}")
+        curves.append((x_eval, values))
         if np.isfinite(values).any():
             marker = marker if len(evals) <= _MOST_MARKERS else ""
             axes.plot(x_eval, values, color=color, lw=1.6, ls=line, marker=marker, ms=4, label=f"validation, {mode}")
     axes.set_ylabel("loss (nats per token)")
-    # The steep fall of the first steps leaves the picture at the top: the rest is what one wants to see.
-    shown = np.concatenate(settled)
-    if np.isfinite(shown).any():
-        low, high = np.nanmin(np.concatenate([losses, shown])), np.nanmax(shown)
-        margin = max(0.05 * (high - low), 1e-3)
-        axes.set_ylim(low - margin, high + margin)
+    visible = series.settled_range(losses, curves)
+    if visible is not None:
+        axes.set_ylim(*visible)
 
 
-def _mark_phases(axes: Axes, records: Sequence[Record], x_of_step: dict[int, float]) -> None:
-    """Shade the sparse phases, and mark each switch with a line and a triangle on top: down to sparse, up to dense."""
+def mark_phases(axes: Axes, records: Sequence[Record], x_of_step: Mapping[int, float] | None = None) -> None:
+    """Shade the sparse phases, and mark each switch with a line and a triangle on top: down to sparse, up to dense.
+
+    Args:
+        x_of_step: where each step stands; at its own number without it.
+    """
+    x_of_step = _steps(records) if x_of_step is None else x_of_step
     labelled = set()
 
     def once(label: str) -> str:
@@ -164,15 +167,13 @@ def _mark_phases(axes: Axes, records: Sequence[Record], x_of_step: dict[int, flo
         labelled.add(label)
         return label if is_new else f"_{label}"
 
-    end = None
-    for phase in phases_of(records):
-        start, end = end, x_of_step[phase.end_step]
+    for number, phase in enumerate(series.phase_stretches(records)):
+        start, end = x_of_step[phase.start_step], x_of_step[phase.end_step]
         if phase.mode == "sparse":
-            left = x_of_step[phase.start_step] if start is None else start
-            axes.axvspan(left, end, color=_SHADE, alpha=0.6, lw=0, zorder=0.5, label=once("sparse phase"))
-        if start is not None:  # every phase but the first begins with a switch
-            marker, color = ("v", _SPARSE) if phase.mode == "sparse" else ("^", _DENSE)
-            axes.axvline(start, color=_GREY, lw=0.6, alpha=0.7, zorder=0.6)
+            axes.axvspan(start, end, color=_SHADE, alpha=0.6, lw=0, zorder=0.5, label=once("sparse phase"))
+        if number > 0:  # every phase but the first begins with a switch
+            marker, color = ("v", series.SPARSE) if phase.mode == "sparse" else ("^", series.DENSE)
+            axes.axvline(start, color=series.GREY, lw=0.6, alpha=0.7, zorder=0.6)
             axes.plot(
                 start,
                 1.015,
@@ -186,60 +187,29 @@ def _mark_phases(axes: Axes, records: Sequence[Record], x_of_step: dict[int, flo
             )
 
 
-def _new_figure() -> tuple[Figure, Axes]:
-    figure = Figure(figsize=(10, 5.6), dpi=120, layout="constrained")
+def new_figure(rows: int = 1, columns: int = 1, size: tuple[float, float] = (10, 5.6)) -> tuple[Figure, list[Axes]]:
+    """A figure and its axes, row by row."""
+    figure = Figure(figsize=size, dpi=120, layout="constrained")
     FigureCanvasAgg(figure)
-    axes = figure.subplots()
-    _style(axes)
+    axes = list(figure.subplots(rows, columns, squeeze=False).flat)
+    for each in axes:
+        style(each)
     return figure, axes
 
 
-def _style(axes: Axes) -> None:
+def style(axes: Axes) -> None:
     axes.grid(color="#DDDDDD", lw=0.6)
     axes.set_axisbelow(True)
     axes.spines[["top", "right"]].set_visible(False)
     axes.margins(x=0.01)
 
 
-def _png(figure: Figure) -> bytes:
+def png(figure: Figure) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png")
     return buffer.getvalue()
 
 
-def _of(records: Sequence[Record], kind: str) -> list[Record]:
-    return [record for record in records if record["kind"] == kind]
-
-
 def _steps(records: Sequence[Record]) -> dict[int, float]:
     """The x-axis of steps: each step at its own number."""
-    return {record["step"]: float(record["step"]) for record in _of(records, "train")}
-
-
-def _values(records: Sequence[Record], name: str) -> np.ndarray:
-    return _as_array([record[name] for record in records])
-
-
-def _as_array(values: Sequence[float | None]) -> np.ndarray:
-    """float64, null as nan, which matplotlib leaves out."""
-    return np.array([np.nan if value is None else value for value in values], dtype=np.float64)
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """Average over a centred window of 1 / _SMOOTHING of the run, leaving out what is nan."""
-    half = len(values) // (2 * _SMOOTHING)
-    window = np.ones(2 * half + 1)
-    known = np.isfinite(values)
-    total = np.convolve(np.where(known, values, 0.0), window, mode="same")
-    count = np.convolve(known.astype(np.float64), window, mode="same")
-    average: np.ndarray = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0.5)
-    return average
-
-
-def _similarity_threshold(run_dir: Path) -> float | None:
-    """The threshold the run's schedule goes by, which is in the resolved config beside the metrics."""
-    path = run_dir / "config.json"
-    if not path.exists():
-        return None
-    ssd = json.loads(path.read_text(encoding="utf-8"))["ssd_megatron"]["ssd"]
-    return float(ssd["similarity_threshold"]) if ssd["schedule"] == "adaptive" else None
+    return {record["step"]: float(record["step"]) for record in of_kind(records, "train")}

@@ -86,6 +86,12 @@ class RunFolder:
         write_atomically(self.path / "versions.json", _json(versions()))
 
 
+def read_written(path: Path) -> dict[str, Any] | None:
+    """What a run has written into one of its JSON files; None if it has not (yet)."""
+    values: dict[str, Any] | None = json.loads(path.read_text(encoding="utf-8")) if path.exists() else None
+    return values
+
+
 def versions() -> dict[str, str]:
     """Versions of what computes: Python, packages that are installed, git commit of the code."""
     commit = _git_commit()

@@ -1,8 +1,11 @@
 """Everything a run says: metrics.jsonl, DeepSpeed's monitors and the console. Rank 0 speaks; the others are silent."""
 
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from matplotlib.figure import Figure
 
 from ssd_megatron.switching.reports import CheckReport, PlacementReport, SwitchReport
 from ssd_megatron.training.checkpoint_files import folder_name
@@ -108,6 +111,10 @@ class RunLog:
         if self.monitor is not None:
             for index, layer in enumerate(loads):
                 self.monitor.histogram(step, layer_tag("expert_load", index), [float(tokens) for tokens in layer])
+
+    def plots(self, step: int, draw: Callable[[], Mapping[str, Figure]]) -> None:
+        if self.monitor is not None:
+            self.monitor.figures(step, draw)
 
     def flush(self) -> None:
         if self.metrics is not None and self.monitor is not None:

@@ -13,7 +13,7 @@ import rich.console
 from rich.table import Table
 
 from ssd_megatron.files import write_atomically
-from ssd_megatron.training.console import format_seconds, short_number
+from ssd_megatron.training.console import format_loss, format_seconds, short_number
 from ssd_megatron.training.metrics import Record, phases_of, read_metrics
 
 _MODES = ("dense", "sparse")
@@ -91,7 +91,7 @@ def _phase_table(summary: Mapping[str, Any]) -> Table:
             f"{start} - {phase['end_step']}",
             mode,
             f"{switch['seconds']:.2f} s" if switch else "",
-            f"{_loss(switch['loss_before'])} -> {_loss(switch['loss_after'])}" if switch else "",
+            f"{format_loss(switch['loss_before'])} -> {format_loss(switch['loss_after'])}" if switch else "",
         )
     return table
 
@@ -101,8 +101,8 @@ def _result_table(summary: Mapping[str, Any]) -> Table:
     table.title_justify = "left"
     speed = summary["tokens_per_second"]
     table.add_row("steps", f"{summary['steps']} of {summary['train_steps']}")
-    table.add_row("validation loss, dense", _loss(summary["loss_dense"]))
-    table.add_row("validation loss, sparse", _loss(summary["loss_sparse"]))
+    table.add_row("validation loss, dense", format_loss(summary["loss_dense"]))
+    table.add_row("validation loss, sparse", format_loss(summary["loss_sparse"]))
     saved = f"{summary['flops_saved_fraction']:.1%} saved against {short_number(summary['flops_dense'])} all-dense"
     table.add_row("FLOPs spent", f"{short_number(summary['flops'])} ({saved})")
     table.add_row("tokens", short_number(summary["tokens"]))
@@ -122,10 +122,6 @@ def _places(run_dir: Path) -> Sequence[tuple[str, str]]:
         ("metrics", str(run_dir / "metrics.jsonl")),
         ("summary", str(run_dir / "summary.json")),
     )
-
-
-def _loss(value: float | None) -> str:
-    return "-" if value is None else f"{value:.4f}"
 
 
 def _median_speed(train: Sequence[Record], mode: str) -> float | None:

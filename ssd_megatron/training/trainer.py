@@ -14,6 +14,7 @@ from ssd_megatron.config.load import RunConfig
 from ssd_megatron.model.cost import flops_per_token
 from ssd_megatron.model.language_model import LanguageModel
 from ssd_megatron.parallel.collectives import CollectiveError, named
+from ssd_megatron.parallel.device import peak_memory
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.switching.coordinator import Coordinator
 from ssd_megatron.switching.partition import save_partition
@@ -180,6 +181,7 @@ class Trainer:
             flops_dense=self._counters.flops_dense,
             skipped=result.skipped,
             loss_scale=result.loss_scale,
+            peak_memory=peak_memory(self._topology.device),
         )
         mfu = None
         if self._peak_flops is not None:

@@ -1,4 +1,5 @@
 import csv
+import re
 import sys
 from pathlib import Path
 from types import SimpleNamespace
@@ -10,6 +11,7 @@ from deepspeed.monitor.config import get_monitor_config
 from deepspeed.monitor.monitor import MonitorMaster
 from matplotlib.figure import Figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from ssd_megatron.training.monitor import Monitor, layer_tag, scalars_of, silence_engine_events
 
@@ -96,7 +98,7 @@ def test_text_histogram_and_figure_are_read_back_from_tensorboard(tmp_path: Path
     monitor.histogram(9, "expert_load/tokens/layer_00", np.array([1.0, 2.0, 2.0, 5.0]))
     figure = Figure(figsize=(2, 1), dpi=100)
     figure.subplots().plot([0, 1])
-    monitor.figure(10, "plots/loss", figure)
+    monitor.figures(10, lambda: {"loss": figure})
     monitor.close()
     events = read_events(tmp_path)
     (switch,) = events.Tensors("switch/text_summary")
@@ -138,7 +140,7 @@ def test_csv_files_get_the_scalars_and_nothing_else(tmp_path: Path) -> None:
     monitor.record("check", 20, similarity=0.5, similarity_layers=None, overlap=0.25, active_fraction=[0.125], stable=1)
     monitor.record("switch", 20, to="sparse")
     monitor.histogram(20, "h", [1.0])
-    monitor.figure(20, "f", Figure())
+    monitor.figures(20, lambda: pytest.fail("drawn for nobody"))
     monitor.resume(20)
     monitor.close()
     files = {path.name: list(csv.reader(path.open())) for path in (tmp_path / "csv").iterdir()}
@@ -179,3 +181,20 @@ def test_without_any_writer_nothing_is_written(tmp_path: Path, monkeypatch: pyte
     monitor.record("fault", 1, what="loss is nan")
     monitor.close()
     assert list(tmp_path.iterdir()) == []
+
+
+def test_charts_of_tensorboard_find_the_scalars_of_every_layer(tmp_path: Path) -> None:
+    monitor = Monitor(make_master(tmp_path, "tensorboard"))
+    monitor.close()
+    (event,) = read_events(tmp_path).Tensors("custom_scalars__config__")
+    layout = Layout.FromString(event.tensor_proto.string_val[0])
+    tags = {chart.title: list(chart.multiline.tag) for category in layout.category for chart in category.chart}
+    check = {"similarity": 0.5, "similarity_layers": [0.25, 0.75], "overlap": None, "active_fraction": [0.125, 0.25]}
+    written = scalars_of("check", check)
+
+    def found(title: str) -> list[str]:
+        return [name for name in written if any(re.match(tag, name) for tag in tags[title])]
+
+    assert found("structure similarity and expert overlap") == ["ssd/similarity"]
+    assert found("structure similarity by layer") == [layer_tag("ssd/similarity", layer) for layer in (0, 1)]
+    assert found("active neurons by layer") == [layer_tag("ssd/active_fraction", layer) for layer in (0, 1)]

@@ -1,0 +1,125 @@
+"""Dense GPTs with RoPE, RMSNorm and a gate as transformers' LlamaForCausalLM."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ssd_megatron.config.schema import GATED_ACTIVATIONS, ModelConfig
+from ssd_megatron.errors import ConfigError
+from ssd_megatron.export.mapping import Entry, queries_keys_values, same, to_ours, to_theirs, transposed
+
+MODEL_TYPE = "llama"
+ACTIVATIONS = {"reglu": "relu", "geglu": "gelu", "swiglu": "silu"}
+
+
+def conflicts(model: ModelConfig) -> list[str]:
+    """Settings that Llama does not have, each with what it needs."""
+    needed = {"position_embedding": "rope", "normalization": "rmsnorm"}
+    found = [f"{name} {value!r}" for name, value in needed.items() if getattr(model, name) != value]
+    return found + ([] if model.gated else [f"activation {' or '.join(sorted(GATED_ACTIVATIONS))}"])
+
+
+def to_hf(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """Logical tensors under Llama's names.
+
+    Raises:
+        ConfigError: tensors are missing or unused.
+    """
+    return to_theirs(_table(model), tensors)
+
+
+def from_hf(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """The inverse of `to_hf`."""
+    return to_ours(_table(model), tensors)
+
+
+def config_of(model: ModelConfig) -> dict[str, Any]:
+    """The config.json of a model."""
+    return {
+        "model_type": MODEL_TYPE,
+        "architectures": ["LlamaForCausalLM"],
+        "vocab_size": model.padded_vocab_size,
+        "hidden_size": model.hidden_size,
+        "intermediate_size": model.ffn_hidden_size,
+        "num_hidden_layers": model.num_layers,
+        "num_attention_heads": model.num_attention_heads,
+        "num_key_value_heads": model.num_query_groups,
+        "head_dim": model.head_dim,
+        "hidden_act": ACTIVATIONS[model.activation],
+        "max_position_embeddings": model.seq_length,
+        "initializer_range": model.init_std,
+        "rms_norm_eps": model.norm_epsilon,
+        "rope_parameters": {"rope_type": "default", "rope_theta": model.rotary_base},
+        "attention_bias": model.add_bias,
+        "mlp_bias": model.add_bias,
+        "attention_dropout": model.dropout,
+        "tie_word_embeddings": model.tie_embeddings,
+    }
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of ModelConfig from a config.json, but for the vocabulary's.
+
+    Raises:
+        ConfigError: the model has something that ours do not have.
+    """
+    heads, hidden = config["num_attention_heads"], config["hidden_size"]
+    # Before transformers 5 the base was a field of its own, and scaling another.
+    rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
+    rope_type = rope.get("rope_type", rope.get("type", "default"))
+    head_dim = config.get("head_dim") or hidden // heads
+    biases = (config.get("attention_bias", False), config.get("mlp_bias", False))
+    activations = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
+    activation = config.get("hidden_act", "silu")
+    for is_fine, problem in (
+        (rope_type == "default", f"rope_type ({rope_type}) has no equivalent here: only default has"),
+        (head_dim * heads == hidden, f"head_dim ({head_dim}) must be hidden_size / num_attention_heads here"),
+        (biases[0] == biases[1], "attention_bias and mlp_bias must be the same here"),
+        (activation in activations, f"hidden_act ({activation}) is none of ours: {', '.join(activations)} are"),
+    ):
+        if not is_fine:
+            raise ConfigError(f"this Llama cannot be imported: {problem}")
+    return {
+        "num_layers": config["num_hidden_layers"],
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "num_query_groups": config.get("num_key_value_heads") or heads,
+        "ffn_hidden_size": config["intermediate_size"],
+        "seq_length": config["max_position_embeddings"],
+        "activation": activations[activation],
+        "normalization": "rmsnorm",
+        "norm_epsilon": config.get("rms_norm_eps", 1e-6),
+        "position_embedding": "rope",
+        "rotary_base": float(rope.get("rope_theta", config.get("rope_theta", 10000.0))),
+        "tie_embeddings": config.get("tie_word_embeddings", False),
+        "add_bias": biases[0],
+    }
+
+
+def _table(model: ModelConfig) -> list[Entry]:
+    entries = [
+        same("embedding.word.weight", "model.embed_tokens.weight"),
+        same("head.norm.weight", "model.norm.weight"),
+    ]
+    if not model.tie_embeddings:
+        entries.append(same("head.weight", "lm_head.weight"))
+    return entries + [entry for layer in range(model.num_layers) for entry in _layer(layer, model)]
+
+
+def _layer(layer: int, model: ModelConfig) -> Iterator[Entry]:
+    ours, theirs = f"blocks.{layer}.layer.", f"model.layers.{layer}."
+    yield same(f"{ours}input_layernorm.weight", f"{theirs}input_layernorm.weight")
+    yield same(f"{ours}pre_mlp_layernorm.weight", f"{theirs}post_attention_layernorm.weight")
+    for part in ("weight", "bias") if model.add_bias else ("weight",):
+        q, k, v = (f"{theirs}self_attn.{name}_proj.{part}" for name in "qkv")
+        yield queries_keys_values(f"{ours}self_attention.linear_qkv.{part}", (q, k, v), model)
+    yield transposed(f"{ours}self_attention.linear_proj.weight", f"{theirs}self_attn.o_proj.weight")
+    yield same(f"{ours}mlp.bank.w_gate", f"{theirs}mlp.gate_proj.weight")
+    yield same(f"{ours}mlp.bank.w_in", f"{theirs}mlp.up_proj.weight")
+    yield transposed(f"{ours}mlp.bank.w_out", f"{theirs}mlp.down_proj.weight")
+    if model.add_bias:
+        yield same(f"{ours}self_attention.linear_proj.bias", f"{theirs}self_attn.o_proj.bias")
+        yield same(f"{ours}mlp.bank.b_gate", f"{theirs}mlp.gate_proj.bias")
+        yield same(f"{ours}mlp.bank.b_in", f"{theirs}mlp.up_proj.bias")
+        yield same(f"{ours}mlp.bank.b_out", f"{theirs}mlp.down_proj.bias")

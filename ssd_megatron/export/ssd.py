@@ -1,0 +1,99 @@
+"""GPTs with experts as the model of `modeling_ssd.py`, which runs in both modes. It takes every setting of ours."""
+
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.export.mapping import Entry, same, to_ours, to_theirs, transposed
+from ssd_megatron.ffn.bank import NEURON_TENSORS
+from ssd_megatron.training.saved_model import Settings
+
+MODEL_TYPE = "ssd_gpt"
+MODEL_FIELDS = (
+    "num_layers",
+    "hidden_size",
+    "num_attention_heads",
+    "num_query_groups",
+    "ffn_hidden_size",
+    "seq_length",
+    "activation",
+    "normalization",
+    "norm_epsilon",
+    "position_embedding",
+    "rotary_base",
+    "add_bias",
+)
+
+
+def to_hf(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """Logical tensors under the names of `modeling_ssd.py`.
+
+    Raises:
+        ConfigError: tensors are missing or unused.
+    """
+    return to_theirs(_table(model), tensors)
+
+
+def from_hf(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """The inverse of `to_hf`."""
+    return to_ours(_table(model), tensors)
+
+
+def config_of(settings: Settings) -> dict[str, Any]:
+    """The config.json of a model."""
+    model = settings.model
+    return {
+        "model_type": MODEL_TYPE,
+        "architectures": ["SsdForCausalLM"],
+        "auto_map": {
+            "AutoConfig": "modeling_ssd.SsdConfig",
+            "AutoModelForCausalLM": "modeling_ssd.SsdForCausalLM",
+        },
+        **{field: getattr(model, field) for field in MODEL_FIELDS},
+        "vocab_size": model.padded_vocab_size,
+        "tie_word_embeddings": model.tie_embeddings,
+        "initializer_range": model.init_std,
+        "num_experts": settings.ssd.num_experts,
+        "experts_per_token": settings.top_k,
+        "router_update": settings.ssd.router_update,
+        "mode": "sparse",
+    }
+
+
+def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Fields of ModelConfig from a config.json, but for the vocabulary's."""
+    return {field: config[field] for field in MODEL_FIELDS} | {"tie_embeddings": config["tie_word_embeddings"]}
+
+
+def _table(model: ModelConfig) -> list[Entry]:
+    entries = [same("embedding.word.weight", "model.embed_tokens.weight")]
+    if model.position_embedding == "learned":
+        entries.append(same("embedding.position.weight", "model.embed_positions.weight"))
+    entries += [same(f"head.norm.{part}", f"model.norm.{part}") for part in _norm_parts(model)]
+    if not model.tie_embeddings:
+        entries.append(same("head.weight", "lm_head.weight"))
+    return entries + [entry for layer in range(model.num_layers) for entry in _layer(layer, model)]
+
+
+def _layer(layer: int, model: ModelConfig) -> Iterator[Entry]:
+    ours, theirs = f"blocks.{layer}.layer.", f"model.layers.{layer}."
+    for norm in ("input_layernorm", "pre_mlp_layernorm"):
+        for part in _norm_parts(model):
+            yield same(f"{ours}{norm}.{part}", f"{theirs}{norm}.{part}")
+    yield same(f"{ours}self_attention.linear_qkv.weight", f"{theirs}attention.qkv.weight")
+    yield transposed(f"{ours}self_attention.linear_proj.weight", f"{theirs}attention.output.weight")
+    if model.add_bias:
+        yield same(f"{ours}self_attention.linear_qkv.bias", f"{theirs}attention.qkv.bias")
+        yield same(f"{ours}self_attention.linear_proj.bias", f"{theirs}attention.output.bias")
+    absent = {"w_gate", "b_gate"} if not model.gated else set()
+    absent |= set() if model.add_bias else {"b_in", "b_gate", "b_out"}
+    for name in (*NEURON_TENSORS, "b_out"):
+        if name not in absent:
+            yield same(f"{ours}mlp.bank.{name}", f"{theirs}ffn.{name}")
+    yield same(f"{ours}mlp.router.weight", f"{theirs}ffn.router")
+
+
+def _norm_parts(model: ModelConfig) -> tuple[str, ...]:
+    return ("weight", "bias") if model.normalization == "layernorm" else ("weight",)

@@ -1,0 +1,80 @@
+"""Keys and values of the tokens that a model has seen, in memory that is allocated once.
+
+Shapes: b batch, s new tokens, S tokens in all, g key/value heads, d head size.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+class KeyValueCache:
+    """Room for `capacity` tokens of each of a batch of texts, in each layer.
+
+    Texts of different lengths end in the same slot: the first `padding_b` slots of each hold no token.
+
+    Attributes:
+        length: slots in use.
+        padding_b: int64 [b], or None if all texts are equally long.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        shape_bgd: tuple[int, int, int],
+        capacity: int,
+        padding_b: Tensor | None,
+        *,
+        dtype: torch.dtype,
+        device: torch.device,
+    ) -> None:
+        b, g, d = shape_bgd
+        self.keys, self.values = (
+            [torch.empty(b, g, capacity, d, dtype=dtype, device=device) for _ in range(layers)] for _ in range(2)
+        )
+        self.capacity = capacity
+        self.padding_b = padding_b
+        self.length = 0
+
+    def append(self, layer: int, key_bgsd: Tensor, value_bgsd: Tensor) -> tuple[Tensor, Tensor]:
+        """Store the new tokens' keys and values; returns those of all tokens, [b, g, S, d]. `length` stays as it is
+        until `advance`: each layer writes the same slots."""
+        stop = self.length + key_bgsd.size(2)
+        assert stop <= self.capacity, (stop, self.capacity)
+        self.keys[layer][:, :, self.length : stop] = key_bgsd
+        self.values[layer][:, :, self.length : stop] = value_bgsd
+        return self.keys[layer][:, :, :stop], self.values[layer][:, :, :stop]
+
+    def advance(self, tokens: int) -> None:
+        self.length += tokens
+
+
+@dataclass(frozen=True)
+class View:
+    """What new tokens see.
+
+    Attributes:
+        positions_bs: of the new tokens in their texts, int64 [b or 1, s].
+        mask: bool [b or 1, 1, s, S], True where a token looks; None if `causal` says it, or if it looks at everything.
+        causal: each new token looks at itself and those before it, and there are no others.
+    """
+
+    positions_bs: Tensor
+    mask: Tensor | None
+    causal: bool
+
+
+def view_of(tokens: int, past: int, padding_b: Tensor | None, device: torch.device) -> View:
+    """Of `tokens` new tokens after `past` slots. Padding looks at itself, so that nothing becomes NaN."""
+    slots_s = torch.arange(past, past + tokens, device=device)
+    if padding_b is None:
+        if past == 0 or tokens == 1:
+            return View(slots_s[None], None, causal=past == 0 and tokens > 1)
+        return View(slots_s[None], (torch.arange(past + tokens, device=device) <= slots_s[:, None])[None, None], False)
+    keys_S = torch.arange(past + tokens, device=device)
+    is_token_bS = keys_S >= padding_b[:, None]
+    before_sS = keys_S <= slots_s[:, None]
+    itself_sS = keys_S == slots_s[:, None]
+    mask = (is_token_bS[:, None] & before_sS) | itself_sS
+    return View((slots_s - padding_b[:, None]).clamp_(min=0), mask[:, None], causal=False)

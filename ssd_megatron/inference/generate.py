@@ -1,0 +1,79 @@
+"""Tokens after prompts, one step at a time for a batch of texts. Shapes: b batch, s sequence, v vocabulary."""
+
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor
+
+from ssd_megatron.errors import ConfigError
+from ssd_megatron.inference.model import CausalModel
+from ssd_megatron.inference.sampling import Sampling, choose
+
+
+def generate(
+    model: CausalModel,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    max_new_tokens: int,
+    *,
+    eod: int | None = None,
+    vocab_size: int | None = None,
+    ended: set[int] | None = None,
+) -> Iterator[list[int | None]]:
+    """The next token of each text, step by step; None for a text that has ended.
+
+    Args:
+        prompts: token ids, at least one of each text.
+        eod: the token that ends a text; it is yielded, too.
+        vocab_size: token ids from here on are never chosen; the model's without it.
+        ended: numbers of texts that need no further tokens, to which the caller may add between steps.
+    Raises:
+        ConfigError: the texts would be longer than the model's learned positions, or there is nothing to do.
+    """
+    check_lengths(model, [len(prompt) for prompt in prompts], max_new_tokens)
+    ended = set() if ended is None else ended
+    longest = max(len(prompt) for prompt in prompts)
+    padding = [longest - len(prompt) for prompt in prompts]
+    padding_b = torch.tensor(padding, device=model.device) if any(padding) else None
+    cache = model.new_cache(len(prompts), longest + max_new_tokens, padding_b)
+    tokens_bs = torch.tensor(
+        [[0] * missing + list(prompt) for missing, prompt in zip(padding, prompts, strict=True)], device=model.device
+    )
+    seen_bv = _seen(prompts, model) if sampling.repetition_penalty != 1 else None
+    generator = torch.Generator(model.device).manual_seed(sampling.seed)
+    vocab_size = vocab_size or model.config.vocab_size
+    for _ in range(max_new_tokens):
+        logits_bv = model(tokens_bs, cache, last_only=True)[:, 0, :vocab_size]
+        chosen_b = choose(logits_bv, seen_bv, sampling, generator)
+        if seen_bv is not None:
+            seen_bv.scatter_(1, chosen_b[:, None], True)
+        tokens = chosen_b.tolist()
+        yield [None if text in ended else token for text, token in enumerate(tokens)]
+        ended.update(text for text, token in enumerate(tokens) if token == eod)
+        if len(ended) == len(prompts):
+            return
+        tokens_bs = chosen_b[:, None]
+
+
+def check_lengths(model: CausalModel, prompt_lengths: Sequence[int], max_new_tokens: int) -> None:
+    """Raises ConfigError if the model cannot continue such prompts by so many tokens."""
+    if not prompt_lengths or min(prompt_lengths) == 0:
+        raise ConfigError("there must be a prompt, of at least one token")
+    if max_new_tokens < 1:
+        raise ConfigError(f"max_new_tokens ({max_new_tokens}) must be at least 1")
+    config, longest = model.config, max(prompt_lengths)
+    if config.position_embedding == "learned" and longest + max_new_tokens > config.seq_length:
+        room = config.seq_length - longest
+        remedy = f"at most {room}" if room > 0 else "a shorter prompt"
+        raise ConfigError(
+            f"max_new_tokens ({max_new_tokens}) after a prompt of {longest} tokens exceeds the model's "
+            f"{config.seq_length} learned positions: use {remedy}"
+        )
+
+
+def _seen(prompts: Sequence[Sequence[int]], model: CausalModel) -> Tensor:
+    """Tokens that each text has, bool [b, v]."""
+    seen_bv = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=model.device)
+    for text, prompt in enumerate(prompts):
+        seen_bv[text, list(prompt)] = True
+    return seen_bv

@@ -1,0 +1,113 @@
+"""Checkpoints as models to use: any layout's onto one device."""
+
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from ssd_megatron.errors import ConfigError
+from ssd_megatron.ffn.kernels import choose_backend
+from ssd_megatron.inference.ffn import MODES, Experts, Mode
+from ssd_megatron.inference.model import CausalModel
+from ssd_megatron.training.checkpoint_checks import check_tensors
+from ssd_megatron.training.saved_model import SavedModel, Settings, open_model
+
+ROUTER = ".mlp.router."
+
+
+def load(
+    path: Path | str,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    mode: Mode = "auto",
+    top_k: float | Sequence[int] | None = None,
+) -> CausalModel:
+    """The model of a run_dir's newest complete checkpoint, or of one checkpoint's folder, ready to use.
+
+    Args:
+        mode: dense; sparse; auto: sparse where that is faster (inference/ffn.py).
+        top_k: experts per token: as saved without it; a mean over the layers, which scales what the last switch gave
+            each of them; or a list, one number a layer.
+    Raises:
+        DataError: there is no checkpoint.
+        CheckpointError: it cannot be read, or has not exactly the tensors of its model.
+        ConfigError: the model cannot run as asked.
+    """
+    return from_saved(open_model(Path(path)), device, dtype, mode, top_k)
+
+
+def from_saved(
+    saved: SavedModel,
+    device: torch.device | str = "cpu",
+    dtype: torch.dtype = torch.float32,
+    mode: Mode = "auto",
+    top_k: float | Sequence[int] | None = None,
+) -> CausalModel:
+    """See `load`."""
+    device, settings = torch.device(device), saved.settings
+    _check_can_run(saved, mode, top_k)
+    experts = None
+    if settings.has_experts:
+        backend, _ = choose_backend("auto", device, dtype)
+        experts = Experts(settings.ssd.num_experts, settings.ssd.router_update, backend)
+    model = CausalModel(settings.model, experts, dtype=dtype, device=device)
+    targets = model.logical_parameters()
+    # Of a run that has never formed experts, the routers say nothing.
+    wanted = {name: shape for name, shape in saved.shapes.items() if settings.has_experts or ROUTER not in name}
+    check_tensors(saved.folder, wanted, {name: tuple(target.shape) for name, target in targets.items()})
+    for name, target in targets.items():
+        target.copy_(saved.tensor(name))
+    if settings.has_experts:
+        for ffn, number in zip(model.ffns, layer_top_k(settings, top_k), strict=True):
+            ffn.top_k = number
+    model.set_mode(mode)
+    return model
+
+
+def layer_top_k(settings: Settings, top_k: float | Sequence[int] | None) -> list[int]:
+    """Experts per token of each layer.
+
+    Raises:
+        ConfigError: a number is not between 1 and the number of experts, or there is not one for each layer.
+    """
+    experts, layers = settings.ssd.num_experts, settings.model.num_layers
+    if top_k is None:
+        return settings.top_k
+    numbers = [top_k] if isinstance(top_k, int | float) else list(top_k)
+    if not all(1 <= number <= experts for number in numbers):
+        raise ConfigError(f"top_k ({top_k}) must be between 1 and the model's {experts} experts")
+    if isinstance(top_k, int | float):
+        return scale_top_k(settings.top_k, top_k, experts)
+    if len(numbers) != layers:
+        raise ConfigError(f"top_k ({top_k}) must be one number, or one for each of the {layers} layers")
+    return numbers
+
+
+def scale_top_k(saved: Sequence[int], mean: float, num_experts: int) -> list[int]:
+    """The same shares of another number of experts: `mean` on average, at least 1 and at most all in each layer.
+
+    Experts are dealt out one by one to the layer that lacks most of its share, the first of equals.
+    """
+    shares = [mean * len(saved) * number / sum(saved) for number in saved]
+    scaled = [1] * len(saved)
+    for _ in range(round(mean * len(saved)) - len(saved)):
+        open_layers = [layer for layer, number in enumerate(scaled) if number < num_experts]
+        scaled[max(open_layers, key=lambda layer: shares[layer] - scaled[layer])] += 1
+    return scaled
+
+
+def _check_can_run(saved: SavedModel, mode: str, top_k: object) -> None:
+    family = saved.settings.model.family
+    if family != "gpt":
+        raise ConfigError(f"model.family ({family}) cannot generate text: use a gpt")
+    if mode not in MODES:
+        raise ConfigError(f"mode ({mode}) is unknown: use one of {', '.join(MODES)}")
+    if saved.settings.has_experts:
+        return
+    if mode == "sparse":
+        raise ConfigError(
+            f"mode (sparse) needs experts, and {saved.folder} is of a model that never formed any: use dense or auto, "
+            "or a checkpoint after the run's first switch to sparse"
+        )
+    if top_k is not None:
+        raise ConfigError(f"top_k ({top_k}) has no effect: {saved.folder} is of a model that never formed experts")

@@ -1,0 +1,145 @@
+"""A checkpoint as a model: its settings and logical tensors, whatever layout wrote them, without a process group."""
+
+import math
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from pydantic import ValidationError
+from torch import Tensor
+
+from ssd_megatron.config.fields import Section
+from ssd_megatron.config.schema import ModelConfig, SSDConfig
+from ssd_megatron.model.gpt import ffn_names
+from ssd_megatron.parallel.zero import MASTER
+from ssd_megatron.training import checkpoint_files as files
+from ssd_megatron.training.checkpoint_files import CheckpointError, Index, Piece, key_of
+from ssd_megatron.training.checkpoint_tools import find_checkpoint
+
+ELEMENTS_PER_FILE = 2**28  # of files that hold weights alone, 1 GiB
+
+AnySection = TypeVar("AnySection", bound=Section)
+
+
+@dataclass(frozen=True)
+class Settings:
+    """What the tensors of a model do not say.
+
+    Attributes:
+        model, ssd: settings of the run that made it.
+        top_k: experts per token of each layer, as the last switch dealt them out.
+        has_experts: a switch has formed experts, so that the model can run sparse.
+        tokenizer: the file that made the training data; None for a model that was imported without one.
+    """
+
+    model: ModelConfig
+    ssd: SSDConfig
+    top_k: list[int]
+    has_experts: bool
+    tokenizer: Path | None
+
+
+@dataclass(frozen=True)
+class SavedModel:
+    """A checkpoint's folder and index, and what they say of the model."""
+
+    folder: Path
+    index: Index
+    settings: Settings
+
+    @property
+    def shapes(self) -> dict[str, tuple[int, ...]]:
+        """Of the logical tensors, by name."""
+        return self.index.shapes
+
+    def tensor(self, name: str) -> Tensor:
+        """A weight by its logical name, fp32.
+
+        Raises:
+            CheckpointError: the checkpoint does not hold all of its elements.
+        """
+        shape = self.shapes[name]
+        return files.read_interval(self.folder, self.index, key_of(name, MASTER), 0, math.prod(shape)).view(shape)
+
+
+def open_model(path: Path) -> SavedModel:
+    """The model of a run_dir's newest complete checkpoint, or of one checkpoint's folder.
+
+    Raises:
+        DataError: there is no checkpoint.
+        CheckpointError: it cannot be read, or was made with settings that this version does not know.
+    """
+    folder = find_checkpoint(path)
+    index = files.read_index(folder)
+    identity, coordinator = index.values["identity"], index.values["coordinator"]
+    try:
+        model, ssd = _section(ModelConfig, identity, "model"), _section(SSDConfig, identity, "ssd")
+    except ValidationError as error:
+        raise CheckpointError(f"{folder} was made with settings that this version does not know: {error}") from error
+    tokenizer = identity.get("data.tokenizer")
+    settings = Settings(
+        model,
+        ssd,
+        top_k=[int(number) for number in coordinator["top_k"]],
+        has_experts=bool(coordinator["has_partition"]),
+        tokenizer=None if tokenizer is None else Path(tokenizer),
+    )
+    return SavedModel(folder, index, settings)
+
+
+def write_model(root: Path, settings: Settings, tensors: Iterable[tuple[str, Tensor]]) -> Path:
+    """Write a checkpoint of step 0 that holds weights alone: what the tools read and a run can start from.
+
+    Args:
+        root: the checkpoint's folder is made in here.
+        tensors: by logical name; read one after the other, and written as fp32.
+    """
+    folder = files.temporary_folder(root, 0)
+    folder.mkdir(parents=True)
+    ids = torch.arange(settings.model.ffn_hidden_size)
+    identities = {f"{name}{files.NEURON_IDS}": ids.clone() for name in ffn_names(settings.model.num_layers)}
+    records = [files.write_tensors(folder, files.SHARED, identities)]
+    shapes: dict[str, tuple[int, ...]] = {}
+    pieces: dict[str, list[Piece]] = {}
+    for number, part in enumerate(_parts(tensors)):
+        file = files.rank_file(number)
+        flat = {key_of(name, MASTER): tensor.flatten().float() for name, tensor in part.items()}
+        records.append(files.write_tensors(folder, file, flat))
+        shapes |= {name: tuple(tensor.shape) for name, tensor in part.items()}
+        pieces |= {key: [Piece(file, 0, values.numel())] for key, values in flat.items()}
+    return files.commit(root, Index(0, shapes, pieces, _values(settings), records))
+
+
+def _parts(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
+    """Tensors by name, as many together as one file shall hold."""
+    part: dict[str, Tensor] = {}
+    for name, tensor in tensors:
+        if part and sum(t.numel() for t in part.values()) + tensor.numel() > ELEMENTS_PER_FILE:
+            yield part
+            part = {}
+        part[name] = tensor
+    yield part
+
+
+def _values(settings: Settings) -> dict[str, Any]:
+    """What a run that has not begun would save with its state."""
+    identity = {"training.train_steps": 0}
+    identity |= {f"model.{field}": value for field, value in settings.model.model_dump(mode="json").items()}
+    identity |= {f"ssd.{field}": value for field, value in settings.ssd.model_dump(mode="json").items()}
+    if settings.tokenizer is not None:
+        identity["data.tokenizer"] = str(settings.tokenizer)
+    coordinator = {
+        "mode": "dense",
+        "schedule": {"decisions": []},
+        "top_k": settings.top_k,
+        "has_partition": settings.has_experts,
+    }
+    nothing: dict[str, dict[str, float]] = {name: {} for name in ("layout", "adam_steps", "learning_rates", "counters")}
+    return {"kinds": [MASTER], "identity": identity, "coordinator": coordinator, **nothing}
+
+
+def _section(kind: type[AnySection], identity: Mapping[str, Any], name: str) -> AnySection:
+    start = f"{name}."
+    return kind.model_validate({path.removeprefix(start): v for path, v in identity.items() if path.startswith(start)})
