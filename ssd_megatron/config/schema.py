@@ -274,6 +274,11 @@ class CheckpointConfig(Section):
     interval: Positive = optional(500, "Steps between two checkpoints; one is always written at the end.")
     keep_last: Positive | None = optional(2, "Complete checkpoints kept; null: all.")
     async_save: bool = optional(False, "Write files in the background while training goes on.")
+    start_from: FilePath | None = optional(
+        None,
+        "Weights that a new run starts from: those of a run_dir, of a checkpoint's folder, or of a model imported by "
+        "`tools/convert_checkpoint.py`, with the same `model` settings. All else starts anew.",
+    )
 
 
 class LoggingConfig(Section):

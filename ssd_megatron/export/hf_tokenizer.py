@@ -10,7 +10,7 @@ from tokenizers import decoders, models, normalizers
 
 from ssd_megatron.data.tokenizers import load_tokenizer
 from ssd_megatron.errors import ConfigError
-from ssd_megatron.export.hf_folder import read_json, write_json
+from ssd_megatron.export.hf_folder import write_json
 
 TOKENIZER_JSON, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 SPACE = "\u2581"  # SentencePiece's sign for it

@@ -1,6 +1,7 @@
 """README.md of an exported model: what it is, how it was trained, how to use it."""
 
 import json
+import math
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -42,8 +43,8 @@ def model_card(saved: SavedModel, mode: str) -> str:
             f"# {saved.folder.name} of {_run_name(saved.folder)}",
             "",
             "A GPT trained by ssd_megatron with switchable sparse-dense learning ([arXiv 2410.03440]"
-            "(https://arxiv.org/abs/2410.03440)): the same weights in phases in which every token computes all neurons of a "
-            "feed-forward network, and others in which it computes some experts only.",
+            "(https://arxiv.org/abs/2410.03440)): the same weights in phases in which every token computes all neurons "
+            "of a feed-forward network, and others in which it computes some experts only.",
             "",
             *_facts(saved, mode),
             "",
@@ -63,7 +64,7 @@ def model_card(saved: SavedModel, mode: str) -> str:
 
 def _facts(saved: SavedModel, mode: str) -> Iterator[str]:
     settings, step = saved.settings, saved.index.step
-    yield f"* exported: {mode} mode, {sum(_numels(saved.shapes)):,} parameters, step {step}"
+    yield f"* exported: {mode} mode, {sum(map(math.prod, saved.shapes.values())):,} parameters, step {step}"
     if settings.has_experts:
         numbers = ", ".join(map(str, settings.top_k))
         yield f"* experts: {settings.ssd.num_experts} in each layer; a token computes, by layer: {numbers}"
@@ -83,14 +84,6 @@ def _last_evaluation(folder: Path, step: int) -> list[Mapping[str, Any]]:
         return []
     records = [r for r in read_metrics(run_dir) if r["kind"] == "eval" and r["step"] <= step]
     return records[-1:]
-
-
-def _numels(shapes: Mapping[str, tuple[int, ...]]) -> Iterator[int]:
-    for shape in shapes.values():
-        numel = 1
-        for size in shape:
-            numel *= size
-        yield numel
 
 
 def _run_name(folder: Path) -> str:

@@ -19,6 +19,8 @@ from ssd_megatron.training.checkpoint_checks import check_identity, check_tensor
 from ssd_megatron.training.checkpoint_files import CheckpointError, key_of
 from ssd_megatron.training.checkpoint_writing import Writing, index_of
 from ssd_megatron.training.engine import Engine
+from ssd_megatron.training.saved_model import open_model
+from ssd_megatron.training.start_weights import read_start_weights
 
 RNG = "rng/"
 
@@ -148,6 +150,23 @@ class Checkpointer:
         if folders:
             raise CheckpointError(f"no checkpoint in {self._root} is whole: move the folder away to start anew")
         return None
+
+    def start_from(self, path: Path) -> Path:
+        """Take over the weights of another checkpoint, which `check_start` has seen; returns its folder.
+
+        Raises:
+            CheckpointError: it is damaged, or has not exactly the tensors of this model.
+        """
+        shapes, state = self._shapes(), self._trained.engine.state
+
+        def read() -> Path:
+            saved = open_model(path)
+            read_start_weights(saved, state, shapes)
+            return saved.folder
+
+        folder = self._agree("started from weights for", read)[0]
+        state.publish()
+        return folder
 
     def _set_aside(self, damaged: list[Path]) -> None:
         if self._topology.is_first:

@@ -31,6 +31,7 @@ from ssd_megatron.training.routing_record import step_routing
 from ssd_megatron.training.run_folder import RunFolder, versions
 from ssd_megatron.training.run_log import RunLog
 from ssd_megatron.training.signals import StopRequests
+from ssd_megatron.training.start_weights import check_start
 from ssd_megatron.training.summary import build_summary, print_summary, write_summary
 from ssd_megatron.training.trainer import Counters, Status, Trainer
 
@@ -43,9 +44,10 @@ def check_run_data(config: RunConfig, tell: Callable[[str], None]) -> Tokenizer:
 
     Raises:
         DataError: see data.checks.
-        ConfigError: a monitor's package is missing.
+        ConfigError: a monitor's package is missing, or the weights to start from are of another model.
     """
     _check_monitors(config)
+    check_start(config)
     section = config.ssd_megatron
     tokenizer = load_tokenizer(section.data.tokenizer)
     check_data(
@@ -112,6 +114,11 @@ def _train(
     )
     with named("restoring the newest checkpoint"):
         restored = checkpointer.restore_newest()
+    if restored is None and section.checkpoint.start_from is not None:
+        with named("reading the weights to start from"):
+            weights = checkpointer.start_from(section.checkpoint.start_from)
+        if console is not None:
+            console.event(f"weights from {weights}; everything else starts anew")
     done, counters = restored or (0, vars(Counters()))
     if topology.is_first:
         folder.write_config(config.resolved())

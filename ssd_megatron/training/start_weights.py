@@ -1,0 +1,58 @@
+"""The weights that a new run starts from, where `checkpoint.start_from` names a checkpoint of another run or model."""
+
+from ssd_megatron.config.load import RunConfig
+from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.errors import ConfigError, DataError
+from ssd_megatron.parallel.logical_state import LogicalState
+from ssd_megatron.parallel.zero import MASTER
+from ssd_megatron.training import checkpoint_files as files
+from ssd_megatron.training.checkpoint_checks import check_tensors
+from ssd_megatron.training.checkpoint_files import CheckpointError, key_of
+from ssd_megatron.training.saved_model import SavedModel, open_model
+
+ROUTER = ".mlp.router."  # routers start anew: a switch sets them
+# What changes no tensor's meaning, or shows in the tensors' shapes.
+FREE = frozenset({"dropout", "init_std", "seq_length", "vocab_size", "make_vocab_size_divisible_by"})
+
+
+def check_start(config: RunConfig) -> None:
+    """Open the checkpoint that a run is to start from, if it names one; needs no process group.
+
+    Raises:
+        ConfigError: there is none, or it is of another model.
+    """
+    path = config.ssd_megatron.checkpoint.start_from
+    if path is None:
+        return
+    try:
+        saved = open_model(path)
+    except (DataError, CheckpointError) as error:
+        raise ConfigError(f"checkpoint.start_from ({path}) cannot be used: {error}") from error
+    mine, theirs = config.ssd_megatron.model, saved.settings.model
+    differing = [
+        f"model.{field} is {getattr(mine, field)!r}, there {getattr(theirs, field)!r}"
+        for field in ModelConfig.model_fields
+        if field not in FREE and getattr(mine, field) != getattr(theirs, field)
+    ]
+    if differing:
+        raise ConfigError(
+            f"checkpoint.start_from ({path}) is of another model: {'; '.join(differing)}. Use that model's settings"
+        )
+
+
+def read_start_weights(saved: SavedModel, state: LogicalState, shapes: dict[str, tuple[int, ...]]) -> None:
+    """Set this rank's masters; `publish` makes the model see them. Moments, routers and all counts stay as they are.
+
+    Args:
+        shapes: of the logical tensors of all stages.
+    Raises:
+        CheckpointError: the checkpoint has not exactly the tensors of the model.
+    """
+    theirs, mine = ({n: s for n, s in all_shapes.items() if ROUTER not in n} for all_shapes in (saved.shapes, shapes))
+    check_tensors(saved.folder, theirs, mine)
+    held = {
+        key_of(name, kind): (part.start, part.values)
+        for name, kind, part in state.held()
+        if kind == MASTER and ROUTER not in name
+    }
+    files.read_intervals(saved.folder, saved.index, held)
