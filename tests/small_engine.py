@@ -26,7 +26,8 @@ NOWHERE = Corpus(Path("corpus"), Path("tokenizer.model"))
 
 def run_config(world_size: int = 1, **model: Any) -> RunConfig:
     """The configuration of small_run with other model settings, without dropout; data is never opened."""
-    settings = {key: model.pop(key) for key in ("bf16", "stage", "parallel", "steps", "phases") if key in model}
+    others = ("bf16", "stage", "parallel", "steps", "phases", "weight_sparsity")
+    settings = {key: model.pop(key) for key in others if key in model}
     raw = small_config(NOWHERE, Path("run"))
     raw["ssd_megatron"]["model"] |= {"dropout": 0.0} | model
     raw["ssd_megatron"]["parallel"] = settings.get("parallel", {})
@@ -35,6 +36,9 @@ def run_config(world_size: int = 1, **model: Any) -> RunConfig:
     if "phases" in settings:
         phases = [{"start_step": step, "mode": mode} for step, mode in settings["phases"]]
         raw["ssd_megatron"]["ssd"]["phases"] = phases
+    if "weight_sparsity" in settings:
+        raw["ssd_megatron"]["weight_sparsity"] = settings["weight_sparsity"]
+        raw["ssd_megatron"]["ssd"] = {"schedule": "dense", "num_experts": 8}
     raw["bf16"] = {"enabled": settings.get("bf16", False)}
     raw["zero_optimization"] = {"stage": settings.get("stage", 1)}
     sizes = ParallelConfig(**raw["ssd_megatron"]["parallel"])

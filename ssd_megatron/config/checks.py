@@ -22,6 +22,7 @@ _ADAPTIVE_ONLY = (
     "warmup_fraction",
     "final_dense_fraction",
 )
+_DYNAMIC_ONLY = ("updates", "prune_ratio", "criterion", "regrow")
 # Settings that act only if another field has one of some values.
 ACTS_ONLY_IF: dict[str, tuple[str, tuple[Any, ...]]] = {
     **{f"ssd.{name}": ("ssd.schedule", ("adaptive",)) for name in _ADAPTIVE_ONLY},
@@ -30,6 +31,7 @@ ACTS_ONLY_IF: dict[str, tuple[str, tuple[Any, ...]]] = {
     "ssd.spike_factor": ("ssd.schedule", ("adaptive", "fixed")),
     "model.rotary_base": ("model.position_embedding", ("rope",)),
     "data.split": ("data.train_paths", (None,)),
+    **{f"weight_sparsity.{name}": ("weight_sparsity.mask", ("dynamic",)) for name in _DYNAMIC_ONLY},
     "optimizer.params.adam_w_mode": ("optimizer.type", ("Adam",)),
 }
 
@@ -141,6 +143,23 @@ def _check_layers(check_layers: int | None, layers: int) -> Iterator[str]:
 def _recorded_partition(partition: str | Path) -> Iterator[str]:
     if isinstance(partition, Path) and not partition.is_file():
         yield problem("ssd.partition", partition, "is no file: record it first, or use kmeans")
+
+
+@CHECKS("weight_sparsity.mask", "weight_sparsity.updates", "training.train_steps")
+def _mask_updates(mask: str, updates: int, steps: int) -> Iterator[str]:
+    if mask == "dynamic" and updates > steps:
+        yield problem("weight_sparsity.updates", updates, f"must be at most training.train_steps ({steps})")
+
+
+@CHECKS("weight_sparsity.sparsity", "ssd.schedule")
+def _masks_and_switches(_sparsity: float, schedule: str) -> Iterator[str]:
+    if schedule != "dense":
+        yield problem(
+            "ssd.schedule",
+            schedule,
+            'cannot go with weight_sparsity: a switch moves neurons, and masks lie on them. Use "dense", or leave '
+            "weight_sparsity out",
+        )
 
 
 @CHECKS("training.train_steps", "training.stop_after_step")

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ssd_megatron.config.load import Dtype, RunConfig
 from ssd_megatron.config.schema import ModelConfig, SSDConfig
-from ssd_megatron.model.cost import bank_parameters, ffn_matrices, norm_parameters, qkv_size
+from ssd_megatron.model.cost import bank_parameters, ffn_matrices, masked_weights, norm_parameters, qkv_size
 
 BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 OPTIMIZER_BYTES = 12  # fp32 master and two fp32 moments (ZeRO, arXiv 1910.02054)
@@ -28,6 +28,7 @@ class Layout:
         zero_stage: 1 or 2.
         recompute: activations of layers are computed again in backward.
         gather_once: expert-parallel ranks gather dense weights once per optimizer step, not in every pass.
+        masked: weights are sparse (weight_sparsity).
     """
 
     tensor: int = 1
@@ -39,6 +40,7 @@ class Layout:
     zero_stage: int = 1
     recompute: bool = False
     gather_once: bool = False
+    masked: bool = False
 
     @property
     def ranks(self) -> int:
@@ -68,6 +70,7 @@ def layout_of(config: RunConfig) -> Layout:
         zero_stage=config.zero_stage,
         recompute=training.recompute == "full",
         gather_once=sizes.dense_gather == "step",
+        masked=config.ssd_megatron.weight_sparsity is not None,
     )
 
 
@@ -94,6 +97,7 @@ class Memory:
 
     Attributes:
         parameters, gradients, optimizer: of the whole step.
+        masks: of sparse weights, a byte each.
         kept_weights: of all the stage's layers, gathered over the expert-parallel ranks once for the whole step.
         kept_gradients: of those weights, summed over microbatches; without those of the rank's own neurons, which are
             in `gradients` and come with the last microbatch.
@@ -108,6 +112,7 @@ class Memory:
     parameters: int
     gradients: int
     optimizer: int
+    masks: int
     kept_weights: int
     kept_gradients: int
     buckets: int
@@ -119,7 +124,7 @@ class Memory:
 
     @property
     def resident(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.kept_weights
+        return self.parameters + self.gradients + self.optimizer + self.masks + self.kept_weights
 
     @property
     def total(self) -> int:
@@ -182,6 +187,8 @@ def stage_memory(
     # One buffer; a second one with a pipeline (reduce_gradients makes it beside setup_buckets'); a flattened copy.
     buckets = (2 if layout.pipeline > 1 else 1) * reduce_bucket_size + min(reduce_bucket_size, parameters.total)
     last = stage == layout.pipeline - 1
+    attention, ffn = masked_weights(model)
+    masked = model.num_layers / layout.pipeline * (attention / layout.tensor + ffn / layout.homes)
     kept_weights = kept_gradients = gathered = 0.0
     if mode == "dense" and layout.expert > 1:
         matrix = model.hidden_size * model.ffn_hidden_size / layout.tensor
@@ -198,6 +205,7 @@ def stage_memory(
         parameters=parameters.total * size,
         gradients=round(kept * size),
         optimizer=round(owned * OPTIMIZER_BYTES),
+        masks=round(masked) if layout.masked else 0,
         kept_weights=round(kept_weights * size),
         kept_gradients=round(kept_gradients * size),
         buckets=buckets * size,
