@@ -207,8 +207,7 @@ class SSDConfig(Section):
 
 
 class WeightSparsityConfig(Section):
-    """Sparse weights throughout (arXiv 2108.06277): every matrix of attention and feed-forward networks keeps a mask of
-    blocks, the same share of each; left out: dense weights. Masked weights are 0, and computed like the others."""
+    """Sparse weights (arXiv 2108.06277): each matrix of attention and feed-forward networks keeps a mask of blocks."""
 
     sparsity: Annotated[float, Field(gt=0, lt=1)] = optional(0.9, "Share of each matrix's weights that are 0.")
     block_size: Literal[1, 4, 8, 16] = optional(1, "Weights live and die in square blocks of this side.")
