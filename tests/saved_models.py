@@ -6,10 +6,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from ssd_megatron.model.gpt import GPT
 from torch import Tensor
 
 from ssd_megatron.ffn.routers import router_weights_from_bank
-from ssd_megatron.model.gpt import GPT
 from ssd_megatron.model.init import named_normal
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.training.saved_model import Settings, write_model

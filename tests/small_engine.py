@@ -23,7 +23,7 @@ from ssd_megatron.training.synthetic import random_batch as synthetic_batch
 from tests.small_run import Corpus, small_config
 
 # What run_config takes beside settings of the model.
-OTHERS = ("bf16", "stage", "parallel", "training", "steps", "phases")
+OTHERS = ("bf16", "stage", "parallel", "training", "steps", "phases", "weight_sparsity")
 NOWHERE = Corpus(Path("corpus"), Path("tokenizer.model"))
 
 
@@ -39,6 +39,9 @@ def run_config(world_size: int = 1, **model: Any) -> RunConfig:
     if "phases" in settings:
         phases = [{"start_step": step, "mode": mode} for step, mode in settings["phases"]]
         raw["ssd_megatron"]["ssd"]["phases"] = phases
+    if "weight_sparsity" in settings:
+        raw["ssd_megatron"]["weight_sparsity"] = settings["weight_sparsity"]
+        raw["ssd_megatron"]["ssd"] = {"schedule": "dense", "num_experts": 8}
     raw["bf16"] = {"enabled": settings.get("bf16", False)}
     raw["zero_optimization"] = {"stage": settings.get("stage", 1)}
     sizes = ParallelConfig(**raw["ssd_megatron"]["parallel"])

@@ -34,6 +34,7 @@ _BERT_ONLY = (
 )
 _T5_ONLY = ("model.num_decoder_layers", "model.decoder_seq_length", "data.mean_span_length")
 _RELATIVE_ONLY = ("model.relative_attention_num_buckets", "model.relative_attention_max_distance")
+_DYNAMIC_ONLY = ("updates", "prune_ratio", "criterion", "regrow")
 # Settings that act only if another field has one of some values.
 ACTS_ONLY_IF: dict[str, tuple[str, tuple[Any, ...]]] = {
     **{f"ssd.{name}": ("ssd.schedule", ("adaptive",)) for name in _ADAPTIVE_ONLY},
@@ -47,6 +48,7 @@ ACTS_ONLY_IF: dict[str, tuple[str, tuple[Any, ...]]] = {
     **{path: ("model.family", ("t5",)) for path in _T5_ONLY},
     "data.mask_fraction": ("model.family", ("bert", "t5")),
     **{path: ("model.position_embedding", ("relative",)) for path in _RELATIVE_ONLY},
+    **{f"weight_sparsity.{name}": ("weight_sparsity.mask", ("dynamic",)) for name in _DYNAMIC_ONLY},
     "optimizer.params.adam_w_mode": ("optimizer.type", ("Adam",)),
 }
 
@@ -172,6 +174,23 @@ def _recorded_routing(routing: str | Path, record: Path | None, schedule: str, r
             yield problem(f"ssd.{name}", value, f'has no effect with ssd.schedule "{schedule}": leave it out')
         if value is not None and recompute != "none":
             yield problem(f"ssd.{name}", value, f'needs training.recompute "none", and it is "{recompute}"')
+
+
+@CHECKS("weight_sparsity.mask", "weight_sparsity.updates", "training.train_steps")
+def _mask_updates(mask: str, updates: int, steps: int) -> Iterator[str]:
+    if mask == "dynamic" and updates > steps:
+        yield problem("weight_sparsity.updates", updates, f"must be at most training.train_steps ({steps})")
+
+
+@CHECKS("weight_sparsity.sparsity", "ssd.schedule")
+def _masks_and_switches(_sparsity: float, schedule: str) -> Iterator[str]:
+    if schedule != "dense":
+        yield problem(
+            "ssd.schedule",
+            schedule,
+            'cannot go with weight_sparsity: a switch moves neurons, and masks lie on them. Use "dense", or leave '
+            "weight_sparsity out",
+        )
 
 
 @CHECKS("training.train_steps", "training.stop_after_step")

@@ -52,6 +52,33 @@ def _experts_by_homes(tensor: int, expert: int, num_experts: int) -> Iterator[st
         )
 
 
+@LAYOUT_CHECKS(
+    "weight_sparsity.block_size",
+    "model.hidden_size",
+    "model.ffn_hidden_size",
+    "model.num_attention_heads",
+    "model.num_query_groups",
+    "parallel.tensor_parallel_size",
+    "parallel.expert_parallel_size",
+)
+def _blocks_by_shards(
+    size: int, hidden: int, neurons: int, heads: int, groups: int, tensor: int, expert: int
+) -> Iterator[str]:
+    """A block lies on one rank."""
+    keys = f"outputs for queries, keys and values ({hidden + 2 * groups * (hidden // heads)})"
+    matrices = {
+        f"model.hidden_size ({hidden})": (hidden, tensor),
+        keys: (hidden + 2 * groups * (hidden // heads), tensor),
+        f"model.ffn_hidden_size ({neurons})": (neurons, tensor * expert),
+    }
+    fits = [b for b in (8, 4, 1) if all(rows % (b * ranks) == 0 for rows, ranks in matrices.values())]
+    for what, (rows, ranks) in matrices.items():
+        if size > 1 and rows % (size * ranks):
+            where = f" on each of {ranks} ranks" if rows % size == 0 else ""
+            yield problem("weight_sparsity.block_size", size, f"must divide the {what}{where}: try {fits[0]}")
+            return
+
+
 @LAYOUT_CHECKS("parallel.pipeline_parallel_size", "zero_optimization.stage")
 def _zero_with_pipeline(stages: int, stage: int) -> Iterator[str]:
     if stages > 1 and stage != 1:

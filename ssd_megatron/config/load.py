@@ -1,5 +1,6 @@
 """Loads ds.json: reads, overrides, checks, resolves `"auto"`. Nothing here needs torch or a process group."""
 
+import copy
 import hashlib
 import json
 from collections.abc import Iterator, Sequence
@@ -69,6 +70,16 @@ class RunConfig:
                 ours[monitor] = {**self.deepspeed[monitor], "output_path": "auto"}
         return {**self.deepspeed, **ours, SECTION: section}
 
+    def for_deepspeed(self) -> dict[str, Any]:
+        """`deepspeed` with the learning rates that sparse weights have (weight_sparsity.scale_learning_rate)."""
+        masks = self.ssd_megatron.weight_sparsity
+        factor = 1.0 if masks is None else masks.learning_rate_factor
+        scaled = copy.deepcopy(self.deepspeed)
+        for block in ("optimizer", "scheduler"):
+            params = scaled.get(block, {}).get("params", {})
+            params |= {name: factor * params[name] for name in _RATES if name in params}
+        return scaled
+
     def flat(self) -> dict[str, Any]:
         """`resolved` as values by dotted path."""
         return {path: value for path, value in flatten(self.resolved()).items() if not isinstance(value, dict)}
@@ -92,8 +103,9 @@ class RunConfig:
 PARALLEL_SIZES = ("tensor_parallel_size", "pipeline_parallel_size", "expert_parallel_size")
 SAMPLE_KEYS = ("model.family", "model.seq_length", "model.decoder_seq_length")
 BATCH_KEYS = ("train_batch_size", MICRO, ACCUMULATION)
+_RATES = ("lr", "warmup_min_lr", "warmup_max_lr")
 _DEEPSPEED_IDENTITY = ("train_batch_size", "optimizer", "scheduler", "gradient_clipping")
-_IDENTITY = frozenset({"model", "data", "ssd", "seed", "training", *_DEEPSPEED_IDENTITY})
+_IDENTITY = frozenset({"model", "data", "ssd", "seed", "training", "weight_sparsity", *_DEEPSPEED_IDENTITY})
 _FREE_TO_CHANGE = frozenset(
     {
         "data.cache_dir",
@@ -288,6 +300,9 @@ def _notes(keys: DsJson, batch: Batch, bf16: bool, hardware: Hardware) -> list[s
             f"model.activation {section.model.activation} leaves more neurons active than relu, squared_relu or reglu: "
             "sparse phases lose more"
         )
+    masks = section.weight_sparsity
+    if masks is not None and masks.scale_learning_rate:
+        notes.append(f"learning rates times {masks.learning_rate_factor:.4g} (weight_sparsity.scale_learning_rate)")
     return notes + _adaptive_notes(section)
 
 

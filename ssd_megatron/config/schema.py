@@ -253,6 +253,37 @@ class SSDConfig(Section):
     )
 
 
+class WeightSparsityConfig(Section):
+    """Sparse weights (arXiv 2108.06277): each matrix of attention and feed-forward networks keeps a mask of blocks."""
+
+    sparsity: Annotated[float, Field(gt=0, lt=1)] = optional(0.9, "Share of each matrix's weights that are 0.")
+    block_size: Literal[1, 4, 8, 16] = optional(1, "Weights live and die in square blocks of this side.")
+    mask: Literal["dynamic", "static"] = optional("dynamic", "Blocks move in the course of the run, or never.")
+    updates: Annotated[int, Field(ge=2)] = optional(
+        160, "`dynamic`: stretches of equal length in the run, between which blocks move; the paper has 80 for 16x16."
+    )
+    prune_ratio: Annotated[float, Field(gt=0, lt=1)] = optional(
+        0.5, "`dynamic`: share of the live blocks pruned and regrown at first; it falls to 0 by a cosine."
+    )
+    criterion: Literal["l1", "l2", "linf"] = optional("l1", "`dynamic`: blocks with the least of this norm are pruned.")
+    regrow: Literal["random", "gradient"] = optional(
+        "random", "`dynamic`: blocks grow at random places, or where the gradient's norm is largest."
+    )
+    scale_learning_rate: bool = optional(
+        False, "Multiply learning rates by exp(1.969 s^2 + 0.2905 s), s the sparsity: best for BERT in the paper."
+    )
+
+    @property
+    def live(self) -> float:
+        """Share of the weights that are not masked."""
+        return 1 - self.sparsity
+
+    @property
+    def learning_rate_factor(self) -> float:
+        """What learning rates are multiplied with."""
+        return math.exp(1.969 * self.sparsity**2 + 0.2905 * self.sparsity) if self.scale_learning_rate else 1.0
+
+
 class TrainingConfig(Section):
     """Length of the run, evaluation, recomputation, and what happens to steps that fail."""
 
@@ -303,12 +334,15 @@ class SsdMegatronConfig(Section):
     training: TrainingConfig = required("Length of the run and evaluation.")
     checkpoint: CheckpointConfig = optional(CheckpointConfig(), "Checkpoints.")
     logging: LoggingConfig = optional(LoggingConfig(), "Console, plots, utilisation.")
-    weight_sparsity: Annotated[
-        None, only(None, f"{NOT_IN_THIS_VERSION} (sparse weights): leave it out; `ssd` makes activations sparse")
-    ] = optional(None, "Sparse weights; not in this version.")
+    weight_sparsity: WeightSparsityConfig | None = optional(None, "Sparse weights; null: dense ones.")
     ffn_expansion: Annotated[
         None, only(None, f"{NOT_IN_THIS_VERSION} (larger sparse networks): leave it out and set model.ffn_hidden_size")
     ] = optional(None, "Feed-forward networks larger than the dense ones; not in this version.")
+
+    @property
+    def live_weights(self) -> float:
+        """Share of the weights of attention and feed-forward networks that are not masked."""
+        return 1.0 if self.weight_sparsity is None else self.weight_sparsity.live
 
     @property
     def data_cache_dir(self) -> Path:

@@ -74,12 +74,24 @@ def forward_flops(model: ModelConfig, ssd: SSDConfig) -> ForwardFlops:
     )
 
 
-def flops_per_token(model: ModelConfig, ssd: SSDConfig) -> Flops:
-    """FLOPs per token in both modes."""
+def flops_per_token(model: ModelConfig, ssd: SSDConfig, live: float = 1.0) -> Flops:
+    """FLOPs per token in both modes.
+
+    Args:
+        live: share of the weights of attention and feed-forward networks that are not masked; products with masked
+            ones do not count (arXiv 2108.06277: 3 * 2 * inputs * tokens * outputs * live), and there is no sparse mode.
+    """
     layers, flops = model.num_layers, forward_flops(model, ssd)
-    dense = layers * (flops.attention + flops.ffn) + flops.head
+    masked = 2 * layers * sum(masked_weights(model)) * (1 - live)
+    dense = layers * (flops.attention + flops.ffn) + flops.head - masked
     sparse = layers * (flops.attention + flops.ffn * ssd.top_k / ssd.num_experts + flops.router) + flops.head
     return Flops(3.0 * dense, 3.0 * sparse)
+
+
+def masked_weights(model: ModelConfig) -> tuple[int, int]:
+    """Weights of one layer's attention and of its feed-forward network that masks cover."""
+    h = model.hidden_size
+    return h * (qkv_size(model) + h), ffn_matrices(model) * h * model.ffn_hidden_size
 
 
 def qkv_size(model: ModelConfig) -> int:

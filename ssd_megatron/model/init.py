@@ -1,7 +1,6 @@
 """Initial values, all in one place. They depend on a tensor's name and the seed, never on the layout or on what was
 initialised before."""
 
-import hashlib
 import math
 from collections.abc import Mapping
 
@@ -9,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from ssd_megatron.parallel.sharding import row_shard
+from ssd_megatron.seeding import generator_for
 
 RESIDUAL_OUTPUTS = ("linear_proj.weight", "bank.w_out")
 
@@ -38,6 +38,4 @@ def initialize_parameters(parameters: Mapping[str, nn.Parameter], *, seed: int, 
 
 def named_normal(name: str, shape: tuple[int, ...], seed: int) -> Tensor:
     """Standard normal fp32 values from a generator seeded by `name` and `seed`."""
-    digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-    generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") % 2**63)
-    return torch.randn(shape, generator=generator)
+    return torch.randn(shape, generator=generator_for(f"{seed}/{name}"))

@@ -13,6 +13,7 @@ from ssd_megatron.model.cost import (
     ffn_matrices,
     head_bias,
     head_matrices,
+    masked_weights,
     norm_parameters,
     qkv_size,
     small_embeddings,
@@ -38,6 +39,7 @@ class Layout:
         recompute: activations of layers are computed again in backward.
         gather_once: expert-parallel ranks gather dense weights once per optimizer step, not in every pass.
         loss_chunk_tokens: tokens whose logits are there at a time; None: a microbatch's.
+        masked: weights are sparse (weight_sparsity).
     """
 
     tensor: int = 1
@@ -50,6 +52,7 @@ class Layout:
     recompute: bool = False
     gather_once: bool = False
     loss_chunk_tokens: int | None = None
+    masked: bool = False
 
     @property
     def ranks(self) -> int:
@@ -80,6 +83,7 @@ def layout_of(config: RunConfig) -> Layout:
         recompute=training.recompute == "full",
         gather_once=sizes.dense_gather == "step",
         loss_chunk_tokens=training.loss_chunk_tokens,
+        masked=config.ssd_megatron.weight_sparsity is not None,
     )
 
 
@@ -106,6 +110,7 @@ class Memory:
 
     Attributes:
         parameters, gradients, optimizer: of the whole step.
+        masks: of sparse weights, a byte each.
         kept_weights: of all the stage's layers, gathered over the expert-parallel ranks once for the whole step.
         kept_gradients: of those weights, summed over microbatches; without those of the rank's own neurons, which are
             in `gradients` and come with the last microbatch.
@@ -120,6 +125,7 @@ class Memory:
     parameters: int
     gradients: int
     optimizer: int
+    masks: int
     kept_weights: int
     kept_gradients: int
     buckets: int
@@ -131,7 +137,7 @@ class Memory:
 
     @property
     def resident(self) -> int:
-        return self.parameters + self.gradients + self.optimizer + self.kept_weights
+        return self.parameters + self.gradients + self.optimizer + self.masks + self.kept_weights
 
     @property
     def total(self) -> int:
@@ -196,6 +202,8 @@ def stage_memory(
     # One buffer; a second one with a pipeline (reduce_gradients makes it beside setup_buckets'); a flattened copy.
     buckets = (2 if layout.pipeline > 1 else 1) * reduce_bucket_size + min(reduce_bucket_size, parameters.total)
     last = stage == layout.pipeline - 1
+    attention, ffn = masked_weights(model)
+    masked = model.num_layers / layout.pipeline * (attention / layout.tensor + ffn / layout.homes)
     kept_weights = kept_gradients = gathered = 0.0
     if mode == "dense" and layout.expert > 1:
         matrix = model.hidden_size * model.ffn_hidden_size / layout.tensor
@@ -212,6 +220,7 @@ def stage_memory(
         parameters=parameters.total * size,
         gradients=round(kept * size),
         optimizer=round(owned * OPTIMIZER_BYTES),
+        masks=round(masked) if layout.masked else 0,
         kept_weights=round(kept_weights * size),
         kept_gradients=round(kept_gradients * size),
         buckets=buckets * size,

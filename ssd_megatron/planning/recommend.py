@@ -159,7 +159,8 @@ def _batches(job: Job, tensor: int, pipeline: int, expert: int, data: int) -> It
         for zero_stage in (1, 2) if pipeline == 1 else (1,):
             can_keep = expert > 1 and zero_stage == 1 and "dense" in modes_of(job.ssd)
             for recompute, gather_once in itertools.product((False, True), (False, True) if can_keep else (False,)):
-                yield Layout(tensor, pipeline, expert, data, micro, microbatches, zero_stage, recompute, gather_once)
+                sizes = (tensor, pipeline, expert, data, micro, microbatches, zero_stage)
+                yield Layout(*sizes, recompute, gather_once, masked=job.config.weight_sparsity is not None)
 
 
 def divisors(number: int) -> list[int]:

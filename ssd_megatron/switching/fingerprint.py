@@ -14,6 +14,7 @@ from torch import Tensor
 from ssd_megatron.parallel.collectives import Group
 from ssd_megatron.parallel.logical_state import LogicalState
 from ssd_megatron.parallel.zero import KINDS, MASTER
+from ssd_megatron.seeding import generator_for
 
 INTEGER_OF = {torch.float32: torch.int32, torch.bfloat16: torch.int16, torch.float16: torch.int16}
 CHUNK_ELEMENTS = 1 << 22
@@ -79,9 +80,7 @@ def _add_fingerprints(total: Tensor, values: Tensor, start: int, row_size: int, 
 
 def _column_weights(key: str, columns: int) -> Tensor:
     """Odd random int64 numbers that depend on `key` alone."""
-    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") % 2**63
-    generator = torch.Generator().manual_seed(seed)
-    return torch.randint(-(2**62), 2**62, (columns,), generator=generator) * 2 + 1
+    return torch.randint(-(2**62), 2**62, (columns,), generator=generator_for(key)) * 2 + 1
 
 
 def _leaf(name: str) -> str:

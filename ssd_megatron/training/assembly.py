@@ -6,11 +6,14 @@ from dataclasses import dataclass
 import torch
 
 from ssd_megatron.config.load import RunConfig
+from ssd_megatron.config.schema import SsdMegatronConfig
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.kernels import choose_backend
 from ssd_megatron.ffn.kernels.trial import trial
 from ssd_megatron.model.language_model import LanguageModel, ffn_names
 from ssd_megatron.parallel.topology import Topology
+from ssd_megatron.sparse_weights.masked_weights import MaskedWeights, masked_tensors
+from ssd_megatron.sparse_weights.schedule import MaskSchedule
 from ssd_megatron.switching.coordinator import Coordinator
 from ssd_megatron.switching.networks import Networks
 from ssd_megatron.switching.schedule import Schedule
@@ -21,11 +24,13 @@ from ssd_megatron.training.pipeline_engine import PipelineParallelEngine
 
 @dataclass(frozen=True)
 class Assembly:
-    """What a job computes with; `backend_reason` says in words which kernels sparse mode has, and why."""
+    """What a job computes with; `masks`: None if weights are dense; `backend_reason` says in words which kernels sparse
+    mode has, and why."""
 
     model: LanguageModel
     engine: Engine
     coordinator: Coordinator
+    masks: MaskedWeights | None
     backend_reason: str
 
 
@@ -43,7 +48,18 @@ def assemble(config: RunConfig, topology: Topology, probe_batches: Sequence[Batc
     networks = Networks(ffn_names(section.model.total_layers), model.ffns, topology)
     schedule = Schedule(section.ssd, section.training.train_steps)
     coordinator = Coordinator(section.ssd, networks, engine.state, probe, schedule, section.seed)
-    return Assembly(model, engine, coordinator, reason)
+    return Assembly(model, engine, coordinator, make_masks(model, engine, section, topology), reason)
+
+
+def make_masks(model: LanguageModel, engine: Engine, section: SsdMegatronConfig, topology: Topology) -> MaskedWeights | None:
+    """Masks as `weight_sparsity` asks for; from here on masked weights are 0 (collective)."""
+    settings = section.weight_sparsity
+    if settings is None:
+        return None
+    updates = settings.updates if settings.mask == "dynamic" else 0
+    schedule = MaskSchedule(section.training.train_steps, updates, settings.prune_ratio)
+    names = masked_tensors(model.logical_parameters())
+    return MaskedWeights(settings, names, engine.state, topology, schedule, section.seed)
 
 
 def choose_kernels(config: RunConfig, topology: Topology) -> tuple[str, str]:

@@ -1,5 +1,5 @@
 """What a training state is, saved and restored: masters and moments, Adam's steps, learning rates, RNG, neuron
-identities, the coordinator's memory, and the trainer's counters. How it lies on disk is checkpoint_files.py."""
+identities, masks, the coordinator's memory, and the trainer's counters. How it lies on disk is checkpoint_files.py."""
 
 import shutil
 from collections.abc import Callable, Mapping
@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ssd_megatron.model.language_model import LanguageModel
 from ssd_megatron.parallel.topology import Topology
+from ssd_megatron.sparse_weights.masked_weights import MaskedWeights
 from ssd_megatron.switching.coordinator import Coordinator
 from ssd_megatron.training import checkpoint_files as files
 from ssd_megatron.training.checkpoint_checks import check_identity, check_tensors
@@ -34,6 +35,7 @@ class Trained:
     engine: Engine
     model: LanguageModel
     coordinator: Coordinator
+    masks: MaskedWeights | None
     identity: dict[str, Any]
 
 
@@ -79,9 +81,10 @@ class Checkpointer:
         }
         contents = {files.rank_file(topology.rank): {key: values for key, (_, values) in owned.items()} | _rng()}
         remembered, shared = self._trained.coordinator.state_dict()
+        masks = {} if self._trained.masks is None else self._trained.masks.state_dict()
         values, identities = self._values(counters, remembered), self._neuron_ids()
         if topology.is_first:
-            contents[files.SHARED] = identities | shared
+            contents[files.SHARED] = identities | masks | shared
         pieces = {key: (start, values.numel()) for key, (start, values) in owned.items()}
         self._writing = Writing(step, folder, contents, pieces, values, in_background=self._async)
         return None if self._async else self.finish()
@@ -220,6 +223,8 @@ class Checkpointer:
         self._trained.engine.deepspeed.global_steps = index.step
         for name, ffn in self._trained.model.ffns.items():
             ffn.bank.neuron_ids.copy_(shared[f"{name}{files.NEURON_IDS}"])
+        if self._trained.masks is not None:
+            self._trained.masks.load_state_dict(shared)
         self._trained.coordinator.load_state_dict(values["coordinator"], shared)
         if same_layout:
             _set_rng(rng)
@@ -229,9 +234,9 @@ class Checkpointer:
         return index.step, values["counters"]
 
     def _is_of_this_stage(self, key: str) -> bool:
-        """Whether a tensor that all ranks have alike belongs to a network of this stage."""
-        ffns = self._trained.model.ffns
-        return key.rpartition("/")[2] in ffns or key.removesuffix(files.NEURON_IDS) in ffns
+        """Whether a tensor that all ranks have alike belongs to a network or a tensor of this stage."""
+        ffns, name = self._trained.model.ffns, key.rpartition("/")[2]
+        return name in ffns or name in self._trained.engine.state.specs or key.removesuffix(files.NEURON_IDS) in ffns
 
     def _neuron_ids(self) -> dict[str, Tensor]:
         """Which neuron lies where in the banks of all stages, on each pipeline's first rank (collective)."""

@@ -118,7 +118,7 @@ class Engine(ABC):
         self.deepspeed, self._optimizer, _, self.lr_scheduler = deepspeed.initialize(
             model=module,
             model_parameters=parameter_groups(parameters, weight_decay),
-            config=config.deepspeed,
+            config=config.for_deepspeed(),
             lr_scheduler=own_scheduler(config),
             mpu=mpu,
         )

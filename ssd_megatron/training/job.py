@@ -106,7 +106,7 @@ def _train(
         console.note(parts.backend_reason)
     checkpointer = Checkpointer(
         folder.checkpoints,
-        Trained(engine, model, coordinator, _identity(config)),
+        Trained(engine, model, coordinator, parts.masks, _identity(config)),
         topology,
         keep_last=section.checkpoint.keep_last,
         async_save=section.checkpoint.async_save,
@@ -140,6 +140,7 @@ def _train(
         engine=engine,
         model=model,
         coordinator=coordinator,
+        masks=parts.masks,
         checkpointer=checkpointer,
         batches=_train_batches(config, datasets, topology, first_step=done + 1),
         eval_batches=_eval_batches(config, datasets, topology),

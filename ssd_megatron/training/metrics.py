@@ -16,11 +16,14 @@ Every line has `step` (the first step is 1) and `kind`:
 |        | of the tensor x expert parallel ranks that share the experts                                              |
 | placement | experts moved to other ranks inside a sparse phase: seconds, bytes_moved, imbalance_before,        |
 |        | imbalance_after (tokens of the busiest of the ranks that share experts over the mean, worst layer)        |
+| mask   | an update of sparse weights' masks: update (its number), share (of the live blocks pruned and regrown),   |
+|        | live, ever (shares of the weights that live, and that ever did), regrown_pruned (share of those regrown   |
+|        | at the update before; null at the first), seconds                                                         |
 | resume | checkpoint                                                                                                |
 | fault  | what                                                                                                      |
 
-`flops_dense` is what the same steps would have cost had all been dense. A number that is not finite is null, and
-`<name>_text` says which one it was, so every line is valid JSON.
+`flops_dense` is what the same steps would have cost had all been dense, weights too. A number that is not finite is
+null, and `<name>_text` says which one it was, so every line is valid JSON.
 """
 
 import json

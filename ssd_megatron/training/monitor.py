@@ -5,7 +5,7 @@ them; text, histograms and figures, which DeepSpeed's monitor does not know, go 
 
 Names: train/{loss, lr, grad_norm, tokens_per_second}, flops/{spent, saved_fraction}, eval/{loss_dense, loss_sparse},
 ssd/{similarity, overlap}, ssd/active_fraction/layer_00, ssd/similarity/layer_00, expert_load/max_over_mean/layer_00,
-as text switch, resume, fault, and at the end of a run its plots as images.
+mask/{share, live, ever, regrown_pruned}, and as text switch, resume, fault; at the end of a run its plots as images.
 """
 
 from collections.abc import Callable, Mapping, Sequence
@@ -21,6 +21,7 @@ _SCALARS = {
     | {"flops": "flops/spent"},
     "eval": {name: f"eval/{name}" for name in ("loss_dense", "loss_sparse")},
     "check": {name: f"ssd/{name}" for name in ("similarity", "overlap")},
+    "mask": {name: f"mask/{name}" for name in ("share", "live", "ever", "regrown_pruned")},
 }
 _PER_LAYER = {
     "check": {"active_fraction": "ssd/active_fraction", "similarity_layers": "ssd/similarity"},

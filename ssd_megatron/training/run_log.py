@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 
+from ssd_megatron.sparse_weights.masked_weights import MaskReport
 from ssd_megatron.switching.reports import CheckReport, PlacementReport, SwitchReport
 from ssd_megatron.training.checkpoint_files import folder_name
 from ssd_megatron.training.console import Console, StepLine, short_number
@@ -100,6 +101,14 @@ class RunLog:
             f"step {step}: experts moved to other ranks in {report.seconds:.2f} s, "
             f"{short_number(report.bytes_moved)}B between ranks; the busiest has {report.imbalance_after:.2f} times "
             f"the mean load, was {report.imbalance_before:.2f}"
+        )
+
+    def masks(self, step: int, report: MaskReport) -> None:
+        self.record("mask", step, **vars(report))
+        again = "" if report.regrown_pruned is None else f", {report.regrown_pruned:.1%} of those regrown before"
+        self.event(
+            f"step {step}: masks moved {report.share:.1%} of their blocks{again} in {report.seconds:.2f} s; "
+            f"{report.live:.1%} of the weights live, {report.ever:.1%} have been"
         )
 
     def loads(self, step: int, loads: list[list[int]], homes: int) -> None:

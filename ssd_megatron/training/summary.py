@@ -37,6 +37,7 @@ def build_summary(
     """
     records = read_metrics(run_dir)
     train = [record for record in records if record["kind"] == "train"]
+    masks = [record for record in records if record["kind"] == "mask"]
     evals = [record for record in records if record["kind"] == "eval"]
     last_eval = evals[-1] if evals else {"step": None, "loss_dense": None, "loss_sparse": None}
     losses = [record["loss"] for record in train[-_TRAIN_LOSS_STEPS:] if record["loss"] is not None]
@@ -52,6 +53,7 @@ def build_summary(
         "loss_train": statistics.fmean(losses) if losses else None,
         "phases": [asdict(phase) for phase in phases_of(records)],
         "switches": [_without_kind(record) for record in records if record["kind"] == "switch"],
+        "masks": _without_kind(masks[-1]) if masks else None,
         "flops": flops,
         "flops_dense": flops_dense,
         "flops_saved_fraction": 1 - flops / flops_dense if flops_dense else 0.0,
@@ -105,6 +107,9 @@ def _result_table(summary: Mapping[str, Any]) -> Table:
     table.add_row("validation loss, sparse", format_loss(summary["loss_sparse"]))
     saved = f"{summary['flops_saved_fraction']:.1%} saved against {short_number(summary['flops_dense'])} all-dense"
     table.add_row("FLOPs spent", f"{short_number(summary['flops'])} ({saved})")
+    if summary["masks"] is not None:
+        masks = summary["masks"]
+        table.add_row("live weights", f"{masks['live']:.1%} ({masks['ever']:.1%} have been, {masks['update']} updates)")
     table.add_row("tokens", short_number(summary["tokens"]))
     table.add_row("training time", format_seconds(summary["seconds"]))
     for mode in _MODES:

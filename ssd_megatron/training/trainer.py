@@ -16,6 +16,7 @@ from ssd_megatron.model.language_model import LanguageModel
 from ssd_megatron.parallel.collectives import CollectiveError, named
 from ssd_megatron.parallel.device import peak_memory
 from ssd_megatron.parallel.topology import Topology
+from ssd_megatron.sparse_weights.masked_weights import MaskedWeights
 from ssd_megatron.switching.coordinator import Coordinator
 from ssd_megatron.switching.partition import save_partition
 from ssd_megatron.training.checkpoint import Checkpointer
@@ -47,6 +48,7 @@ class Trainer:
     Args:
         batches: this rank's microbatches from that step on.
         eval_batches: this rank's part of the fixed evaluation batches.
+        masks: of sparse weights; None: weights are dense.
         partitions: folder where each switch records its experts, for ssd.partition.
         routing: around each training step, see `step_routing`.
         peak_flops: peak FLOP/s of one device, or None where it is not known.
@@ -60,6 +62,7 @@ class Trainer:
         engine: Engine,
         model: LanguageModel,
         coordinator: Coordinator,
+        masks: MaskedWeights | None,
         checkpointer: Checkpointer,
         batches: Iterator[Batch],
         eval_batches: list[Batch],
@@ -77,6 +80,7 @@ class Trainer:
         self._engine = engine
         self._model = model
         self._coordinator = coordinator
+        self._masks = masks
         self._checkpointer = checkpointer
         self._batches = batches
         self._eval_batches = eval_batches
@@ -87,7 +91,9 @@ class Trainer:
         self._counters = counters
         self._done = done_steps
         self._peak_flops = peak_flops
-        self._flops = flops_per_token(self._section.model, self._section.ssd)
+        model, ssd = self._section.model, self._section.ssd
+        self._flops = flops_per_token(model, ssd, self._section.live_weights)
+        self._flops_dense = flops_per_token(model, ssd).dense
         self._tokens_per_step = config.train_batch_size * self._section.model.seq_length
 
     @property
@@ -136,6 +142,8 @@ class Trainer:
                 partition = self._coordinator.partition()
                 if self._topology.is_first:
                     save_partition(self._partitions / f"step_{step:08d}.safetensors", partition)
+        if self._masks is not None:
+            self._masks.before_step(step)
         mode = self._coordinator.mode
         started = time.perf_counter()
         batch = [next(self._batches) for _ in range(self._config.gradient_accumulation_steps)]
@@ -144,7 +152,7 @@ class Trainer:
         seconds = time.perf_counter() - started
         self._done = step
         self._counters.flops += self._flops.of(mode) * self._tokens_per_step
-        self._counters.flops_dense += self._flops.dense * self._tokens_per_step
+        self._counters.flops_dense += self._flops_dense * self._tokens_per_step
         self._record_step(step, mode, result, seconds)
         bad = (result.skipped and not result.rescaled) or not math.isfinite(result.loss)
         if result.rescaled:
@@ -155,6 +163,11 @@ class Trainer:
             self._bad_step(step, result, batch)
         else:
             self._counters.bad_steps = 0
+        if self._masks is not None:
+            with named(f"masks after step {step}"):
+                update = self._masks.after_step(step)
+            if update is not None:
+                self._log.masks(step, update)
         with named(f"check after step {step}"):
             check = self._coordinator.after_step(step, None if bad else result.loss)
         if check is not None:

@@ -1,5 +1,6 @@
 import dataclasses
 import json
+import math
 import subprocess
 import sys
 from pathlib import Path
@@ -110,6 +111,21 @@ def test_note_when_the_adaptive_schedule_cannot_switch(load: Load) -> None:
     assert any("can make no switch: 2 similar checks every 100 steps end at step 300" in line for line in short.notes)
     assert not any("can make no switch" in line for line in load().notes)
     assert not any("no switch" in line for line in load({f"{SSD}.schedule": "dense"}).notes)
+
+
+@pytest.mark.parametrize("scale", [True, False])
+def test_sparse_weights_may_have_higher_learning_rates(load: Load, scale: bool) -> None:
+    masks = {"sparsity": 0.5, "scale_learning_rate": scale}
+    settings = {"ssd_megatron.weight_sparsity": masks, f"{SSD}.schedule": "dense"}
+    scheduler = {"type": "WarmupLR", "params": {"warmup_num_steps": 9, "warmup_min_lr": 1e-4}}
+    config = load(settings | {"scheduler": scheduler})
+    factor = math.exp(1.969 * 0.25 + 0.2905 * 0.5) if scale else 1.0
+    deepspeed = config.for_deepspeed()
+    assert deepspeed["optimizer"]["params"]["lr"] == pytest.approx(1e-3 * factor)
+    rates = {name: deepspeed["scheduler"]["params"][name] for name in ("warmup_min_lr", "warmup_max_lr")}
+    assert rates == pytest.approx({"warmup_min_lr": 1e-4 * factor, "warmup_max_lr": 1e-3 * factor})
+    assert config.resolved()["optimizer"]["params"]["lr"] == 1e-3
+    assert any("learning rates times 1.892" in note for note in config.notes) == scale
 
 
 def test_overrides_use_the_paths_of_the_file(load: Load) -> None:

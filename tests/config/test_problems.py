@@ -10,6 +10,8 @@ from ssd_megatron.errors import ConfigError
 from tests.config.conftest import DROP, GPU, Load, changed
 
 MODEL, DATA, SSD, TRAINING = (f"ssd_megatron.{name}" for name in ("model", "data", "ssd", "training"))
+MASKS = "ssd_megatron.weight_sparsity"
+MASKED = {f"{SSD}.schedule": "dense"}  # as sparse weights want it
 WSD = {"type": "WSD", "params": {"warmup_num_steps": 100, "decay_num_steps": 200}}
 
 
@@ -35,6 +37,10 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"ssd_megatron": DROP}, "ssd_megatron is missing: This project's section."),
     ({f"{MODEL}.activation": "rleu"}, '"geglu" or "swiglu": did you mean "relu"?'),
     ({f"{MODEL}.normalization": "batchnorm"}, 'model.normalization ("batchnorm") must be "layernorm" or "rmsnorm"'),
+    ({f"{MASKS}.sparsity": 1.0}, "weight_sparsity.sparsity (1.0) must be below 1"),
+    (MASKED | {f"{MASKS}.block_size": 2}, "weight_sparsity.block_size (2) must be 1, 4, 8 or 16"),
+    (MASKED | {f"{MASKS}.updates": 1}, "weight_sparsity.updates (1) must be at least 2"),
+    ({MASKS: True}, "ssd_megatron.weight_sparsity (true) must be an object in braces"),
     ({f"{SSD}.similarity_threshold": 1.5}, "ssd.similarity_threshold (1.5) must be at most 1"),
     ({f"{SSD}.switch_tolerance": "tight"}, 'ssd.switch_tolerance ("tight") must be "auto", or a number'),
     ({f"{SSD}.sparse_fraction": 0}, "ssd.sparse_fraction (0) must be above 0"),
@@ -58,7 +64,6 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"zero_optimization.overlap": 1}, "zero_optimization.overlap (1) is not a known key: did you mean overlap_comm?"),
     # Not in this version, refused by name.
     ({"ssd_megatron.parallel.context_parallel_size": 2}, "sequence and context parallelism are not supported yet"),
-    ({"ssd_megatron.weight_sparsity": {"sparsity": 0.9}}, "is not in this version (sparse weights): leave it out"),
     ({"ssd_megatron.ffn_expansion": 4}, "ssd_megatron.ffn_expansion (4) is not in this version"),
     ({f"{DATA}.reset_attention_mask": True}, "data.reset_attention_mask (true) is not supported yet: use false"),
     ({f"{SSD}.routing_granularity": 8}, "ssd.routing_granularity (8) is not supported yet: use 1"),
@@ -192,6 +197,17 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
         "data.random_token_fraction (0.3) + data.mask_token_fraction (0.8) must be at most 1: try 0.2",
     ),
     ({f"{MODEL}.family": "bert", f"{MODEL}.seq_length": 7}, "model.seq_length (7) must be at least 8 with bert"),
+    # Sparse weights.
+    ({MASKS: {}}, 'ssd.schedule ("adaptive") cannot go with weight_sparsity: a switch moves neurons, and masks lie on'),
+    (MASKED | {f"{MASKS}.updates": 1001}, "weight_sparsity.updates (1001) must be at most training.train_steps (1000)"),
+    (
+        MASKED | {f"{MASKS}.mask": "static", f"{MASKS}.prune_ratio": 0.5},
+        'weight_sparsity.prune_ratio (0.5) has no effect: leave it out, or set weight_sparsity.mask "dynamic"',
+    ),
+    (
+        MASKED | {f"{MASKS}.block_size": 16, f"{MODEL}.hidden_size": 72, f"{MODEL}.ffn_hidden_size": 256},
+        "weight_sparsity.block_size (16) must divide the model.hidden_size (72): try 8",
+    ),
     # Data.
     ({f"{DATA}.paths": DROP}, "data.paths is missing: one path or a weighted blend, or train_paths and valid_paths"),
     ({f"{DATA}.paths": [0.5, "a", "b"]}, 'must be paths, or positive weights and paths in turn: try ["a"]'),
@@ -245,6 +261,18 @@ LAYOUTS: list[tuple[dict[str, Any], int, str]] = [
         4,
         "parallel.tensor_parallel_size (4) must divide the padded vocabulary (510): try "
         "model.make_vocab_size_divisible_by 4",
+    ),
+    (
+        {f"{MASKS}.block_size": 16, f"{PARALLEL}.tensor_parallel_size": 4, f"{SSD}.schedule": "dense"}
+        | {f"{MODEL}.hidden_size": 32},
+        4,
+        "weight_sparsity.block_size (16) must divide the model.hidden_size (32) on each of 4 ranks: try 8",
+    ),
+    (
+        {f"{MASKS}.block_size": 8, f"{PARALLEL}.expert_parallel_size": 16, f"{SSD}.schedule": "dense"}
+        | {f"{MODEL}.ffn_hidden_size": 64},
+        16,
+        "weight_sparsity.block_size (8) must divide the model.ffn_hidden_size (64) on each of 16 ranks: try 4",
     ),
     (
         {f"{PARALLEL}.pipeline_parallel_size": 3},

@@ -141,7 +141,7 @@ def random_numbers(topology: Topology, root: Path) -> list[float]:
     probe = ProbeBatch([random_batch(config, 0)], engine.mean_loss, topology)
     networks = Networks(ffn_names(section.model.total_layers), model.ffns, topology)
     coordinator = Coordinator(section.ssd, networks, engine.state, probe, Schedule(section.ssd, 9), section.seed)
-    trained = Trained(engine, model, coordinator, {})
+    trained = Trained(engine, model, coordinator, None, {})
     checkpointer = Checkpointer(root, trained, topology, keep_last=None, async_save=False, tell=print)
     if checkpointer.restore_newest() is None:
         checkpointer.save(1, {})
