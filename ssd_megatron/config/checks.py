@@ -99,6 +99,16 @@ def _top_k(experts: int, top_k: int, router_update: str) -> Iterator[str]:
         )
 
 
+@CHECKS("ssd.routing_granularity", "model.seq_length")
+def _granularity(granularity: int, length: int) -> Iterator[str]:
+    if granularity > length:
+        yield problem(
+            "ssd.routing_granularity",
+            granularity,
+            f"must be at most model.seq_length ({length}), where a sequence is one tile: try {max(1, length // 4)}",
+        )
+
+
 @CHECKS("ssd.schedule", "ssd.sparse_fraction", "ssd.warmup_fraction", "ssd.final_dense_fraction")
 def _fractions(schedule: str, sparse: float, warmup: float, final: float) -> Iterator[str]:
     if schedule == "adaptive" and sparse + warmup + final > 1 + 1e-9:

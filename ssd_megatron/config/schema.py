@@ -166,8 +166,10 @@ class SSDConfig(Section):
     router_update: Literal["straight_through", "frozen", "avg_k"] = optional(
         "straight_through", "The router learns by gradient, stays, or is recomputed from the current weights."
     )
-    routing_granularity: Annotated[int, only(1, "is not supported yet: use 1 (every token chooses for itself)")] = (
-        optional(1, "Tokens in a row that share their experts; only 1 in this version.")
+    routing_granularity: Positive = optional(
+        1,
+        "Tokens in a row that share their experts, chosen by the mean of as many tokens before them; at least the size "
+        "of an expert, small experts cost no speed on a CPU.",
     )
     sparse_fraction: Annotated[Fraction, Field(gt=0)] = optional(
         0.5, "`adaptive`: target share of sparse steps in all steps."

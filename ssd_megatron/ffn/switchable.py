@@ -14,8 +14,10 @@ from torch import Tensor, nn
 
 from ssd_megatron.ffn.bank import NeuronBank
 from ssd_megatron.ffn.homes import Homes
-from ssd_megatron.ffn.kernels import BACKENDS, sparse_ffn
+from ssd_megatron.ffn.kernels import BACKENDS, sparse_ffn, tiles_pay
+from ssd_megatron.ffn.kernels.torch_tiles import tiled_ffn
 from ssd_megatron.ffn.routers import Router
+from ssd_megatron.ffn.tiles import cut, join, of_tokens, tile_inputs
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
@@ -35,6 +37,7 @@ class FFNSettings:
     top_k: int
     router_update: str
     backend: str
+    routing_granularity: int = 1
 
 
 class SwitchableFFN(nn.Module):
@@ -85,9 +88,8 @@ class SwitchableFFN(nn.Module):
             y of x's shape, and b_out [H] or None.
         """
         assert self.mode in ("dense", "sparse"), self.mode
-        x_TH = x.reshape(-1, x.shape[-1])
-        y_TH = self._dense(x_TH) if self.mode == "dense" else self._sparse(x_TH)
-        return y_TH.view(x.shape), self.bank.b_out
+        y = self._dense(x.reshape(-1, x.shape[-1])) if self.mode == "dense" else self._sparse(x)
+        return y.view(x.shape), self.bank.b_out
 
     def _dense(self, x_TH: Tensor) -> Tensor:
         x_TH = self.homes.enter(x_TH)
@@ -98,14 +100,21 @@ class SwitchableFFN(nn.Module):
             y_TH = tensors.hidden(self.bank.activation.act(pre_TF), x_TH) @ tensors.w_out
         return self.homes.leave(y_TH)
 
-    def _sparse(self, x_TH: Tensor) -> Tensor:
-        num_experts, homes = self.settings.num_experts, self.homes
-        expert_ids_TK, gates_TK = self.router.route(x_TH, self._expert_means())
+    def _sparse(self, x_sbH: Tensor) -> Tensor:
+        num_experts, tile, homes = self.settings.num_experts, self.settings.routing_granularity, self.homes
+        length, batch, width = x_sbH.shape
+        x_TH = x_sbH.reshape(-1, width)
+        expert_ids, gates = self.router.route(x_TH if tile == 1 else tile_inputs(x_sbH, tile), self._expert_means())
+        expert_ids_TK = expert_ids if tile == 1 else of_tokens(expert_ids, length, batch, tile)
         ids = expert_ids_TK.flatten()
         self.expert_load = ids.new_zeros(num_experts).scatter_add_(0, ids, torch.ones_like(ids))
         # A tensor-parallel rank has the gradients of its own experts' gates only; the router, which all have alike,
         # gets their sum.
-        gates_TK = None if gates_TK is None else homes.enter(gates_TK)
+        gates = None if gates is None else homes.enter(gates)
+        if self._computes_tiles(x_sbH):
+            args = (expert_ids, gates, self.bank.tensors(), self.bank.activation, num_experts)
+            return join(tiled_ffn(cut(x_sbH, tile), *args), length, batch)
+        gates_TK = gates if gates is None or tile == 1 else of_tokens(gates, length, batch, tile)
         x_TH = homes.enter(x_TH)
         if not homes.tokens_travel:
             y_TH = self._compute(x_TH, homes.local_ids(expert_ids_TK, num_experts), gates_TK)
@@ -114,6 +123,13 @@ class SwitchableFFN(nn.Module):
             y_RH = self._compute(route.send(x_TH), ids_RK, route.send_gates(gates_TK))
             y_TH = route.collect(y_RH)
         return homes.leave(y_TH)
+
+    def _computes_tiles(self, x_sbH: Tensor) -> bool:
+        """Whether a tile is computed as one piece: all its experts are here, it is whole, and that is faster."""
+        s = self.settings
+        tile, whole = s.routing_granularity, len(x_sbH) % s.routing_granularity == 0
+        pays = tiles_pay(s.backend, tile, s.ffn_hidden_size // s.num_experts, x_sbH.device)
+        return tile > 1 and whole and self.homes.count == 1 and pays
 
     def _compute(self, x_TH: Tensor, local_ids_TK: Tensor, gates_TK: Tensor | None) -> Tensor:
         """What this home's experts give."""

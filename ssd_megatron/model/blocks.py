@@ -53,6 +53,7 @@ def ffn_settings(model: ModelConfig, ssd: SSDConfig, backend: str) -> FFNSetting
         top_k=ssd.top_k,
         router_update=ssd.router_update,
         backend=backend,
+        routing_granularity=ssd.routing_granularity,
     )
 
 

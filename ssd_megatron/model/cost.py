@@ -27,7 +27,7 @@ class ForwardFlops:
 
     attention: int
     ffn: int
-    router: int
+    router: float
     head: int
 
 
@@ -52,7 +52,7 @@ def forward_flops(model: ModelConfig, ssd: SSDConfig) -> ForwardFlops:
     return ForwardFlops(
         attention=2 * h * (qkv + h) + 4 * model.seq_length * h,
         ffn=2 * ffn_matrices(model) * h * model.ffn_hidden_size,
-        router=2 * h * ssd.num_experts,
+        router=2 * h * ssd.num_experts / ssd.routing_granularity,
         head=2 * h * model.padded_vocab_size,
     )
 

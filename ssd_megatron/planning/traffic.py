@@ -118,7 +118,8 @@ def _tensor(model: ModelConfig, ssd: SSDConfig, layout: Layout, stage: int, mode
 
     yield transfer("layers", _layers(model, layout) * (5 if layout.recompute else 4) * row)
     if mode == "sparse" and ssd.router_update == "straight_through":
-        yield transfer("gate gradients", _layers(model, layout) * tokens * ssd.top_k * 4)
+        tiles = tokens / ssd.routing_granularity
+        yield transfer("gate gradients", _layers(model, layout) * tiles * ssd.top_k * 4)
     if stage == 0:
         yield transfer("embedding", row)
     if stage == layout.pipeline - 1:

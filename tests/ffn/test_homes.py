@@ -38,6 +38,7 @@ NETWORKS = {
     "reglu with bias": replace(SETTINGS, activation="reglu", top_k=2),
     "frozen": replace(SETTINGS, router_update="frozen", top_k=1),
     "avg_k": replace(SETTINGS, router_update="avg_k", activation="reglu"),
+    "tiles": replace(SETTINGS, routing_granularity=3),
     "all experts": replace(SETTINGS, router_update="frozen", top_k=EXPERTS),
 }
 # Sequence length of each data-parallel rank's input [sequence, 2, HIDDEN].
@@ -137,25 +138,26 @@ def test_homes_together_are_the_network(layout: str, key: Key) -> None:
     of them (which the engine does); tensor-parallel ranks have the same outputs and router gradients."""
     name, mode, lengths, router = key
     sizes, inputs = LAYOUTS[layout], given(name, lengths, router)
-    x, dy = (torch.cat([part.flatten(0, 1) for part in parts[: sizes.data]]) for parts in (inputs.x, inputs.dy))
     whole = network(name)
     load_parameters(whole, inputs.parameters)
-    wanted_y, wanted = run(whole, mode, x.unsqueeze(1), dy.unsqueeze(1))
+    wanted = []
+    for x, dy in zip(inputs.x[: sizes.data], inputs.dy, strict=False):
+        y, gradients = run(whole, mode, x, dy)
+        wanted.append(Result(0, y, gradients, whole.expert_load))
 
     results = [by_key[key] for by_key in results_of(layout)]
     for tensor_rank in range(sizes.tensor):  # ranks are numbered tensor parallel first
         ranks = results[tensor_rank :: sizes.tensor]
-        assert relative_error(torch.cat([r.y.flatten(0, 1) for r in ranks]), wanted_y.squeeze(1)) < 1e-12
-        dx = torch.cat([r.gradients["x"].flatten(0, 1) for r in ranks])
-        assert relative_error(dx, wanted["x"].squeeze(1)) < 1e-12
-        if "router" in wanted:
-            assert relative_error(sum(r.gradients["router"] for r in ranks), wanted["router"]) < 1e-12
+        assert relative_error(*(torch.cat([r.y for r in of]) for of in (ranks, wanted))) < 1e-12
+        assert relative_error(*(torch.cat([r.gradients["x"] for r in of]) for of in (ranks, wanted))) < 1e-12
+        if "router" in wanted[0].gradients:
+            assert relative_error(*(sum(r.gradients["router"] for r in of) for of in (ranks, wanted))) < 1e-12
     for leaf in whole.bank.neuron_parameters():
         shards = [sum(r.gradients[leaf] for r in results if r.home == home) for home in range(sizes.homes)]
-        assert relative_error(torch.cat(shards), wanted[leaf]) < 1e-12, leaf
+        assert relative_error(torch.cat(shards), sum(r.gradients[leaf] for r in wanted)) < 1e-12, leaf
     if mode == "sparse":
         loads = torch.stack([r.load for r in results[:: sizes.tensor]])
-        assert loads.sum(0).tolist() == whole.expert_load.tolist()
+        assert loads.sum(0).tolist() == sum(r.load for r in wanted).tolist()
         if router == "first home" and NETWORKS[name].top_k <= 2:
             assert loads[:, EXPERTS // sizes.homes :].sum() == 0  # so every other home computes nothing
 

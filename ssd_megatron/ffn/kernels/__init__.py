@@ -12,7 +12,7 @@ from torch import Tensor
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.activations import Activation
 from ssd_megatron.ffn.bank import NeuronTensors
-from ssd_megatron.ffn.kernels import reference, torch_bmm
+from ssd_megatron.ffn.kernels import reference, torch_bmm, torch_tiles
 
 Kernel = Callable[[Tensor, Tensor, Tensor | None, NeuronTensors, Activation, int], Tensor]
 
@@ -65,6 +65,11 @@ def sparse_ffn(
     """
     assert x_TH.dtype == bank.w_in.dtype, (x_TH.dtype, bank.w_in.dtype)
     return BACKENDS[backend](x_TH, expert_ids_TK, gates_TK, bank, activation, num_experts)
+
+
+def tiles_pay(backend: str, tile_size: int, expert_size: int, device: torch.device) -> bool:
+    """Whether `torch_tiles.tiled_ffn` is this backend's faster way for tiles of tokens that share their experts."""
+    return backend == "torch" and torch_tiles.pays(tile_size, expert_size, device)
 
 
 def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
