@@ -1,5 +1,5 @@
-"""The sparse feed-forward network for tiles of tokens that share their experts, in plain PyTorch operators on CPU: part of
-backend "torch".
+"""The sparse feed-forward network for tiles of tokens that share their experts, in plain PyTorch operators on CPU: part
+of backend "torch".
 
 Shapes: M tiles of G tokens, H hidden, F neurons, E experts of N neurons, K experts per tile; c tiles of one chunk.
 
@@ -75,7 +75,7 @@ def _linear(x_cGH: Tensor, w_cFH: Tensor, b_cF: Tensor | None, out_cGF: Tensor) 
 
 
 class _Gradients:
-    """Sums over tiles of the gradients of weights, in at least fp32: a sum in bf16 would lose a bit per few tiles."""
+    """Sums over tiles of the gradients of weights, in at least fp32: in bf16 a long one would stand still."""
 
     def __init__(self, bank: NeuronTensors, num_experts: int) -> None:
         self._bank = bank
@@ -87,7 +87,9 @@ class _Gradients:
         total = self._sums[NeuronTensors._fields.index(field)]
         assert total is not None
         by_expert = total.view(self._num_experts, -1)
-        by_expert.index_add_(0, ids_cK.flatten(), per_tile.reshape(-1, by_expert.shape[1]).to(total.dtype))
+        rows = per_tile.reshape(-1, by_expert.shape[1])
+        for row, expert in zip(rows, ids_cK.flatten().tolist(), strict=True):  # index_add_ would need copies in fp32
+            by_expert[expert] += row
 
     def add_linear(self, weight: str, bias: str | None, d_cGF: Tensor, x_cGH: Tensor, ids_cK: Tensor) -> None:
         """Gradients of a linear layer's weight and bias, given that of its output."""
@@ -156,7 +158,7 @@ class _TiledFFN(torch.autograd.Function):
             d = torch.bmm(dy, chosen.w_out.mT, out=_scratch("hidden", tuple(pre.shape), pre))
             if dgates_MK is not None:
                 product = torch.mul(d, hidden, out=_scratch("dgate", tuple(pre.shape), pre))
-                dgates_MK[chunk] = product.unflatten(2, (ids.shape[1], -1)).sum((1, 3))
+                dgates_MK[chunk] = product.view(*product.shape[:2], ids.shape[1], -1).sum((1, 3))
 
             d_up = None if up is None else d * fired
             d_pre = activation.slope_(d if up is None else d.mul_(up), pre)
