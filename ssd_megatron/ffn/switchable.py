@@ -16,7 +16,7 @@ from ssd_megatron.ffn.bank import NeuronBank
 from ssd_megatron.ffn.homes import Homes
 from ssd_megatron.ffn.kernels import BACKENDS, sparse_ffn, tiles_pay
 from ssd_megatron.ffn.kernels.torch_tiles import tiled_ffn
-from ssd_megatron.ffn.routers import Router
+from ssd_megatron.ffn.routers import Choice, Router
 from ssd_megatron.ffn.tiles import cut, join, of_tokens, tile_inputs
 
 if TYPE_CHECKING:
@@ -50,6 +50,8 @@ class SwitchableFFN(nn.Module):
         observer: called in dense mode with the inputs [T, H] and the pre-activations that decide firing, [T, neurons of
             this tensor-parallel rank], both detached. The second is overwritten afterwards: an observer copies what it
             keeps.
+        chosen: called in training forward passes of sparse mode with the experts that the router chose [T, K] (of tiles
+            [M, K]); the network computes those that it returns.
         expert_load: int64 [E], tokens of this rank that each expert got in the last sparse forward.
 
     Args:
@@ -76,6 +78,7 @@ class SwitchableFFN(nn.Module):
         self.router = Router(s.hidden_size, s.num_experts, s.top_k, s.router_update, dtype=dtype)
         self.mode: Mode = "dense"
         self.observer: Callable[[Tensor, Tensor], None] | None = None
+        self.chosen: Choice | None = None
         self.expert_load = torch.zeros(s.num_experts, dtype=torch.int64)
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -103,8 +106,9 @@ class SwitchableFFN(nn.Module):
     def _sparse(self, x_sbH: Tensor) -> Tensor:
         num_experts, tile, homes = self.settings.num_experts, self.settings.routing_granularity, self.homes
         length, batch, width = x_sbH.shape
-        x_TH = x_sbH.reshape(-1, width)
-        expert_ids, gates = self.router.route(x_TH if tile == 1 else tile_inputs(x_sbH, tile), self._expert_means())
+        x_TH, chosen = x_sbH.reshape(-1, width), self.chosen if torch.is_grad_enabled() else None
+        routed = x_TH if tile == 1 else tile_inputs(x_sbH, tile)
+        expert_ids, gates = self.router.route(routed, self._expert_means(), chosen)
         expert_ids_TK = expert_ids if tile == 1 else of_tokens(expert_ids, length, batch, tile)
         ids = expert_ids_TK.flatten()
         self.expert_load = ids.new_zeros(num_experts).scatter_add_(0, ids, torch.ones_like(ids))
