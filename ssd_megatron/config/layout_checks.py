@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from ssd_megatron.config.check_list import CheckList, divisors_near
 from ssd_megatron.config.report import problem
+from ssd_megatron.config.schema import HASH_ROUTERS
 
 LAYOUT_CHECKS = CheckList()
 
@@ -46,6 +47,16 @@ def _experts_by_homes(tensor: int, expert: int, num_experts: int) -> Iterator[st
             expert,
             f"* parallel.tensor_parallel_size ({tensor}) must divide ssd.num_experts ({num_experts}): try "
             f"expert_parallel_size {hint}, or num_experts {math.lcm(num_experts, tensor * expert)}",
+        )
+
+
+@LAYOUT_CHECKS("ssd.router", "parallel.pipeline_parallel_size")
+def _hashes_by_pipeline(router: str, stages: int) -> Iterator[str]:
+    if stages > 1 and router in HASH_ROUTERS:
+        yield problem(
+            "parallel.pipeline_parallel_size",
+            stages,
+            f'does not work with ssd.router "{router}": only the first stage knows the token ids; use 1',
         )
 
 

@@ -1,5 +1,7 @@
 """The Transformer block: megatron-core's TransformerLayer with our feed-forward network and attention core."""
 
+from dataclasses import replace
+
 import torch
 from megatron.core.models.common.embeddings.rotary_pos_embedding import RotaryEmbedding
 from megatron.core.models.gpt.gpt_layer_specs import get_gpt_layer_local_spec
@@ -54,6 +56,10 @@ def ffn_settings(model: ModelConfig, ssd: SSDConfig, backend: str) -> FFNSetting
         router_update=ssd.router_update,
         backend=backend,
         routing_granularity=ssd.routing_granularity,
+        router=ssd.router,
+        load_balance=ssd.load_balance,
+        z_loss=ssd.z_loss,
+        balance_bias=ssd.balance_bias,
     )
 
 
@@ -77,6 +83,7 @@ class TransformerBlock(nn.Module):
         topology: Topology,
     ) -> None:
         super().__init__()
+        ffn = replace(ffn, hash_salt=layer_index)
         homes = Homes(topology, gather_again=not recompute, once_per_step=gather_once)
         self.layer = TransformerLayer(config, _submodules(model, ffn, homes), layer_number=layer_index + 1)
         for parameter in self.layer.self_attention.linear_qkv.parameters():
@@ -97,13 +104,16 @@ class TransformerBlock(nn.Module):
         assert isinstance(ffn, SwitchableFFN)
         return ffn
 
-    def forward(self, x_sbh: Tensor) -> Tensor:
+    def forward(self, x_sbh: Tensor, token_ids_bs: Tensor | None = None) -> Tensor:
+        """The layer; `token_ids_bs`, where they are known, are for routers that hash them."""
         if self.recompute and torch.is_grad_enabled():
-            recomputed: Tensor = checkpoint(self._forward, x_sbh, use_reentrant=False)
+            recomputed: Tensor = checkpoint(self._forward, x_sbh, token_ids_bs, use_reentrant=False)
             return recomputed
-        return self._forward(x_sbh)
+        return self._forward(x_sbh, token_ids_bs)
 
-    def _forward(self, x_sbh: Tensor) -> Tensor:
+    def _forward(self, x_sbh: Tensor, token_ids_bs: Tensor | None) -> Tensor:
+        # Here, so that a recomputed forward has them too; megatron-core's layer would not hand them on.
+        self.ffn.token_ids = token_ids_bs
         if x_sbh.size(1) == 0:
             # megatron-core's attention takes no empty batch; expert-parallel ranks meet in the network.
             nothing_sbh: Tensor = self.ffn(x_sbh)[0]

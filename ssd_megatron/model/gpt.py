@@ -82,8 +82,9 @@ class GPT(nn.Module):
         else:
             assert isinstance(inputs, Tensor)
             x_sbh = inputs
+        token_ids_bs = inputs[0] if isinstance(inputs, tuple) else None
         for block in self.blocks.values():
-            x_sbh = block(x_sbh)
+            x_sbh = block(x_sbh, token_ids_bs)
         return x_sbh if self.head is None else self.head(x_sbh)
 
     def token_losses(self, logits_sbv: Tensor, labels_bs: Tensor) -> Tensor:

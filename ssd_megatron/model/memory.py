@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 from ssd_megatron.config.load import Dtype, RunConfig
 from ssd_megatron.config.schema import ModelConfig, SSDConfig
-from ssd_megatron.model.cost import bank_parameters, ffn_matrices, norm_parameters, qkv_size
+from ssd_megatron.model.cost import bank_parameters, ffn_matrices, norm_parameters, qkv_size, router_parameters
 
 BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
 OPTIMIZER_BYTES = 12  # fp32 master and two fp32 moments (ZeRO, arXiv 1910.02054)
@@ -135,7 +135,7 @@ def rank_parameters(model: ModelConfig, ssd: SSDConfig, layout: Layout, stage: i
     h, tp, bias = model.hidden_size, layout.tensor, int(model.add_bias)
     word = model.padded_vocab_size // tp * h
     split = (h + bias) * qkv_size(model) // tp + h * h // tp
-    whole = bias * 2 * h + 2 * norm_parameters(model) + ssd.num_experts * h
+    whole = bias * 2 * h + 2 * norm_parameters(model) + router_parameters(model, ssd)
     layers = model.num_layers // layout.pipeline
     plain = layers * (split + whole)
     if stage == 0:

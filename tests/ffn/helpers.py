@@ -70,10 +70,17 @@ def gradients(y: Tensor, dy: Tensor, x: Tensor, gates: Tensor | None, bank: Neur
 
 
 def run(
-    backend: str, x: Tensor, dy: Tensor, ids: Tensor, gates: Tensor | None, bank: NeuronBank, experts: int
+    backend: str,
+    x: Tensor,
+    dy: Tensor,
+    ids: Tensor,
+    gates: Tensor | None,
+    bank: NeuronBank,
+    experts: int,
+    scaled: bool = False,
 ) -> dict[str, Tensor]:
     """Output and gradients by name."""
-    y = sparse_ffn(x, ids, gates, bank.tensors(), bank.activation, experts, backend)
+    y = sparse_ffn(x, ids, gates, bank.tensors(), bank.activation, experts, backend, scaled)
     return gradients(y, dy, x, gates, bank)
 
 

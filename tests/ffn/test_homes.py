@@ -39,6 +39,13 @@ NETWORKS = {
     "frozen": replace(SETTINGS, router_update="frozen", top_k=1),
     "avg_k": replace(SETTINGS, router_update="avg_k", activation="reglu"),
     "tiles": replace(SETTINGS, routing_granularity=3),
+    "switch": replace(SETTINGS, router="switch", top_k=2, load_balance=0.3, z_loss=0.2),
+    "pkm": replace(SETTINGS, num_experts=16, router="pkm"),
+    "mlp": replace(SETTINGS, router="mlp"),
+    "hash": replace(SETTINGS, router="hash", add_bias=False),
+    "oracle": replace(SETTINGS, router="oracle", activation="swiglu"),
+    "vanilla": replace(SETTINGS, num_experts=NEURONS, top_k=12, router="vanilla", activation="reglu"),
+    "random": replace(SETTINGS, router="random"),
     "all experts": replace(SETTINGS, router_update="frozen", top_k=EXPERTS),
 }
 # Sequence length of each data-parallel rank's input [sequence, 2, HIDDEN].
@@ -73,7 +80,8 @@ def given(name: str, lengths: str, router: str) -> Given:
 
     parameters = {key: 0.5 * normal(*p.shape) for key, p in network(name).named_parameters()}
     if router == "first home":
-        parameters["router.weight"][0 : EXPERTS // 4] += 4.0  # of four homes; two have more experts each
+        if "router.weight" in parameters:
+            parameters["router.weight"][0 : EXPERTS // 4] += 4.0  # of four homes; two have more experts each
         for rows in ("bank.w_in", "bank.w_gate"):
             if rows in parameters:
                 parameters[rows][: NEURONS // 4] += 4.0
@@ -100,7 +108,8 @@ def run(ffn: SwitchableFFN, mode: str, x: Tensor, dy: Tensor) -> tuple[Tensor, d
     x = x.clone().requires_grad_()
     y, _ = ffn(x)
     wanted = {"x": x, **ffn.bank.neuron_parameters()}
-    if mode == "sparse" and ffn.router.router_update == "straight_through":
+    ffn.token_ids = torch.arange(x.shape[0] * x.shape[1]).view(x.shape[1], x.shape[0])
+    if mode == "sparse" and ffn.router.learns:
         wanted["router"] = ffn.router.weight
     return y.detach(), dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), dy), strict=True))
 

@@ -26,6 +26,17 @@ def test_output_and_gradients_are_those_of_brute_force(activation: str, add_bias
     assert_close(run(backend, x, dy, ids, gates, bank, 6), wanted, 1e-12)
 
 
+@pytest.mark.parametrize("backend", PLAIN)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+def test_scaled_gates_multiply_outputs_and_have_the_brute_force_gradient(activation: str, backend: str) -> None:
+    torch.manual_seed(0)
+    bank = make_bank(12, 48, activation, True, torch.float64)
+    x, dy = make_inputs(21, 12, torch.float64)
+    ids, gates = choose(21, 6, 2), torch.rand(21, 2, dtype=torch.float64, requires_grad=True)
+    wanted = gradients(brute_force(x, ids, gates, bank, 6), dy, x, gates, bank)
+    assert_close(run(backend, x, dy, ids, gates, bank, 6, scaled=True), wanted, 1e-12)
+
+
 @pytest.mark.parametrize("activation", ["gelu", "swiglu"])
 @pytest.mark.parametrize("backend", PLAIN)
 def test_finite_differences(activation: str, backend: str) -> None:

@@ -104,22 +104,24 @@ def test_no_sequences_at_all(backend: str) -> None:
     assert all(not gradient.any() for gradient in got.values())
 
 
+@pytest.mark.parametrize("scaled", [False, True])
 @pytest.mark.parametrize("chunk_bytes", [1, 2**23])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("add_bias", [False, True])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_tiles_in_one_piece_equal_their_tokens(
-    activation: str, add_bias: bool, dtype: torch.dtype, chunk_bytes: int, monkeypatch: pytest.MonkeyPatch
+    activation: str, add_bias: bool, dtype: torch.dtype, chunk_bytes: int, scaled: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(torch_tiles, "CHUNK_BYTES", chunk_bytes)  # 1: a tile at a time
     torch.manual_seed(0)
     bank = make_bank(16, 48, activation, add_bias, dtype)
     ids, size = choose(5, 6, 2), 8
     x, dy = torch.randn(2, 5, size, 16).to(dtype)
-    x, gates = x.requires_grad_(), torch.ones(5, 2, dtype=torch.promote_types(dtype, torch.float32), requires_grad=True)
-    got = gradients(tiled_ffn(x, ids, gates, bank.tensors(), bank.activation, 6), dy, x, gates, bank)
+    gates = torch.rand(5, 2, dtype=torch.promote_types(dtype, torch.float32)) if scaled else torch.ones(5, 2).double()
+    x, gates = x.requires_grad_(), gates.requires_grad_()
+    got = gradients(tiled_ffn(x, ids, gates, bank.tensors(), bank.activation, 6, scaled), dy, x, gates, bank)
     per_token = (x.flatten(0, 1), ids.repeat_interleave(size, 0), gates.repeat_interleave(size, 0))
-    y = sparse_ffn(*per_token, bank.tensors(), bank.activation, 6, "reference").view_as(x)
+    y = sparse_ffn(*per_token, bank.tensors(), bank.activation, 6, "reference", scaled).view_as(x)
     tolerance = {torch.float64: 1e-12, torch.float32: 1e-5, torch.bfloat16: 2e-2}[dtype]
     assert_close(got, gradients(y, dy, x, gates, bank), tolerance)
 

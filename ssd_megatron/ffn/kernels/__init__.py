@@ -14,7 +14,7 @@ from ssd_megatron.ffn.activations import Activation
 from ssd_megatron.ffn.bank import NeuronTensors
 from ssd_megatron.ffn.kernels import reference, torch_bmm, torch_tiles
 
-Kernel = Callable[[Tensor, Tensor, Tensor | None, NeuronTensors, Activation, int], Tensor]
+Kernel = Callable[[Tensor, Tensor, Tensor | None, NeuronTensors, Activation, int, bool], Tensor]
 
 TRITON_DTYPES = (torch.bfloat16, torch.float16, torch.float32)
 
@@ -26,10 +26,11 @@ def _triton(
     bank: NeuronTensors,
     activation: Activation,
     num_experts: int,
+    scaled: bool,
 ) -> Tensor:
     from ssd_megatron.ffn.kernels import triton_ffn  # where it is used: the package triton need not be there
 
-    return triton_ffn.sparse_ffn(x_TH, expert_ids_TK, gates_TK, bank, activation, num_experts)
+    return triton_ffn.sparse_ffn(x_TH, expert_ids_TK, gates_TK, bank, activation, num_experts, scaled)
 
 
 BACKENDS: dict[str, Kernel] = {
@@ -47,11 +48,13 @@ def sparse_ffn(
     activation: Activation,
     num_experts: int,
     backend: str,
+    scaled: bool = False,
 ) -> Tensor:
     """The network restricted to the chosen experts of each token, without the last bias.
 
-    A gate's value is 1 by definition, so nothing is multiplied by it; its gradient is that of an expert's output
-    scaled by it: dgate = sum over the expert's neurons of (gradient of the neuron's output) * (that output).
+    A gate's gradient is that of an expert's output scaled by it: dgate = sum over the expert's neurons of (gradient of
+    the neuron's scaled output) * (its output). Its value is 1 by definition, and nothing is multiplied by it, unless
+    the gates are `scaled`.
 
     Args:
         x_TH: inputs, the bank's dtype.
@@ -60,11 +63,13 @@ def sparse_ffn(
         bank: per-neuron tensors; expert e is rows [e * F/E, (e + 1) * F/E).
         num_experts: E, divides F.
         backend: a name in BACKENDS.
+        scaled: an expert's output is multiplied by its gate; needs gates.
     Returns:
         y_TH in x's dtype. Gradients reach x, the gates and every tensor of the bank.
     """
     assert x_TH.dtype == bank.w_in.dtype, (x_TH.dtype, bank.w_in.dtype)
-    return BACKENDS[backend](x_TH, expert_ids_TK, gates_TK, bank, activation, num_experts)
+    assert gates_TK is not None or not scaled
+    return BACKENDS[backend](x_TH, expert_ids_TK, gates_TK, bank, activation, num_experts, scaled)
 
 
 def tiles_pay(backend: str, tile_size: int, expert_size: int, device: torch.device) -> bool:

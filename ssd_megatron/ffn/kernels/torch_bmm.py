@@ -49,9 +49,16 @@ def sparse_ffn(
     bank: NeuronTensors,
     activation: Activation,
     num_experts: int,
+    scaled: bool,
 ) -> Tensor:
     """See `ssd_megatron.ffn.kernels.sparse_ffn`."""
-    return _apply(x_TH, expert_ids_TK, gates_TK, activation, num_experts, *bank)
+    return _apply(x_TH, expert_ids_TK, gates_TK, activation, num_experts, scaled, *bank)
+
+
+def _of_slots(gates_TK: Tensor, slot_TK: Tensor, slots: int, dtype: torch.dtype) -> Tensor:
+    """The gate of each slot, [S, 1]; 0 in padding slots."""
+    gate_S = gates_TK.new_zeros(slots + 1, dtype=dtype)
+    return gate_S.index_copy_(0, slot_TK.flatten(), gates_TK.flatten().to(dtype))[:-1].unsqueeze(1)
 
 
 def _add_up(slot_TK: Tensor, rows_SH: Tensor, complete: bool) -> Tensor:
@@ -92,7 +99,8 @@ def _linear_grad(d_gCN: Tensor, rows_gCH: Tensor, dw_gNH: Tensor, db_gN: Tensor 
 
 
 class _SparseFFN(torch.autograd.Function):
-    """Arguments: x, expert ids, gates, activation, number of experts, then the fields of NeuronTensors."""
+    """Arguments: x, expert ids, gates, activation, number of experts, whether outputs are scaled by the gates, then the
+    fields of NeuronTensors."""
 
     @staticmethod
     def forward(
@@ -102,6 +110,7 @@ class _SparseFFN(torch.autograd.Function):
         gates_TK: Tensor | None,
         activation: Activation,
         num_experts: int,
+        scaled: bool,
         *neuron_tensors: Tensor,
     ) -> Tensor:
         width = x_TH.shape[1]
@@ -111,15 +120,18 @@ class _SparseFFN(torch.autograd.Function):
         pre_SN = x_TH.new_empty(len(token_S), bank.w_in.shape[1])
         up_SN = None if bank.w_gate is None else torch.empty_like(pre_SN)
         out_SH = _scratch("out", (len(token_S) + 1, width), x_TH)
+        gate_S1 = _of_slots(gates_TK, slot_TK, len(token_S), x_TH.dtype) if scaled and gates_TK is not None else None
         for segment in segments:
             expert = _of(segment, bank)
             rows = _gather(x_TH, token_of_row_S, segment)
             hidden = activation.act(_linear(rows, *expert.firing, segment.bucket(pre_SN)))
             if up_SN is not None:
                 hidden = hidden * _linear(rows, expert.w_in, expert.b_in, segment.bucket(up_SN))
+            if gate_S1 is not None:
+                hidden = hidden * segment.bucket(gate_S1)
             torch.bmm(hidden, expert.w_out, out=segment.bucket(out_SH))
         # What a recomputed forward would make again is saved as tensors, so that checkpointing frees it.
-        ctx.save_for_backward(x_TH, token_S, slot_TK, pre_SN, up_SN, *neuron_tensors)
+        ctx.save_for_backward(x_TH, token_S, slot_TK, pre_SN, up_SN, gate_S1, *neuron_tensors)
         ctx.segments, ctx.complete = segments, complete
         ctx.activation, ctx.num_experts = activation, num_experts
         return _add_up(slot_TK, out_SH, complete)
@@ -128,7 +140,7 @@ class _SparseFFN(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor | None, ...]:
         # First of all: under checkpointing this line runs the forward again, which uses the scratch memory.
-        x_TH, token_S, slot_TK, pre_SN, up_SN, *neuron_tensors = ctx.saved_tensors
+        x_TH, token_S, slot_TK, pre_SN, up_SN, gate_S1, *neuron_tensors = ctx.saved_tensors
         activation: Activation = ctx.activation
         bank = NeuronTensors(*neuron_tensors)
         grads = bank.each(torch.empty_like)
@@ -147,11 +159,14 @@ class _SparseFFN(torch.autograd.Function):
             hidden = fired if up is None else fired * up
 
             dy = _gather(padded_dy, token_S, segment)
-            torch.bmm(hidden.mT, dy, out=grad.w_out)
+            gate = None if gate_S1 is None else segment.bucket(gate_S1)
+            torch.bmm((hidden if gate is None else hidden * gate).mT, dy, out=grad.w_out)
             d = torch.bmm(dy, expert.w_out.mT, out=_scratch("hidden", pre.shape, pre))
             if dgate_S is not None:
                 product = torch.mul(d, hidden, out=_scratch("product", pre.shape, pre))
                 torch.sum(product.flatten(0, 1), dim=1, out=dgate_S[segment.slots])
+            if gate is not None:
+                d.mul_(gate)
 
             d_up = None if up is None else d * fired
             d_pre = activation.slope_(d if up is None else d.mul_(up), pre)
@@ -163,7 +178,7 @@ class _SparseFFN(torch.autograd.Function):
                 dx.baddbmm_(d_up, expert.w_in)
         dx_TH = _add_up(slot_TK, dx_SH, ctx.complete)
         dgates_TK = None if dgate_S is None else dgate_S[slot_TK]
-        return dx_TH, None, dgates_TK, None, None, *grads
+        return dx_TH, None, dgates_TK, None, None, None, *grads
 
 
 _apply: Callable[..., Tensor] = _SparseFFN.apply

@@ -36,13 +36,14 @@ def tiled_ffn(
     bank: NeuronTensors,
     activation: Activation,
     num_experts: int,
+    scaled: bool = False,
 ) -> Tensor:
     """As `ssd_megatron.ffn.kernels.sparse_ffn`, with experts and gates for each tile; all experts are here.
 
     Returns:
         y_MGH in x's dtype. A gate's gradient is the sum over the tile's tokens.
     """
-    return _apply(x_MGH, expert_ids_MK, gates_MK, activation, num_experts, *bank)
+    return _apply(x_MGH, expert_ids_MK, gates_MK, activation, num_experts, scaled, *bank)
 
 
 def _chunks(x_MGH: Tensor, rows: int) -> Iterator[slice]:
@@ -72,6 +73,12 @@ def _linear(x_cGH: Tensor, w_cFH: Tensor, b_cF: Tensor | None, out_cGF: Tensor) 
     if b_cF is None:
         return torch.bmm(x_cGH, w_cFH.mT, out=out_cGF)
     return torch.baddbmm(b_cF.unsqueeze(1), x_cGH, w_cFH.mT, out=out_cGF)
+
+
+def _of_neurons(gates_MK: Tensor, pre_MGF: Tensor) -> Tensor:
+    """The gate of each neuron of a tile, [M, 1, K * N]."""
+    size = pre_MGF.shape[2] // gates_MK.shape[1]
+    return gates_MK.to(pre_MGF.dtype).repeat_interleave(size, dim=1).unsqueeze(1)
 
 
 class _Gradients:
@@ -108,7 +115,8 @@ def _sum_dtype(t: Tensor) -> torch.dtype:
 
 
 class _TiledFFN(torch.autograd.Function):
-    """Arguments: x, expert ids, gates, activation, number of experts, then the fields of NeuronTensors."""
+    """Arguments: x, expert ids, gates, activation, number of experts, whether outputs are scaled by the gates, then the
+    fields of NeuronTensors."""
 
     @staticmethod
     def forward(
@@ -118,6 +126,7 @@ class _TiledFFN(torch.autograd.Function):
         gates_MK: Tensor | None,
         activation: Activation,
         num_experts: int,
+        scaled: bool,
         *neuron_tensors: Tensor,
     ) -> Tensor:
         bank, x_MGH = NeuronTensors(*neuron_tensors), x_MGH.contiguous()
@@ -125,14 +134,17 @@ class _TiledFFN(torch.autograd.Function):
         pre_MGF = x_MGH.new_empty(tiles, size, top_k * (len(bank.w_in) // num_experts))
         up_MGF = None if bank.w_gate is None else torch.empty_like(pre_MGF)
         y_MGH = torch.empty_like(x_MGH)
+        gate_M1F = _of_neurons(gates_MK, pre_MGF) if scaled and gates_MK is not None else None
         for chunk in _chunks(x_MGH, pre_MGF.shape[2]):
             chosen, x = _gathered(bank, expert_ids_MK[chunk], num_experts), x_MGH[chunk]
             hidden = activation.act(_linear(x, *chosen.firing, pre_MGF[chunk]))
             if up_MGF is not None:
                 hidden = hidden * _linear(x, chosen.w_in, chosen.b_in, up_MGF[chunk])
+            if gate_M1F is not None:
+                hidden = hidden * gate_M1F[chunk]
             torch.bmm(hidden, chosen.w_out, out=y_MGH[chunk])
         # What a recomputed forward would make again is saved as tensors, so that checkpointing frees it.
-        ctx.save_for_backward(x_MGH, expert_ids_MK, pre_MGF, up_MGF, *neuron_tensors)
+        ctx.save_for_backward(x_MGH, expert_ids_MK, pre_MGF, up_MGF, gate_M1F, *neuron_tensors)
         ctx.activation, ctx.num_experts = activation, num_experts
         return y_MGH
 
@@ -140,7 +152,7 @@ class _TiledFFN(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, dy_MGH: Tensor) -> tuple[Tensor | None, ...]:
         # First of all: under checkpointing this line runs the forward again, which uses the scratch memory.
-        x_MGH, expert_ids_MK, pre_MGF, up_MGF, *neuron_tensors = ctx.saved_tensors
+        x_MGH, expert_ids_MK, pre_MGF, up_MGF, gate_M1F, *neuron_tensors = ctx.saved_tensors
         bank, num_experts, activation = NeuronTensors(*neuron_tensors), ctx.num_experts, ctx.activation
         gradients, dy_MGH = _Gradients(bank, num_experts), dy_MGH.contiguous()
         dx_MGH = torch.empty_like(x_MGH)
@@ -154,11 +166,14 @@ class _TiledFFN(torch.autograd.Function):
             up = None if up_MGF is None else up_MGF[chunk]
             hidden = fired if up is None else fired * up
 
-            gradients.add_linear("w_out", None, hidden, dy, ids)
+            gate = None if gate_M1F is None else gate_M1F[chunk]
+            gradients.add_linear("w_out", None, hidden if gate is None else hidden * gate, dy, ids)
             d = torch.bmm(dy, chosen.w_out.mT, out=_scratch("hidden", tuple(pre.shape), pre))
             if dgates_MK is not None:
                 product = torch.mul(d, hidden, out=_scratch("dgate", tuple(pre.shape), pre))
                 dgates_MK[chunk] = product.view(*product.shape[:2], ids.shape[1], -1).sum((1, 3))
+            if gate is not None:
+                d.mul_(gate)
 
             d_up = None if up is None else d * fired
             d_pre = activation.slope_(d if up is None else d.mul_(up), pre)
@@ -167,7 +182,7 @@ class _TiledFFN(torch.autograd.Function):
             if d_up is not None:
                 gradients.add_linear("w_in", "b_in" if has_bias else None, d_up, x, ids)
                 dx.baddbmm_(d_up, chosen.w_in)
-        return dx_MGH, None, dgates_MK, None, None, *gradients.totals()
+        return dx_MGH, None, dgates_MK, None, None, None, *gradients.totals()
 
 
 _apply: Callable[..., Tensor] = _TiledFFN.apply
