@@ -12,7 +12,7 @@ from torch import Tensor
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.activations import Activation
 from ssd_megatron.ffn.bank import NeuronTensors
-from ssd_megatron.ffn.kernels import reference, torch_bmm
+from ssd_megatron.ffn.kernels import cpp_ffn, reference, torch_bmm
 
 Kernel = Callable[[Tensor, Tensor, Tensor | None, NeuronTensors, Activation, int], Tensor]
 
@@ -35,6 +35,7 @@ def _triton(
 BACKENDS: dict[str, Kernel] = {
     "reference": reference.sparse_ffn,
     "torch": torch_bmm.sparse_ffn,
+    "cpp": cpp_ffn.sparse_ffn,
     "triton": _triton,
 }
 
