@@ -4,19 +4,22 @@
 
 The dense run of --steps steps sets the loss. SSD runs of a few lengths, each with a whole learning-rate schedule of its
 own, end around it; the length that ends with exactly the dense loss is interpolated. In the model feed-forward
-networks take most of a step, in fp32. Seconds are those of the steps (the median of each mode times their number, as a
-machine may be shared), of switches and of checks; evaluations and checkpoints are left out of both. Runs that are
-finished are not made again: a stopped benchmark goes on, and runs of several calls add up. Plots go to --out.
+networks take most of a step, in fp32. A machine may be shared, and hours apart: what a step of either mode takes comes
+from one short run of the same settings in which the modes take turns every few steps (the median of each), switches and
+checks from the runs themselves, in steps of theirs. Evaluations and checkpoints are left out. Runs that are finished
+are not made again: a stopped benchmark goes on, and runs of several calls add up; --time_again makes the short ones
+anew. Plots go to --out.
 """
 
 import math
 import os
+import shutil
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
-from itertools import pairwise
+from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +33,11 @@ from ssd_megatron.parallel.device import IS_CUDA
 from ssd_megatron.training.metrics import read_metrics
 
 GOAL = 1.4 if IS_CUDA else 1.25  # times faster in wall-clock
+DENSE = "dense"
+TURN = 4  # steps of one mode before the other's, in the run that is timed
+
+Phase = tuple[int, str]
+StepSeconds = dict[str, float]  # of one step, by mode
 
 
 @dataclass(frozen=True)
@@ -78,10 +86,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--lengths", type=float, nargs="+", default=[1.0, 1.2], help="of SSD runs, in dense runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
+    parser.add_argument("--timed_steps", type=int, default=64, help="of the run in which the modes take turns")
+    parser.add_argument("--time_again", action="store_true", help="measure what steps take even if it is known")
     parser.add_argument("--out", type=Path, default=Path("runs/time_to_loss"))
     arguments = parser.parse_args(argv)
     if arguments.quick:
-        arguments.steps, arguments.lengths, arguments.out = 20, [1.0, 1.5], arguments.out / "quick"
+        arguments.steps, arguments.lengths, arguments.timed_steps = 20, [1.0, 1.5], 16
+        arguments.out /= "quick"
     make_embedded_corpus()
     rows = (row for name in arguments.trials for row in compare(name, TRIALS[name], arguments))
     return 0 if report("time to the dense run's loss", rows, arguments.json) else 1
@@ -89,15 +100,18 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def compare(name: str, trial: Trial, arguments: Any) -> Iterator[Row]:
     """Run what is missing of one trial."""
-    run = partial(_run, arguments.out.resolve(), trial, arguments.threads)
-    dense = _mean([run("dense", arguments.steps, 0.0, seed) for seed in arguments.seeds])
+    out = arguments.out.resolve()
+    step_seconds = _time_steps(out, trial, arguments, name)
+    run = partial(_run, out, trial, arguments.threads, step_seconds)
+    dense = _mean([run(DENSE, arguments.steps, seed) for seed in arguments.seeds])
     runs = [
-        _mean([run(name, round(length * arguments.steps), trial.sparse, seed) for seed in arguments.seeds])
+        _mean([run(name, round(length * arguments.steps), seed) for seed in arguments.seeds])
         for length in arguments.lengths
     ]
     _draw(arguments.out / f"{name}.png", name, dense, runs)
     at = at_equal_loss(runs, dense.loss)
     details: dict[str, float | str] = {"dense loss": dense.loss, "dense s": dense.seconds}
+    details["speed-up of a sparse step"] = step_seconds["dense"] / step_seconds["sparse"]
     for length, reached in zip(arguments.lengths, runs, strict=True):
         details[f"loss x{length:g}"] = f"{reached.loss / dense.loss - 1:+.2%}"
         details[f"time x{length:g}"] = reached.seconds / dense.seconds
@@ -125,10 +139,18 @@ def _costs(short: Reached, long: Reached) -> tuple[tuple[float, float], tuple[fl
     return (short.seconds, long.seconds), (short.flops, long.flops)
 
 
-def _config(trial: Trial, steps: int, sparse: float, seed: int, run_dir: Path) -> dict[str, Any]:
-    """4 layers, hidden 256, d_ff 2048 in 16 experts of which 4 are computed; 2,048 tokens a step."""
+def trial_phases(trial: Trial, steps: int) -> list[Phase]:
+    """Dense, sparse, dense."""
     first = round(trial.first * steps)
-    phases = [(1, "dense"), (first + 1, "sparse"), (first + round(sparse * steps) + 1, "dense")]
+    return [(1, "dense"), (first + 1, "sparse"), (first + round(trial.sparse * steps) + 1, "dense")]
+
+
+def _config(trial: Trial, steps: int, phases: Sequence[Phase], seed: int, run_dir: Path) -> dict[str, Any]:
+    """4 layers, hidden 256, d_ff 2048 in 16 experts of which 4 are computed; 2,048 tokens a step.
+
+    Args:
+        phases: none for a dense run.
+    """
     schedule = {"schedule": "fixed", "phases": [{"start_step": step, "mode": mode} for step, mode in phases]}
     model = {
         "num_layers": 4,
@@ -157,7 +179,7 @@ def _config(trial: Trial, steps: int, sparse: float, seed: int, run_dir: Path) -
                 "split": "949,50,1",
                 "cache_dir": str(run_dir.parent / "data_cache"),
             },
-            "ssd": {"num_experts": 16, "top_k": 4} | dict(trial.ssd) | (schedule if sparse else {"schedule": "dense"}),
+            "ssd": {"num_experts": 16, "top_k": 4} | dict(trial.ssd) | (schedule if phases else {"schedule": "dense"}),
             "training": {"train_steps": steps, "eval_interval": max(1, steps // 10), "eval_steps": 32},
             "checkpoint": {"interval": max(1, steps // 4), "keep_last": 1},
             "logging": {"plots": False},
@@ -165,21 +187,42 @@ def _config(trial: Trial, steps: int, sparse: float, seed: int, run_dir: Path) -
     }
 
 
-def _run(out: Path, trial: Trial, threads: int, name: str, steps: int, sparse: float, seed: int) -> Reached:
+def _run(out: Path, trial: Trial, threads: int, step_seconds: StepSeconds, name: str, steps: int, seed: int) -> Reached:
     """`dense` runs depend on the model alone: trials of the same model share them."""
-    of_model = "".join(f" {value}" for _, value in trial.model) if name == "dense" else ""
-    run_dir = out / f"{name}{of_model} {steps} seed {seed}".replace(" ", "-").replace("%", "percent")
-    summary = finish_run(_config(trial, steps, sparse, seed, run_dir), threads)
-    return Reached(summary["loss_dense"], _seconds(read_metrics(run_dir)), summary["flops"])
+    of_model = "".join(f" {value}" for _, value in trial.model) if name == DENSE else ""
+    run_dir = _folder(out, f"{name}{of_model} {steps} seed {seed}")
+    phases = [] if name == DENSE else trial_phases(trial, steps)
+    summary = finish_run(_config(trial, steps, phases, seed, run_dir), threads)
+    return Reached(summary["loss_dense"], run_seconds(read_metrics(run_dir), step_seconds), summary["flops"])
 
 
-def _seconds(records: Sequence[dict[str, Any]]) -> float:
+def _time_steps(out: Path, trial: Trial, arguments: Any, name: str) -> StepSeconds:
+    """Median seconds of a step in each mode, from a run in which they take turns."""
+    run_dir = _folder(out, f"{name} in turns")
+    if arguments.time_again and run_dir.exists():
+        shutil.rmtree(run_dir)
+    modes = cycle(("dense", "sparse"))
+    phases = [(start, next(modes)) for start in range(1, arguments.timed_steps, TURN)]
+    finish_run(_config(trial, arguments.timed_steps, phases, 1, run_dir), arguments.threads)
+    return median_seconds(read_metrics(run_dir))
+
+
+def _folder(out: Path, name: str) -> Path:
+    return out / name.replace(" ", "-").replace("%", "percent")
+
+
+def median_seconds(records: Sequence[dict[str, Any]]) -> StepSeconds:
+    """Of the steps of each mode."""
     steps = [record for record in records if record["kind"] == "train"]
-    seconds = sum(record["seconds"] for record in records if record["kind"] in ("switch", "check"))
-    for mode in {record["mode"] for record in steps}:
-        of_mode = [record["seconds"] for record in steps if record["mode"] == mode]
-        seconds += len(of_mode) * statistics.median(of_mode)
-    return float(seconds)
+    modes = {record["mode"] for record in steps}
+    return {mode: statistics.median(step["seconds"] for step in steps if step["mode"] == mode) for mode in modes}
+
+
+def run_seconds(records: Sequence[dict[str, Any]], step_seconds: StepSeconds) -> float:
+    """What a run takes where steps take `step_seconds`; its switches and checks in dense steps of its own."""
+    between = sum(record["seconds"] for record in records if record["kind"] in ("switch", "check"))
+    steps = sum(step_seconds[record["mode"]] for record in records if record["kind"] == "train")
+    return float(steps + between * step_seconds["dense"] / median_seconds(records)["dense"])
 
 
 def _mean(runs: Sequence[Reached]) -> Reached:

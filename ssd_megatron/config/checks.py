@@ -143,6 +143,19 @@ def _recorded_partition(partition: str | Path) -> Iterator[str]:
         yield problem("ssd.partition", partition, "is no file: record it first, or use kmeans")
 
 
+@CHECKS("ssd.routing", "ssd.record_routing", "ssd.schedule", "training.recompute")
+def _recorded_routing(routing: str | Path, record: Path | None, schedule: str, recompute: str) -> Iterator[str]:
+    if isinstance(routing, Path) and not routing.is_dir():
+        yield problem("ssd.routing", routing, "is no folder: record it first with ssd.record_routing, or use live")
+    if isinstance(routing, Path) and record is not None:
+        yield problem("ssd.record_routing", record, f"cannot go with ssd.routing ({routing}): keep one of them")
+    for name, value in (("routing", None if routing == "live" else routing), ("record_routing", record)):
+        if value is not None and schedule == "dense":
+            yield problem(f"ssd.{name}", value, f'has no effect with ssd.schedule "{schedule}": leave it out')
+        if value is not None and recompute != "none":
+            yield problem(f"ssd.{name}", value, f'needs training.recompute "none", and it is "{recompute}"')
+
+
 @CHECKS("training.train_steps", "training.stop_after_step")
 def _stop(steps: int, stop: int | None) -> Iterator[str]:
     if stop is not None and stop > steps:

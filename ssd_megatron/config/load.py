@@ -98,6 +98,8 @@ _FREE_TO_CHANGE = frozenset(
         "optimizer.params.fused",
         "optimizer.params.torch_adam",
         "ssd.backend",
+        "ssd.record_routing",
+        "ssd.routing",
         "ssd.rebalance_limit",
         "training.eval_interval",
         "training.eval_steps",
@@ -131,6 +133,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, world_size: int, h
     problems += found
     problems += run_checks(values, {shown(field) for field in _flat(raw)})
     problems += _precision(values, hardware)
+    problems += _recording(values, world_size)
     batch, batch_problems = _batch(values, world_size, hardware)
     problems += batch_problems
     if problems or batch is None:
@@ -167,6 +170,14 @@ def _precision(values: dict[str, Any], hardware: Hardware) -> Iterator[str]:
                 f'communication_data_type ("{sent}") does not hold for expert-parallel weights, whose gradients are '
                 f"reduced in the type of training, {dtype}: leave it out, or use expert_parallel_size 1"
             )
+
+
+def _recording(values: dict[str, Any], world_size: int) -> Iterator[str]:
+    if values.get("ssd.record_routing") is not None and world_size > 1:
+        yield (
+            f"ssd.record_routing ({values['ssd.record_routing']}) works in one process, and this job has {world_size}: "
+            "record there, then replay with ssd.routing on any layout"
+        )
 
 
 def _dtype(fp16: bool, bf16: bool | Literal["auto"], hardware: Hardware) -> Dtype:

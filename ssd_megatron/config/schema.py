@@ -124,8 +124,7 @@ class ParallelConfig(Section):
     )
     timeout_seconds: Positive = optional(
         1800,
-        "Longest wait for another rank; then the job ends. On gloo it says which operation waited; on NCCL "
-        "the watchdog ends the process.",
+        "Longest wait for another rank; then the job ends and says what waited.",
     )
 
     @property
@@ -159,8 +158,13 @@ class SSDConfig(Section):
     partition: Literal["kmeans", "coactivation", "random"] | RecordedPartition = optional(
         "kmeans", "How neurons form experts: `kmeans`, `coactivation`, `random`, or the path of a recorded partition."
     )
-    routing: Annotated[str, only("live", "cannot be replayed from a file yet: use live")] = optional(
-        "live", "Which experts a token gets: as the router says; a recorded routing is not supported yet."
+    routing: Literal["live"] | FilePath = optional(
+        "live",
+        "Which experts a token gets in training: as the router says, or the folder of a recorded routing of the same "
+        "samples, on any layout (to compare runs where a tie would choose).",
+    )
+    record_routing: FilePath | None = optional(
+        None, "Folder for the experts of every token of every sparse step, for `routing`; null: none; one process only."
     )
     router: Literal["centroid"] = optional("centroid", "Scores of experts: the token times their mean normalised row.")
     router_update: Literal["straight_through", "frozen", "avg_k"] = optional(

@@ -16,6 +16,9 @@ from torch.autograd.function import once_differentiable
 ROUTER_UPDATES = ("straight_through", "frozen", "avg_k")
 
 
+Choice = Callable[[Tensor], Tensor]  # experts [T, K] int64 in, experts [T, K] out
+
+
 class Routing(NamedTuple):
     """Where each token goes.
 
@@ -41,8 +44,12 @@ class _StraightThrough(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, weight_EH: Tensor, top_k: int) -> tuple[Tensor, Tensor]:
-        scores_TK, expert_ids_TK = expert_scores(x_TH, weight_EH).topk(top_k, dim=1)
+    def forward(ctx: Any, x_TH: Tensor, weight_EH: Tensor, top_k: int, chosen: Choice | None) -> tuple[Tensor, Tensor]:
+        scores_TE = expert_scores(x_TH, weight_EH)
+        scores_TK, expert_ids_TK = scores_TE.topk(top_k, dim=1)
+        if chosen is not None:
+            expert_ids_TK = chosen(expert_ids_TK)
+            scores_TK = scores_TE.gather(1, expert_ids_TK)
         p_TK = scores_TK.softmax(dim=1)
         ctx.save_for_backward(x_TH, weight_EH, expert_ids_TK, p_TK)
         ctx.mark_non_differentiable(expert_ids_TK)
@@ -50,12 +57,12 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: None, dgates_TK: Tensor) -> tuple[Tensor, Tensor, None]:
+    def backward(ctx: Any, _: None, dgates_TK: Tensor) -> tuple[Tensor, Tensor, None, None]:
         x_TH, weight_EH, expert_ids_TK, p_TK = ctx.saved_tensors
         dp_TK = p_TK * dgates_TK
         dscores_TK = dp_TK - p_TK * dp_TK.sum(dim=1, keepdim=True)
         dscores_TE = x_TH.new_zeros(len(x_TH), len(weight_EH)).scatter_(1, expert_ids_TK, dscores_TK.to(x_TH.dtype))
-        return dscores_TE @ weight_EH, dscores_TE.T @ x_TH, None
+        return dscores_TE @ weight_EH, dscores_TE.T @ x_TH, None, None
 
 
 _straight_through: Callable[..., tuple[Tensor, Tensor]] = _StraightThrough.apply
@@ -96,19 +103,21 @@ class Router(nn.Module):
         """Scores come from the bank's current rows instead of `weight`."""
         return self.router_update == "avg_k"
 
-    def route(self, x_TH: Tensor, means_EH: Tensor | None = None) -> Routing:
+    def route(self, x_TH: Tensor, means_EH: Tensor | None = None, chosen: Choice | None = None) -> Routing:
         """Choose experts for each token.
 
         Args:
             x_TH: inputs of the feed-forward network.
             means_EH: mean row of each expert; given if and only if `reads_bank`.
+            chosen: gets the experts with the best scores and returns those to take instead.
         """
         assert (means_EH is not None) == self.reads_bank, self.router_update
         if self.router_update == "straight_through":
-            return Routing(*_straight_through(x_TH, self.weight, self.top_k))
+            return Routing(*_straight_through(x_TH, self.weight, self.top_k, chosen))
         with torch.no_grad():
             scores_TE = expert_scores(x_TH, self.weight if means_EH is None else means_EH)
-            return Routing(scores_TE.topk(self.top_k, dim=1).indices, None)
+            expert_ids_TK = scores_TE.topk(self.top_k, dim=1).indices
+            return Routing(expert_ids_TK if chosen is None else chosen(expert_ids_TK), None)
 
 
 @torch.no_grad()

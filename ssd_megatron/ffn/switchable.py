@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ssd_megatron.ffn.bank import NeuronBank
 from ssd_megatron.ffn.homes import Homes
 from ssd_megatron.ffn.kernels import BACKENDS, sparse_ffn
-from ssd_megatron.ffn.routers import Router
+from ssd_megatron.ffn.routers import Choice, Router
 
 if TYPE_CHECKING:
     from megatron.core.transformer import TransformerConfig
@@ -47,6 +47,8 @@ class SwitchableFFN(nn.Module):
         observer: called in dense mode with the inputs [T, H] and the pre-activations that decide firing, [T, neurons of
             this tensor-parallel rank], both detached. The second is overwritten afterwards: an observer copies what it
             keeps.
+        chosen: called in training forward passes of sparse mode with the experts that the router chose [T, K]; the
+            network computes those that it returns.
         expert_load: int64 [E], tokens of this rank that each expert got in the last sparse forward.
 
     Args:
@@ -73,6 +75,7 @@ class SwitchableFFN(nn.Module):
         self.router = Router(s.hidden_size, s.num_experts, s.top_k, s.router_update, dtype=dtype)
         self.mode: Mode = "dense"
         self.observer: Callable[[Tensor, Tensor], None] | None = None
+        self.chosen: Choice | None = None
         self.expert_load = torch.zeros(s.num_experts, dtype=torch.int64)
 
     def forward(self, x: Tensor, padding_mask: Tensor | None = None) -> tuple[Tensor, Tensor | None]:
@@ -100,7 +103,8 @@ class SwitchableFFN(nn.Module):
 
     def _sparse(self, x_TH: Tensor) -> Tensor:
         num_experts, homes = self.settings.num_experts, self.homes
-        expert_ids_TK, gates_TK = self.router.route(x_TH, self._expert_means())
+        chosen = self.chosen if torch.is_grad_enabled() else None
+        expert_ids_TK, gates_TK = self.router.route(x_TH, self._expert_means(), chosen)
         ids = expert_ids_TK.flatten()
         self.expert_load = ids.new_zeros(num_experts).scatter_add_(0, ids, torch.ones_like(ids))
         # A tensor-parallel rank has the gradients of its own experts' gates only; the router, which all have alike,

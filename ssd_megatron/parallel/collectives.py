@@ -4,6 +4,7 @@ that waits in vain says for what, instead of hanging; ranks that see different t
 import hashlib
 import json
 import re
+import time
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ def named(what: str) -> Iterator[None]:
 
     Names may be nested: a message has all of them, the outermost first. Other errors pass.
     """
+    UNDER_WAY.append((what, time.monotonic()))
     try:
         yield
     except CollectiveError as error:
@@ -34,6 +36,12 @@ def named(what: str) -> Iterator[None]:
         if not _is_from_communication(error):
             raise
         raise CollectiveError(f"{what}: another rank ended or did not answer ({_reason(error)})") from error
+    finally:
+        UNDER_WAY.pop()
+
+
+# Names within which this process is now, and since when (time.monotonic), outermost first; waits.py reads it.
+UNDER_WAY: list[tuple[str, float]] = []
 
 
 def _is_from_communication(error: RuntimeError) -> bool:

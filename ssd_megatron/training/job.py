@@ -16,6 +16,7 @@ from ssd_megatron.errors import ConfigError
 from ssd_megatron.parallel.collectives import named
 from ssd_megatron.parallel.device import detect_hardware, keep_freed_memory, missing_packages, peak_tflops, share_cores
 from ssd_megatron.parallel.topology import Topology
+from ssd_megatron.parallel.waits import waits_watched
 from ssd_megatron.training.assembly import assemble, probe_parts
 from ssd_megatron.training.checkpoint import Checkpointer, Trained
 from ssd_megatron.training.console import Console
@@ -24,6 +25,7 @@ from ssd_megatron.training.engine import Batch
 from ssd_megatron.training.metrics import MetricsLog
 from ssd_megatron.training.monitor import Monitor, silence_engine_events
 from ssd_megatron.training.plots import draw_run
+from ssd_megatron.training.routing_record import step_routing
 from ssd_megatron.training.run_folder import RunFolder, versions
 from ssd_megatron.training.run_log import RunLog
 from ssd_megatron.training.signals import StopRequests
@@ -67,7 +69,8 @@ def run_job(config: RunConfig, folder: RunFolder, tokenizer: Tokenizer, topology
     """
     console = _console(config) if topology.is_first else None
     try:
-        done, status = _train(config, folder, tokenizer, topology, console)
+        with waits_watched(topology.rank, config.ssd_megatron.parallel.timeout_seconds):
+            done, status = _train(config, folder, tokenizer, topology, console)
     finally:
         if console is not None:
             console.close()
@@ -132,6 +135,7 @@ def _train(
         batches=_train_batches(config, datasets, topology, first_step=done + 1),
         eval_batches=_eval_batches(config, datasets, topology),
         partitions=folder.path / "partitions",
+        routing=step_routing(config, model, topology),
         log=log,
         stop=stop,
         counters=Counters(**counters),

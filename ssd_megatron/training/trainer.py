@@ -20,6 +20,7 @@ from ssd_megatron.switching.partition import save_partition
 from ssd_megatron.training.checkpoint import Checkpointer
 from ssd_megatron.training.console import StepLine
 from ssd_megatron.training.engine import Batch, Engine, StepResult
+from ssd_megatron.training.routing_record import StepRouting
 from ssd_megatron.training.run_log import RunLog
 from ssd_megatron.training.signals import StopRequests
 
@@ -46,6 +47,7 @@ class Trainer:
         batches: this rank's microbatches from that step on.
         eval_batches: this rank's part of the fixed evaluation batches.
         partitions: folder where each switch records its experts, for ssd.partition.
+        routing: around each training step, see `step_routing`.
         peak_flops: peak FLOP/s of one device, or None where it is not known.
     """
 
@@ -61,6 +63,7 @@ class Trainer:
         batches: Iterator[Batch],
         eval_batches: list[Batch],
         partitions: Path,
+        routing: StepRouting,
         log: RunLog,
         stop: StopRequests,
         counters: Counters,
@@ -77,6 +80,7 @@ class Trainer:
         self._batches = batches
         self._eval_batches = eval_batches
         self._partitions = partitions
+        self._routing = routing
         self._log = log
         self._stop = stop
         self._counters = counters
@@ -134,7 +138,7 @@ class Trainer:
         mode = self._coordinator.mode
         started = time.perf_counter()
         batch = [next(self._batches) for _ in range(self._config.gradient_accumulation_steps)]
-        with named(f"training step {step}"):
+        with named(f"training step {step}"), self._routing(step, mode):
             result = self._engine.train_step(batch)
         seconds = time.perf_counter() - started
         self._done = step

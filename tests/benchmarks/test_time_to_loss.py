@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.time_to_loss import TRIALS, Reached, _config, at_equal_loss
+from benchmarks.time_to_loss import TRIALS, Reached, _config, at_equal_loss, run_seconds, trial_phases
 from ssd_megatron.config.load import Hardware, load_config
 
 
@@ -20,10 +20,18 @@ def test_cost_at_equal_loss_lies_between_runs_in_the_logarithm() -> None:
     assert at_equal_loss(runs, 3.8) is None
 
 
+def test_a_run_is_counted_in_steps_measured_elsewhere() -> None:
+    """A machine that was three times as slow, and once slower still, while it ran."""
+    steps = [("dense", 3.0), ("dense", 3.0), ("dense", 90.0), ("sparse", 1.5), ("sparse", 1.5)]
+    records = [{"kind": "train", "mode": mode, "seconds": seconds} for mode, seconds in steps]
+    records += [{"kind": "switch", "seconds": 6.0}, {"kind": "check", "seconds": 0.3}, {"kind": "eval"}]
+    assert run_seconds(records, {"dense": 1.0, "sparse": 0.6}) == pytest.approx(3 * 1.0 + 2 * 0.6 + 6.3 / 3)
+
+
 @pytest.mark.parametrize("name", TRIALS)
 def test_every_trial_is_a_run_that_can_be_made(name: str, tmp_path: Path) -> None:
     trial = TRIALS[name]
-    config = _config(trial, 600, trial.sparse, 1, tmp_path / "run")
+    config = _config(trial, 600, trial_phases(trial, 600), 1, tmp_path / "run")
     path = tmp_path / "ds.json"
     path.write_text(json.dumps(config))
     ssd = load_config(path, world_size=1, hardware=Hardware("cpu", False, "test")).ssd_megatron.ssd

@@ -63,7 +63,6 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"ssd_megatron.weight_sparsity": {"sparsity": 0.9}}, "is not in this version (sparse weights): leave it out"),
     ({"ssd_megatron.ffn_expansion": 4}, "ssd_megatron.ffn_expansion (4) is not in this version"),
     ({f"{DATA}.reset_attention_mask": True}, "data.reset_attention_mask (true) is not supported yet: use false"),
-    ({f"{SSD}.routing": "routes.safetensors"}, "cannot be replayed from a file yet: use live"),
     ({f"{SSD}.routing_granularity": 8}, "ssd.routing_granularity (8) is not supported yet: use 1"),
     ({f"{SSD}.router": "mlp"}, 'ssd.router ("mlp") must be "centroid"'),
     (
@@ -188,6 +187,19 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
     ({f"{DATA}.test_paths": ["a"]}, 'data.test_paths (["a"]) needs data.train_paths'),
     ({f"{DATA}.split": "90,10"}, 'data.split ("90,10") must be three weights for train, validation and test'),
     ({f"{SSD}.partition": "kmean"}, 'ssd.partition ("kmean") must be kmeans, coactivation, random, or the path'),
+    ({f"{SSD}.routing": "none"}, 'ssd.routing ("none") is no folder: record it first with ssd.record_routing'),
+    (
+        {f"{SSD}.routing": "/tmp", f"{SSD}.record_routing": "new"},
+        'ssd.record_routing ("new") cannot go with ssd.routing (/tmp): keep one of them',
+    ),
+    (
+        {f"{SSD}.record_routing": "new", "ssd_megatron.training.recompute": "full"},
+        'ssd.record_routing ("new") needs training.recompute "none", and it is "full"',
+    ),
+    (
+        {f"{SSD}.record_routing": "new", f"{SSD}.schedule": "dense"},
+        'ssd.record_routing ("new") has no effect with ssd.schedule "dense": leave it out',
+    ),
     ({f"{SSD}.partition": "none.safetensors"}, 'ssd.partition ("none.safetensors") is no file: record it first'),
     # Batches.
     ({"train_batch_size": DROP}, "train_batch_size is missing: samples per optimizer step over all ranks"),
