@@ -13,6 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ssd_megatron.ffn.kernels import cpp_router
+
 ROUTER_UPDATES = ("straight_through", "frozen", "avg_k")
 
 
@@ -44,25 +46,35 @@ class _StraightThrough(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, weight_EH: Tensor, top_k: int, chosen: Choice | None) -> tuple[Tensor, Tensor]:
-        scores_TE = expert_scores(x_TH, weight_EH)
-        scores_TK, expert_ids_TK = scores_TE.topk(top_k, dim=1)
+    def forward(
+        ctx: Any, x_TH: Tensor, weight_EH: Tensor, top_k: int, chosen: Choice | None, backend: str
+    ) -> tuple[Tensor, Tensor]:
+        if backend == "cpp":
+            scores_TE = cpp_router.expert_scores(x_TH, weight_EH)
+            scores_TK, expert_ids_TK = cpp_router.top_k(scores_TE, top_k)
+        else:
+            scores_TE = expert_scores(x_TH, weight_EH)
+            scores_TK, expert_ids_TK = scores_TE.topk(top_k, dim=1)
         if chosen is not None:
             expert_ids_TK = chosen(expert_ids_TK)
             scores_TK = scores_TE.gather(1, expert_ids_TK)
         p_TK = scores_TK.softmax(dim=1)
         ctx.save_for_backward(x_TH, weight_EH, expert_ids_TK, p_TK)
+        ctx.backend = backend
         ctx.mark_non_differentiable(expert_ids_TK)
         return expert_ids_TK, torch.ones_like(p_TK)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: None, dgates_TK: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, _: None, dgates_TK: Tensor) -> tuple[Tensor, Tensor, None, None, None]:
         x_TH, weight_EH, expert_ids_TK, p_TK = ctx.saved_tensors
+        if ctx.backend == "cpp":
+            dx_TH, dweight_EH = cpp_router.score_gradients(dgates_TK, p_TK, expert_ids_TK, x_TH, weight_EH)
+            return dx_TH, dweight_EH, None, None, None
         dp_TK = p_TK * dgates_TK
         dscores_TK = dp_TK - p_TK * dp_TK.sum(dim=1, keepdim=True)
         dscores_TE = x_TH.new_zeros(len(x_TH), len(weight_EH)).scatter_(1, expert_ids_TK, dscores_TK.to(x_TH.dtype))
-        return dscores_TE @ weight_EH, dscores_TE.T @ x_TH, None, None
+        return dscores_TE @ weight_EH, dscores_TE.T @ x_TH, None, None, None
 
 
 _straight_through: Callable[..., tuple[Tensor, Tensor]] = _StraightThrough.apply
@@ -87,6 +99,7 @@ class Router(nn.Module):
         top_k: int,
         router_update: str,
         *,
+        backend: str = "torch",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -96,6 +109,7 @@ class Router(nn.Module):
         self.num_experts = num_experts
         self.top_k = top_k
         self.router_update = router_update
+        self.backend = backend
         self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=dtype, device=device))
 
     @property
@@ -113,7 +127,7 @@ class Router(nn.Module):
         """
         assert (means_EH is not None) == self.reads_bank, self.router_update
         if self.router_update == "straight_through":
-            return Routing(*_straight_through(x_TH, self.weight, self.top_k, chosen))
+            return Routing(*_straight_through(x_TH, self.weight, self.top_k, chosen, self.backend))
         with torch.no_grad():
             scores_TE = expert_scores(x_TH, self.weight if means_EH is None else means_EH)
             expert_ids_TK = scores_TE.topk(self.top_k, dim=1).indices

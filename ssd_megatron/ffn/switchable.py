@@ -72,7 +72,7 @@ class SwitchableFFN(nn.Module):
             homes=self.homes.count,
             dtype=dtype,
         )
-        self.router = Router(s.hidden_size, s.num_experts, s.top_k, s.router_update, dtype=dtype)
+        self.router = Router(s.hidden_size, s.num_experts, s.top_k, s.router_update, backend=s.backend, dtype=dtype)
         self.mode: Mode = "dense"
         self.observer: Callable[[Tensor, Tensor], None] | None = None
         self.chosen: Choice | None = None

@@ -49,6 +49,11 @@ inline __m512i load_bytes(const T* row, int64_t left) {
   return _mm512_maskz_loadu_epi16(halves <= 0 ? 0 : (1u << halves) - 1, row);
 }
 
+template <class T>
+inline void prefetch(const T* row, int64_t count) {
+  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) _mm_prefetch((const char*)(row + i), _MM_HINT_T1);
+}
+
 // ---- products: c [32][32] = a [rows][k] panel [k][32]; a is readable up to row 31
 
 constexpr int64_t ROWS_AT_ONCE = 8;
@@ -145,13 +150,18 @@ inline void pack_rows(const Row& row, int64_t k, int64_t columns, float* panel) 
 
 template <class Row>
 inline void pack_rows(const Row& row, int64_t k, int64_t columns, bf16* panel) {
-  for (int64_t j = 0; j < padded(k); j += 2) {
-    __m512i a = j < k ? load_bytes(row(j), columns) : _mm512_setzero_si512();
-    __m512i b = j + 1 < k ? load_bytes(row(j + 1), columns) : _mm512_setzero_si512(), first, last;
+  int64_t j = 0;
+  auto put = [&](__m512i a, __m512i b) {
+    __m512i first, last;
     interleave(a, b, &first, &last);
     _mm512_storeu_si512(panel + j * BLOCK, first);
     _mm512_storeu_si512(panel + j * BLOCK + 32, last);
-  }
+  };
+  if (columns >= BLOCK)
+    for (; j + 2 <= k; j += 2) put(_mm512_loadu_si512(row(j)), _mm512_loadu_si512(row(j + 1)));
+  for (; j < padded(k); j += 2)
+    put(j < k ? load_bytes(row(j), columns) : _mm512_setzero_si512(),
+        j + 1 < k ? load_bytes(row(j + 1), columns) : _mm512_setzero_si512());
 }
 
 // 16 x 16 numbers of 32 bits.
@@ -183,6 +193,18 @@ inline void transpose(__m512i (&r)[16]) {
     r[i + 4] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0x88);
     r[i + 12] = _mm512_shuffle_i32x4(t[i + 4], t[i + 12], 0xdd);
   }
+}
+
+// Sums of the 16 numbers in each of 16 registers.
+inline void sum_rows(const __m512* rows, float* sums) {
+  __m512i r[16];
+#pragma GCC unroll 16
+  for (int i = 0; i < 16; i++) r[i] = _mm512_castps_si512(rows[i]);
+  transpose(r);
+  __m512 sum = _mm512_castsi512_ps(r[0]);
+#pragma GCC unroll 16
+  for (int i = 1; i < 16; i++) sum = _mm512_add_ps(sum, _mm512_castsi512_ps(r[i]));
+  _mm512_storeu_ps(sums, sum);
 }
 
 // A panel whose columns are `rows` rows (up to 32) of k numbers.
