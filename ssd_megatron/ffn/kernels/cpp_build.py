@@ -18,10 +18,8 @@ from pathlib import Path
 import torch
 
 SOURCES = Path(__file__).with_name("csrc")
-FLAGS = (
-    "-std=c++17 -O3 -fPIC -shared -fopenmp -mfma -mavx512f -mavx512bw -mavx512dq -mavx512vl -mavx512bf16"
-    " -mamx-tile -mamx-bf16"
-).split()
+FEATURES = ("fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "amx-tile", "amx-bf16")
+FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", *(f"-m{feature}" for feature in FEATURES))
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # as the functions' names end
 COMPILE_SECONDS = 300  # that a compiler may take on a busy machine; 3 are usual
 
@@ -67,7 +65,9 @@ def library() -> tuple[ctypes.CDLL, float]:
     except (OSError, subprocess.SubprocessError) as error:
         said = getattr(error, "stderr", None) or str(error)
         line = next((line for line in said.splitlines() if "error" in line), said.partition("\n")[0])
-        raise RuntimeError(f"the C++ kernels cannot be built: {line} (in {path.parent}; XDG_CACHE_HOME moves it)") from error
+        raise RuntimeError(
+            f"the C++ kernels cannot be built: {line} (in {path.parent}; XDG_CACHE_HOME moves it)"
+        ) from error
     by_dtype = {f"{name}_{dtype}": kinds for name, kinds in _BY_DTYPE.items() for dtype in DTYPES.values()}
     for name, kinds in (_COMMON | by_dtype).items():
         function = getattr(kernels, name)
@@ -75,6 +75,12 @@ def library() -> tuple[ctypes.CDLL, float]:
         function.restype = ctypes.c_int64
     kernels.tiles_allowed()  # asks the system; on a CPU without AMX nothing is there to be allowed
     return kernels, seconds
+
+
+def spent(backend: str) -> str:
+    """For the log: what compiling has cost this start, if it has."""
+    seconds = library()[1] if backend == "cpp" else 0.0
+    return f", compiled in {seconds:.0f} s, once per machine" if seconds else ""
 
 
 def _compiler() -> str:

@@ -4,8 +4,8 @@ Shapes: T tokens, H hidden, F neurons, E experts of N neurons, K experts per tok
 expert; see cpp_products.py for the shapes of their tensors).
 
 Three products, each with what surrounds it in the cache: `up` gathers the rows' tokens, `down` adds up the rows of each
-token in fp32, `linear_grad` gathers again. No tensor has a row of H for each copy. Kept for the backward are the inputs,
-the rows, and the neurons' outputs for ReLU, else the pre-activations. A factor per token and expert would belong where
+token in fp32, `linear_grad` gathers again. No tensor has a row of H for each copy. Kept for the backward are inputs,
+rows, and the neurons' outputs for ReLU, else the pre-activations. A factor per token and expert would belong where
 `down` adds a row up, and on the gradients that `up` gathers.
 """
 

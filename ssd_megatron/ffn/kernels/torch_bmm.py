@@ -22,6 +22,7 @@ from ssd_megatron.ffn.bank import NeuronTensors
 from ssd_megatron.ffn.kernels.dispatch import Segment, dispatch
 from ssd_megatron.ffn.kernels.workspace import scratch
 
+
 def sparse_ffn(
     x_TH: Tensor,
     expert_ids_TK: Tensor,
