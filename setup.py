@@ -42,7 +42,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["ssd_megatron", "ssd_megatron.*"]),
-    package_data={"ssd_megatron": ["py.typed"]},
+    package_data={"ssd_megatron": ["py.typed", "ffn/kernels/csrc/*"]},
     install_requires=REQUIREMENTS,
     extras_require={"dev": DEVELOPMENT},
 )

@@ -208,9 +208,10 @@ class SSDConfig(Section):
     min_dense_steps: Positive = optional(50, "`adaptive`: least dense steps between two sparse phases.")
     warmup_fraction: Fraction = optional(0.1, "`adaptive`: first share of the steps, always dense.")
     final_dense_fraction: Fraction = optional(0.15, "`adaptive`: last share of the steps, always dense.")
-    backend: Literal["auto", "reference", "torch", "triton"] = optional(
+    backend: Literal["auto", "reference", "torch", "cpp", "triton"] = optional(
         "auto",
-        "Kernels of sparse mode; `triton` needs a CUDA device and the package triton, and `auto` takes it there.",
+        "Kernels of sparse mode. `auto`: `triton` on CUDA devices (needs the package), `cpp` on CPUs with AVX-512 and "
+        "for bf16 AMX (needs a C++ compiler), else `torch`.",
     )
     probe_samples: Positive = optional(8, "Fixed held-out samples on which activation statistics are taken.")
     rebalance_limit: Annotated[float, Field(gt=1)] | None = optional(

@@ -16,6 +16,7 @@ from torch.autograd.function import once_differentiable
 
 from ssd_megatron.ffn.activations import Activation
 from ssd_megatron.ffn.bank import NeuronTensors
+from ssd_megatron.ffn.kernels import cpp_router
 from ssd_megatron.ffn.router_kinds import (
     KINDS,
     activation_mass,
@@ -78,12 +79,26 @@ class _StraightThrough(torch.autograd.Function):
 
     @staticmethod
     def forward(
-        ctx: Any, x_TH: Tensor, weight_EH: Tensor, bias_E: Tensor | None, top_k: int, chosen: Choice | None
+        ctx: Any,
+        x_TH: Tensor,
+        weight_EH: Tensor,
+        bias_E: Tensor | None,
+        top_k: int,
+        chosen: Choice | None,
+        backend: str,
     ) -> tuple[Tensor, Tensor]:
-        scores_TE = expert_scores(x_TH, weight_EH)
-        expert_ids_TK = _best(scores_TE, bias_E, top_k, chosen)
-        p_TK = scores_TE.gather(1, expert_ids_TK).softmax(dim=1)
+        if backend == "cpp":
+            scores_TE = cpp_router.expert_scores(x_TH, weight_EH)
+            scores_TK, expert_ids_TK = cpp_router.top_k(scores_TE, top_k)
+        else:
+            scores_TE = expert_scores(x_TH, weight_EH)
+            scores_TK, expert_ids_TK = scores_TE.topk(top_k, dim=1)
+        if bias_E is not None or chosen is not None:
+            expert_ids_TK = _best(scores_TE, bias_E, top_k, chosen)
+            scores_TK = scores_TE.gather(1, expert_ids_TK)
+        p_TK = scores_TK.softmax(dim=1)
         ctx.save_for_backward(x_TH, weight_EH, expert_ids_TK, p_TK)
+        ctx.backend = backend
         ctx.mark_non_differentiable(expert_ids_TK)
         return expert_ids_TK, torch.ones_like(p_TK)
 
@@ -91,10 +106,13 @@ class _StraightThrough(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, _: None, dgates_TK: Tensor) -> tuple[Tensor | None, ...]:
         x_TH, weight_EH, expert_ids_TK, p_TK = ctx.saved_tensors
+        if ctx.backend == "cpp":
+            dx_TH, dweight_EH = cpp_router.score_gradients(dgates_TK, p_TK, expert_ids_TK, x_TH, weight_EH)
+            return dx_TH, dweight_EH, None, None, None, None
         dp_TK = p_TK * dgates_TK
         dscores_TK = dp_TK - p_TK * dp_TK.sum(dim=1, keepdim=True)
         dscores_TE = x_TH.new_zeros(len(x_TH), len(weight_EH)).scatter_(1, expert_ids_TK, dscores_TK.to(x_TH.dtype))
-        return dscores_TE @ weight_EH, dscores_TE.T @ x_TH, None, None, None
+        return dscores_TE @ weight_EH, dscores_TE.T @ x_TH, None, None, None, None
 
 
 _straight_through: Callable[..., tuple[Tensor, Tensor]] = _StraightThrough.apply
@@ -125,6 +143,7 @@ class Router(nn.Module):
         balance, z: weights of the losses of the kind switch.
         balance_bias: each expert has a bias that enters the choice alone and follows the load.
         salt: which of the hashes.
+        backend: of the network's kernels; "cpp" has some for a straight-through centroid router.
 
     Attributes:
         loss_weight: what the gradient of a mean over this pass's tokens is to be multiplied by; the engine sets it.
@@ -146,6 +165,7 @@ class Router(nn.Module):
         z: float = 0.0,
         balance_bias: bool = False,
         salt: int = 0,
+        backend: str = "torch",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -158,6 +178,7 @@ class Router(nn.Module):
         self.kind = KINDS[self.name]
         self.straight_through = self.name == "pkm" or (self.name == "centroid" and router_update == "straight_through")
         self.salt = salt
+        self.backend = backend
         self.loss_weight = 1.0
         self._balance, self._z = balance, z
         for name, shape in self.kind.shapes(hidden_size, num_experts).items():
@@ -179,7 +200,7 @@ class Router(nn.Module):
             chosen: gets the experts with the best scores and returns those to take instead.
         """
         if self.straight_through and self.name == "centroid":
-            expert_ids_TK, gates_TK = _straight_through(x_TH, self.weight, self.bias, self.top_k, chosen)
+            expert_ids_TK, gates_TK = _straight_through(x_TH, self.weight, self.bias, self.top_k, chosen, self.backend)
             return Routing(expert_ids_TK, self._follow_load(gates_TK, expert_ids_TK))
         if self.kind.scales:
             return self._scaled(x_TH, seen, chosen)
@@ -233,12 +254,12 @@ class Router(nn.Module):
 
     def _scores(self, x_TH: Tensor, seen: Seen) -> Tensor:
         if self.name == "avg_k":
-            assert seen.means_EH is not None
+            assert seen.means_EH is not None, self.name
             return expert_scores(x_TH, seen.means_EH)
         if self.name == "mlp":
             return mlp_scores(x_TH, self.weight, self.mix)
         if self.kind.reads == "neurons":
-            assert seen.neurons is not None and seen.activation is not None
+            assert seen.neurons is not None and seen.activation is not None, self.name
             if self.name == "vanilla":
                 return neuron_scores(x_TH, seen.neurons)
             return activation_mass(x_TH, seen.neurons, seen.activation, self.num_experts)
@@ -248,7 +269,7 @@ class Router(nn.Module):
         """Where the experts with these numbers are, if this kind knows experts by numbers."""
         if not self.kind.by_identity:
             return numbers_TK
-        assert seen.position_E is not None
+        assert seen.position_E is not None, self.name
         return seen.position_E[numbers_TK]
 
 

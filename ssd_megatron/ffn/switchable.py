@@ -91,6 +91,7 @@ class SwitchableFFN(nn.Module):
             z=s.z_loss,
             balance_bias=s.balance_bias,
             salt=s.hash_salt,
+            backend=s.backend,
             dtype=dtype,
         )
         self.mode: Mode = "dense"
@@ -150,7 +151,7 @@ class SwitchableFFN(nn.Module):
         """Whether a tile is computed as one piece: all its experts are here, it is whole, and that is faster."""
         s = self.settings
         tile, whole = s.routing_granularity, len(x_sbH) % s.routing_granularity == 0
-        pays = tiles_pay(s.backend, tile, s.ffn_hidden_size // s.num_experts, x_sbH.device)
+        pays = tiles_pay(s.backend, tile, s.ffn_hidden_size // s.num_experts, x_sbH.device, x_sbH.dtype)
         return tile > 1 and whole and self.homes.count == 1 and pays
 
     def _compute(self, x_TH: Tensor, local_ids_TK: Tensor, gates_TK: Tensor | None, scaled: bool) -> Tensor:

@@ -153,9 +153,10 @@ def test_recomputed_tiles_give_the_same_bits() -> None:
 
 def test_tiles_are_computed_in_one_piece_where_that_is_faster() -> None:
     cpu, gpu = torch.device("cpu"), torch.device("cuda")
-    assert tiles_pay("torch", 64, 64, cpu)
-    assert not tiles_pay("torch", 32, 64, cpu)
-    assert not tiles_pay("reference", 64, 64, cpu) and not tiles_pay("torch", 64, 64, gpu)
+    assert tiles_pay("torch", 64, 64, cpu, torch.float32) and tiles_pay("torch", 128, 64, cpu, torch.bfloat16)
+    assert not tiles_pay("torch", 32, 64, cpu, torch.float32) and not tiles_pay("torch", 64, 64, cpu, torch.bfloat16)
+    assert not tiles_pay("reference", 64, 64, cpu, torch.float32)
+    assert not tiles_pay("cpp", 64, 64, cpu, torch.float32) and not tiles_pay("torch", 64, 64, gpu, torch.float32)
 
 
 def test_a_network_of_one_expert_size_is_the_same_by_tokens_and_by_tiles(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -43,7 +43,7 @@ def losses(name: str, folder: Path) -> list[float]:
     # At a higher rate, a ReLU that rounding puts on the other side of 0 grows into 4e-3 of the loss within 100 steps.
     config["optimizer"]["params"] |= {"lr": 0.004, "eps": 1e-5}
     config["ssd_megatron"]["model"] |= {"dropout": 0.0, "vocab_size": 128}
-    config["ssd_megatron"]["ssd"] = {"num_experts": 8, "top_k": 2, "check_interval": 10} | SSD[name]
+    config["ssd_megatron"]["ssd"] = {"num_experts": 8, "top_k": 2, "check_interval": 10, "backend": "torch"} | SSD[name]
     config["ssd_megatron"]["training"] = {"train_steps": STEPS, "eval_interval": STEPS, "eval_steps": 1}
     train(write_config(config, folder / "run.json"))
     return [loss for _, loss, _ in curve(folder / "run")]

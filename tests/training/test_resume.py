@@ -48,6 +48,7 @@ def test_two_processes_resume_bit_by_bit(corpus: Corpus, tmp_path: Path, stage: 
 
 def test_the_adaptive_schedule_resumes_as_it_would_have_gone_on(corpus: Corpus, tmp_path: Path) -> None:
     adaptive = {
+        "backend": "torch",
         "num_experts": 8,
         "top_k": 2,
         "check_interval": 2,

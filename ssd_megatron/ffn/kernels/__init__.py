@@ -12,7 +12,7 @@ from torch import Tensor
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.activations import Activation
 from ssd_megatron.ffn.bank import NeuronTensors
-from ssd_megatron.ffn.kernels import reference, torch_bmm, torch_tiles
+from ssd_megatron.ffn.kernels import cpp_build, cpp_ffn, reference, torch_bmm, torch_tiles
 
 Kernel = Callable[[Tensor, Tensor, Tensor | None, NeuronTensors, Activation, int, bool], Tensor]
 
@@ -36,8 +36,11 @@ def _triton(
 BACKENDS: dict[str, Kernel] = {
     "reference": reference.sparse_ffn,
     "torch": torch_bmm.sparse_ffn,
+    "cpp": cpp_ffn.sparse_ffn,
     "triton": _triton,
 }
+# Those that a machine may lack something for; `auto` takes the first that the device can have, after a trial.
+SPECIAL = ("cpp", "triton")
 
 
 def sparse_ffn(
@@ -72,13 +75,17 @@ def sparse_ffn(
     return BACKENDS[backend](x_TH, expert_ids_TK, gates_TK, bank, activation, num_experts, scaled)
 
 
-def tiles_pay(backend: str, tile_size: int, expert_size: int, device: torch.device) -> bool:
-    """Whether `torch_tiles.tiled_ffn` is this backend's faster way for tiles of tokens that share their experts."""
-    return backend == "torch" and torch_tiles.pays(tile_size, expert_size, device)
+def tiles_pay(backend: str, tile_size: int, expert_size: int, device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether `torch_tiles.tiled_ffn` is this backend's faster way for tiles of tokens that share their experts.
+
+    The backend cpp needs none: it gathers in the cache. On GPUs sums over tiles would wait for the device.
+    """
+    return backend == "torch" and device.type == "cpu" and torch_tiles.pays(tile_size, expert_size, dtype)
 
 
 def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
-    """Resolve `ssd.backend` to a name in BACKENDS: triton on CUDA devices where it can be had, else torch.
+    """Resolve `ssd.backend` to a name in BACKENDS: cpp on CPUs and triton on CUDA devices where they can be had, else
+    torch. Compiles nothing.
 
     Returns:
         The name, and the reason in words for the log.
@@ -89,15 +96,25 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
     if requested not in ("auto", *BACKENDS):
         raise ConfigError(f"ssd.backend ({requested}) is unknown: use one of auto, {', '.join(BACKENDS)}")
     if requested == "auto":
-        if device.type != "cuda":
-            return "torch", f"sparse kernels: torch (the fastest there is for {where})"
-        lacking = _lacking_for_triton(device, dtype)
+        special, gain = (
+            ("cpp", "takes about two thirds of its time") if device.type == "cpu" else ("triton", "is faster")
+        )
+        lacking = _lacking(special, device, dtype)
         if lacking is None:
-            return "triton", f"sparse kernels: triton (the fastest there is for {where})"
-        return "torch", f"sparse kernels: torch (triton, which is faster, needs {lacking}; {where})"
-    if requested == "triton" and (lacking := _lacking_for_triton(device, dtype)) is not None:
-        raise ConfigError(f"ssd.backend (triton) needs {lacking}: use auto or torch, which run everywhere")
+            return special, f"sparse kernels: {special} (the fastest there is for {where})"
+        return "torch", f"sparse kernels: torch ({special}, which {gain}, needs {lacking}; {where})"
+    if requested in SPECIAL and (lacking := _lacking(requested, device, dtype)) is not None:
+        raise ConfigError(f"ssd.backend ({requested}) needs {lacking}: use auto or torch, which run everywhere")
     return requested, f"sparse kernels: {requested} (as asked; {where})"
+
+
+def _lacking(backend: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """What this process lacks for a backend of SPECIAL."""
+    if backend == "triton":
+        return _lacking_for_triton(device, dtype)
+    if device.type != "cpu":
+        return f"a CPU to compute on, and this process computes on {device.type}"
+    return cpp_build.lacking(dtype)
 
 
 def _lacking_for_triton(device: torch.device, dtype: torch.dtype) -> str | None:

@@ -9,7 +9,6 @@ full-size gradient per slice. Kept for the backward: the pre-activations, the in
 again. Nothing is added up atomically, so results are the same bit by bit in every run.
 """
 
-import math
 from collections.abc import Callable
 from typing import Any
 
@@ -21,25 +20,7 @@ from torch.autograd.function import once_differentiable
 from ssd_megatron.ffn.activations import Activation
 from ssd_megatron.ffn.bank import NeuronTensors
 from ssd_megatron.ffn.kernels.dispatch import Segment, dispatch
-
-_workspace: dict[tuple[str, torch.dtype], Tensor] = {}
-
-
-def _scratch(name: str, shape: tuple[int, ...], like: Tensor) -> Tensor:
-    """Uninitialised memory of `like`'s dtype that lives until the next call with the same name.
-
-    On CPU one growing buffer per name and dtype serves all layers: fresh large tensors would cost more in page faults
-    than in use. It must never leave a forward or backward call, be it in a result or saved for the backward. On a GPU
-    the caching allocator does this already, and knows about streams.
-    """
-    if like.device.type != "cpu":
-        return like.new_empty(shape)
-    size = math.prod(shape)
-    buffer = _workspace.get((name, like.dtype))
-    if buffer is None or buffer.numel() < size:
-        with torch.inference_mode(False):
-            buffer = _workspace[name, like.dtype] = torch.empty(size, dtype=like.dtype)
-    return buffer[:size].view(shape)
+from ssd_megatron.ffn.kernels.workspace import scratch
 
 
 def sparse_ffn(
@@ -81,7 +62,7 @@ def _of(segment: Segment, bank: NeuronTensors) -> NeuronTensors:
 def _gather(source_TH: Tensor, token_S: Tensor, segment: Segment) -> Tensor:
     """The rows of the segment's tokens, [g, C, H], in scratch memory: gone with the next call."""
     tokens, width = token_S[segment.slots], source_TH.shape[1]
-    rows = _scratch("rows", (len(tokens), width), source_TH)
+    rows = scratch("rows", (len(tokens), width), source_TH)
     torch.index_select(source_TH, 0, tokens, out=rows)
     return rows.view(segment.num_experts, segment.capacity, width)
 
@@ -119,7 +100,7 @@ class _SparseFFN(torch.autograd.Function):
         token_of_row_S = token_S.clamp(max=len(x_TH) - 1)  # padding slots take any row
         pre_SN = x_TH.new_empty(len(token_S), bank.w_in.shape[1])
         up_SN = None if bank.w_gate is None else torch.empty_like(pre_SN)
-        out_SH = _scratch("out", (len(token_S) + 1, width), x_TH)
+        out_SH = scratch("out", (len(token_S) + 1, width), x_TH)
         gate_S1 = _of_slots(gates_TK, slot_TK, len(token_S), x_TH.dtype) if scaled and gates_TK is not None else None
         for segment in segments:
             expert = _of(segment, bank)
@@ -147,10 +128,10 @@ class _SparseFFN(torch.autograd.Function):
         bank, grads_E = _by_expert(bank, ctx.num_experts), _by_expert(grads, ctx.num_experts)
         dgate_S = x_TH.new_zeros(len(token_S) + 1) if ctx.needs_input_grad[2] else None
         token_of_row_S = token_S.clamp(max=len(x_TH) - 1)
-        padded_dy = _scratch("dy", (len(x_TH) + 1, x_TH.shape[1]), x_TH)
+        padded_dy = scratch("dy", (len(x_TH) + 1, x_TH.shape[1]), x_TH)
         padded_dy[:-1] = dy_TH
         padded_dy[-1] = 0  # the row of padding slots, which so add nothing to any gradient
-        dx_SH = _scratch("out", (len(token_S) + 1, x_TH.shape[1]), x_TH)
+        dx_SH = scratch("out", (len(token_S) + 1, x_TH.shape[1]), x_TH)
         for segment in ctx.segments:
             expert, grad = _of(segment, bank), _of(segment, grads_E)
             pre, dx = segment.bucket(pre_SN), segment.bucket(dx_SH)
@@ -161,9 +142,9 @@ class _SparseFFN(torch.autograd.Function):
             dy = _gather(padded_dy, token_S, segment)
             gate = None if gate_S1 is None else segment.bucket(gate_S1)
             torch.bmm((hidden if gate is None else hidden * gate).mT, dy, out=grad.w_out)
-            d = torch.bmm(dy, expert.w_out.mT, out=_scratch("hidden", pre.shape, pre))
+            d = torch.bmm(dy, expert.w_out.mT, out=scratch("hidden", pre.shape, pre))
             if dgate_S is not None:
-                product = torch.mul(d, hidden, out=_scratch("product", pre.shape, pre))
+                product = torch.mul(d, hidden, out=scratch("product", pre.shape, pre))
                 torch.sum(product.flatten(0, 1), dim=1, out=dgate_S[segment.slots])
             if gate is not None:
                 d.mul_(gate)

@@ -4,8 +4,7 @@ of backend "torch".
 Shapes: M tiles of G tokens, H hidden, F neurons, E experts of N neurons, K experts per tile; c tiles of one chunk.
 
 A tile's tokens lie together and have one set of experts: instead of tokens, the weights of the tile's experts are
-gathered, and their K * N neurons are one matmul, however small an expert is. Nothing has a row per token copy. Weights
-of a tile are as many rows as tokens would be when N = G / 2 or so: see `pays`.
+gathered, and their K * N neurons are one matmul, however small an expert is. Nothing has a row per token copy.
 """
 
 from collections.abc import Callable, Iterator
@@ -17,16 +16,16 @@ from torch.autograd.function import once_differentiable
 
 from ssd_megatron.ffn.activations import Activation
 from ssd_megatron.ffn.bank import NeuronTensors
-from ssd_megatron.ffn.kernels.torch_bmm import _scratch
+from ssd_megatron.ffn.kernels.workspace import scratch
 
 # Gathered rows of one weight tensor, over the tiles that are computed at once.
 CHUNK_BYTES = 8 * 2**20
 
 
-def pays(tile_size: int, expert_size: int, device: torch.device) -> bool:
-    """Whether this is faster than a row for each token copy (measured, docs/log.md). On GPUs it is not offered: weight
-    gradients would be added up atomically."""
-    return device.type == "cpu" and tile_size >= expert_size
+def pays(tile_size: int, expert_size: int, dtype: torch.dtype) -> bool:
+    """Whether this is faster than a row for each token copy (measured, docs/log.md): gathering weights must cost less
+    than gathering tokens, and in 16 bits sums in fp32 cost something too."""
+    return tile_size >= expert_size * (1 if dtype.itemsize > 2 else 2)
 
 
 def tiled_ffn(
@@ -56,7 +55,7 @@ def _gather(name: str, t_F: Tensor, ids_cK: Tensor, num_experts: int) -> Tensor:
     """Rows of each tile's experts, [c, K * N, ...], in scratch memory: gone with the next call of the same name."""
     tiles, top_k = ids_cK.shape
     by_expert = t_F.view(num_experts, -1)
-    rows = _scratch(name, (tiles * top_k, by_expert.shape[1]), t_F)
+    rows = scratch(name, (tiles * top_k, by_expert.shape[1]), t_F)
     torch.index_select(by_expert, 0, ids_cK.flatten(), out=rows)
     return rows.view(tiles, -1, *t_F.shape[1:])
 
@@ -100,7 +99,7 @@ class _Gradients:
 
     def add_linear(self, weight: str, bias: str | None, d_cGF: Tensor, x_cGH: Tensor, ids_cK: Tensor) -> None:
         """Gradients of a linear layer's weight and bias, given that of its output."""
-        product = _scratch("product", (len(d_cGF), d_cGF.shape[2], x_cGH.shape[2]), d_cGF)
+        product = scratch("product", (len(d_cGF), d_cGF.shape[2], x_cGH.shape[2]), d_cGF)
         self.add(weight, torch.bmm(d_cGF.mT, x_cGH, out=product), ids_cK)
         if bias is not None:
             self.add(bias, d_cGF.sum(dim=1), ids_cK)
@@ -168,9 +167,9 @@ class _TiledFFN(torch.autograd.Function):
 
             gate = None if gate_M1F is None else gate_M1F[chunk]
             gradients.add_linear("w_out", None, hidden if gate is None else hidden * gate, dy, ids)
-            d = torch.bmm(dy, chosen.w_out.mT, out=_scratch("hidden", tuple(pre.shape), pre))
+            d = torch.bmm(dy, chosen.w_out.mT, out=scratch("hidden", tuple(pre.shape), pre))
             if dgates_MK is not None:
-                product = torch.mul(d, hidden, out=_scratch("dgate", tuple(pre.shape), pre))
+                product = torch.mul(d, hidden, out=scratch("dgate", tuple(pre.shape), pre))
                 dgates_MK[chunk] = product.view(*product.shape[:2], ids.shape[1], -1).sum((1, 3))
             if gate is not None:
                 d.mul_(gate)
