@@ -43,7 +43,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["ssd_megatron", "ssd_megatron.*"]),
-    package_data={"ssd_megatron": ["py.typed", "reporting/*.css", "reporting/*.js"]},
+    package_data={"ssd_megatron": ["py.typed", "ffn/kernels/csrc/*", "reporting/*.css", "reporting/*.js"]},
     install_requires=REQUIREMENTS,
     extras_require={"dev": DEVELOPMENT},
 )

@@ -77,7 +77,17 @@ CASES = (
 )
 
 
-def build(case: Case) -> SwitchableFFN:
+# Tokens that share their experts; without a gather per token small experts should cost nothing.
+TILES = (64, 128, 256)
+TILED_CASES = (
+    Case(torch.float32, 512, 2048, 32, goal=0.40),
+    Case(torch.float32, 512, 2048, 64, goal=0.40),
+    Case(torch.bfloat16, 512, 2048, 32, goal=0.55),
+    Case(torch.bfloat16, 512, 2048, 64, goal=0.55),
+)
+
+
+def build(case: Case, tile: int = 1) -> SwitchableFFN:
     torch.manual_seed(0)
     settings = FFNSettings(
         hidden_size=case.hidden,
@@ -88,6 +98,7 @@ def build(case: Case) -> SwitchableFFN:
         top_k=case.experts // 4,
         router_update="straight_through",
         backend="torch",
+        routing_granularity=tile,
     )
     ffn = SwitchableFFN(SimpleNamespace(params_dtype=case.dtype), settings)
     with torch.no_grad():
@@ -175,6 +186,24 @@ def ratios(case: Case, turns: int) -> Iterator[Row]:
         yield Row(f"{case}: dense mode / plain layers", paired(times["dense"], times["plain"]), 1.05, 1.0)
 
 
+def by_tiles(case: Case, turns: int) -> Iterator[Row]:
+    """Tokens that share their experts beside tokens that choose for themselves."""
+    networks = {tile: build(case, tile) for tile in (1, *TILES)}
+    dy = torch.randn(TOKENS, 1, case.hidden).to(case.dtype)
+    times: dict[int, list[float]] = {0: [], **{tile: [] for tile in networks}}
+    for turn in range(-WARM_UP, turns):
+        x = inputs(case)
+        taken = {0: seconds(in_mode("dense"), networks[1], x, dy)}
+        taken |= {tile: seconds(in_mode("sparse"), ffn, x, dy) for tile, ffn in networks.items()}
+        if turn >= 0:
+            for tile, spent in taken.items():
+                times[tile].append(spent)
+    alone = {"tokens alone / dense": paired(times[1], times[0])}
+    for tile in TILES:
+        name = f"{case}: {tile} tokens share their experts / dense"
+        yield Row(name, paired(times[tile], times[0]), case.goal, IDEAL, details=alone)
+
+
 def overhead(case: Case, turns: int) -> Row:
     """Scores, choice of experts and slots, of the whole sparse network."""
     ffn = build(case)
@@ -207,6 +236,8 @@ def rows(quick: bool) -> Iterator[Row]:
         yield from ratios(case, turns)
     yield overhead(QUICK_CASES[1], turns)
     yield overhead(QUICK_CASES[3], turns)
+    for case in TILED_CASES[1::2] if quick else TILED_CASES:
+        yield from by_tiles(case, turns)
     if not quick:
         yield against_plain_sparse(QUICK_CASES[1], 9)
 

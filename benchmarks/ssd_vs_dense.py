@@ -1,10 +1,12 @@
 """Does SSD reach the dense loss with fewer FLOPs? Real runs on the embedded corpus, same data and steps for each arm.
 
     python -m benchmarks.ssd_vs_dense --out runs/ssd_vs_dense [--seeds 1 2 3] [--steps 1000] [--jobs 2] [--quick]
+    python -m benchmarks.ssd_vs_dense --out runs/granularity --granularity 8 32 128
 
 Arms: `dense`; `ssd` (adaptive schedule); `sparse` (experts from the first step to the last); `convert` (experts from
-the step at which ssd first goes sparse, and never back). Runs that are finished are not run again, so a stopped
-benchmark goes on. Writes table.md, table.json and loss.png into --out.
+the step at which ssd first goes sparse, and never back). With --granularity instead of the last two, on longer samples:
+`tiles of G` (as ssd and in its phases, but G tokens in a row share their experts). Runs that are finished are not run
+again, so a stopped benchmark goes on. Writes table.md, table.json and loss.png into --out.
 """
 
 import argparse
@@ -22,9 +24,12 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.runs import finish_run, is_finished, make_embedded_corpus
-from ssd_megatron.training.metrics import read_metrics
+from ssd_megatron.switching.schedule import PhaseSpan
+from ssd_megatron.training.metrics import phases_of, read_metrics
 
-ARMS = ("dense", "ssd", "sparse", "convert")
+FIRST, FOLLOWING = ("dense", "ssd"), ("sparse", "convert")  # those that follow need what ssd's schedule has found
+TILES = "tiles of "
+TOKENS = 2048  # a step
 # Goals for the ssd arm: dense validation loss above the dense arm's, and share of FLOPs saved.
 LOSS_GOAL, SAVED_GOAL, LOSS_FLOOR, SAVED_FLOOR = 0.005, 0.25, 0.02, 0.20
 
@@ -42,10 +47,10 @@ class Result:
     seconds: float
 
 
-def base_config(steps: int, seed: int, run_dir: Path) -> dict[str, Any]:
+def base_config(steps: int, seed: int, run_dir: Path, seq_length: int) -> dict[str, Any]:
     """4 layers, hidden 256, d_ff 1024 in 32 experts of which 8 are computed; 2,048 tokens a step."""
     return {
-        "train_batch_size": 16,
+        "train_batch_size": TOKENS // seq_length,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}},
         "scheduler": {
             "type": "WSD",
@@ -61,7 +66,7 @@ def base_config(steps: int, seed: int, run_dir: Path) -> dict[str, Any]:
                 "hidden_size": 256,
                 "num_attention_heads": 4,
                 "ffn_hidden_size": 1024,
-                "seq_length": 128,
+                "seq_length": seq_length,
                 "vocab_size": 4096,
             },
             "data": {
@@ -77,8 +82,8 @@ def base_config(steps: int, seed: int, run_dir: Path) -> dict[str, Any]:
     }
 
 
-def arm_settings(arm: str, steps: int, first_switch: int | None) -> dict[str, Any]:
-    """The section ssd of one arm, beyond the experts."""
+def arm_settings(arm: str, steps: int, ssd_phases: Sequence[PhaseSpan]) -> dict[str, Any]:
+    """The section ssd of one arm, beyond the experts; some follow what the ssd arm's schedule found."""
     if arm == "ssd":
         return {
             "schedule": "adaptive",
@@ -89,20 +94,22 @@ def arm_settings(arm: str, steps: int, first_switch: int | None) -> dict[str, An
             "final_dense_fraction": 0.11,
             "min_dense_steps": max(1, steps // 25),
         }
+    phases = [{"start_step": phase.start_step, "mode": phase.mode} for phase in ssd_phases]
     if arm == "convert":
-        assert first_switch is not None
-        phases = [{"start_step": 1, "mode": "dense"}, {"start_step": first_switch, "mode": "sparse"}]
-        return {"schedule": "fixed", "phases": phases}
+        return {"schedule": "fixed", "phases": phases[:2]}
+    if arm.startswith(TILES):
+        return {"schedule": "fixed", "phases": phases, "routing_granularity": int(arm.removeprefix(TILES))}
     return {"schedule": arm}
 
 
-def run_arm(out: Path, arm: str, seed: int, steps: int, threads: int) -> Result:
+def run_arm(out: Path, arm: str, seed: int, steps: int, threads: int, seq_length: int) -> Result:
     """Run, or resume, or take the finished run of one arm and seed."""
-    run_dir = out / f"{arm}-{seed}"
-    config = base_config(steps, seed, run_dir)
+    run_dir = _run_dir(out, arm, seed)
+    config = base_config(steps, seed, run_dir, seq_length)
     if not is_finished(run_dir):
-        first_switch = _first_switch(out / f"ssd-{seed}") if arm == "convert" else None
-        config["ssd_megatron"]["ssd"] |= arm_settings(arm, steps, first_switch)
+        follows = arm == "convert" or arm.startswith(TILES)
+        phases = phases_of(read_metrics(_run_dir(out, "ssd", seed))) if follows else []
+        config["ssd_megatron"]["ssd"] |= arm_settings(arm, steps, phases)
     summary = finish_run(config, threads)
     saved = summary["flops_saved_fraction"]
     print(f"{arm} seed {seed}: dense {summary['loss_dense']:.4f}, {saved:.1%} of FLOPs saved", flush=True)
@@ -117,15 +124,15 @@ def run_arm(out: Path, arm: str, seed: int, steps: int, threads: int) -> Result:
     )
 
 
-def _first_switch(run_dir: Path) -> int:
-    return next(int(r["step"]) for r in read_metrics(run_dir) if r["kind"] == "switch")
+def _run_dir(out: Path, arm: str, seed: int) -> Path:
+    return out / f"{arm.replace(' ', '-')}-{seed}"
 
 
-def table_rows(results: Sequence[Result]) -> list[dict[str, Any]]:
+def table_rows(results: Sequence[Result], arms: Sequence[str]) -> list[dict[str, Any]]:
     """Means over seeds by arm; `gap` is the paired mean of loss / dense arm's loss - 1 for the same seed."""
     reference = {result.seed: result.loss_dense for result in results if result.arm == "dense"}
     rows = []
-    for arm in ARMS:
+    for arm in arms:
         runs = [result for result in results if result.arm == arm]
         gaps = [run.loss_dense / reference[run.seed] - 1 for run in runs]
         sparse = [run.loss_sparse for run in runs if run.loss_sparse is not None]
@@ -169,15 +176,15 @@ def verdict(rows: Sequence[dict[str, Any]]) -> str:
     )
 
 
-def draw(out: Path, results: Sequence[Result]) -> None:
+def draw(out: Path, results: Sequence[Result], arms: Sequence[str]) -> None:
     """Dense validation loss of every run over steps and over FLOPs."""
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for result in results:
-        records = read_metrics(out / f"{result.arm}-{result.seed}")
+        records = read_metrics(_run_dir(out, result.arm, result.seed))
         flops = {r["step"]: r["flops"] for r in records if r["kind"] == "train"}
         evals = [r for r in records if r["kind"] == "eval"]
-        color, label = f"C{ARMS.index(result.arm)}", result.arm if result.seed == results[0].seed else None
+        color, label = f"C{arms.index(result.arm)}", result.arm if result.seed == results[0].seed else None
         axes[0].plot([r["step"] for r in evals], [r["loss_dense"] for r in evals], color=color, label=label, alpha=0.8)
         axes[1].plot([flops[r["step"]] for r in evals], [r["loss_dense"] for r in evals], color=color, alpha=0.8)
     best = min(result.loss_dense for result in results)
@@ -194,21 +201,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, each with its share of the cores")
     parser.add_argument("--quick", action="store_true", help="one seed, 50 steps: shows that it works, not how well")
+    parser.add_argument("--granularity", type=int, nargs="+", default=[], help="tokens that share their experts")
     arguments = parser.parse_args(argv)
     seeds, steps = ([1], 50) if arguments.quick else (arguments.seeds, arguments.steps)
     out = arguments.out.resolve()
     make_embedded_corpus()
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
+    following = tuple(f"{TILES}{size}" for size in arguments.granularity) or FOLLOWING
+    seq_length = 512 if arguments.granularity else 128
     results: list[Result] = []
     with ThreadPoolExecutor(arguments.jobs) as pool:
-        for arms in (("dense", "ssd"), ("sparse", "convert")):  # convert starts where ssd first switched
-            runs = [pool.submit(run_arm, out, arm, seed, steps, threads) for seed in seeds for arm in arms]
+        for arms in (FIRST, following):
+            runs = [pool.submit(run_arm, out, arm, seed, steps, threads, seq_length) for seed in seeds for arm in arms]
             results += [run.result() for run in runs]
-    rows = table_rows(results)
+    arms = FIRST + following
+    rows = table_rows(results, arms)
     text = f"{markdown(rows)}\n\n{verdict(rows)}\n"
     (out / "table.md").write_text(text)
     (out / "table.json").write_text(json.dumps(rows, indent=2))
-    draw(out, results)
+    draw(out, results, arms)
     print(text)
     return 0
 

@@ -6,11 +6,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from ssd_megatron.model.gpt import GPT
 from torch import Tensor
 
 from ssd_megatron.ffn.routers import router_weights_from_bank
 from ssd_megatron.model.init import named_normal
+from ssd_megatron.model.language_model import LanguageModel
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.training.saved_model import Settings, write_model
 from tests.ranks import run_ranks
@@ -60,7 +60,7 @@ def _trained(items: tuple[tuple[str, Any], ...]) -> Trained:
 
 @torch.no_grad()
 def _compute(topology: Topology, settings: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
-    model = GPT(run_config(**settings).ssd_megatron, "torch", topology).eval()
+    model = LanguageModel(run_config(**settings).ssd_megatron, "torch", topology).eval()
     parameters = model.logical_parameters()
     for name, parameter in parameters.items():
         # Not initial values, which hide what they leave at 0 or 1; attention must look at something, too.

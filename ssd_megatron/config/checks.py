@@ -3,6 +3,7 @@ Each check names the fields it reads and yields the problems it sees.
 """
 
 import json
+import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -10,7 +11,7 @@ from typing import Any
 from ssd_megatron.config.check_list import CheckList, divisors_near
 from ssd_megatron.config.layout_checks import LAYOUT_CHECKS
 from ssd_megatron.config.report import problem
-from ssd_megatron.config.schema import PhaseConfig
+from ssd_megatron.config.schema import NEURON_ROUTERS, TOKEN_ROUTERS, PhaseConfig
 from ssd_megatron.config.span_sizes import span_sizes
 
 CHECKS = CheckList()
@@ -38,6 +39,9 @@ _DYNAMIC_ONLY = ("updates", "prune_ratio", "criterion", "regrow")
 # Settings that act only if another field has one of some values.
 ACTS_ONLY_IF: dict[str, tuple[str, tuple[Any, ...]]] = {
     **{f"ssd.{name}": ("ssd.schedule", ("adaptive",)) for name in _ADAPTIVE_ONLY},
+    "ssd.router_update": ("ssd.router", ("centroid",)),
+    "ssd.load_balance": ("ssd.router", ("switch",)),
+    "ssd.z_loss": ("ssd.router", ("switch",)),
     "ssd.phases": ("ssd.schedule", ("fixed",)),
     "ssd.on_spike": ("ssd.schedule", ("adaptive",)),
     "ssd.spike_factor": ("ssd.schedule", ("adaptive", "fixed")),
@@ -104,17 +108,74 @@ def _experts(neurons: int, experts: int) -> Iterator[str]:
         yield problem("ssd.num_experts", experts, f"must divide model.ffn_hidden_size ({neurons}): try {hint}")
 
 
-@CHECKS("ssd.num_experts", "ssd.top_k", "ssd.router_update")
-def _top_k(experts: int, top_k: int, router_update: str) -> Iterator[str]:
+@CHECKS("ssd.num_experts", "ssd.top_k", "ssd.router", "ssd.router_update")
+def _top_k(experts: int, top_k: int, router: str, router_update: str) -> Iterator[str]:
     if top_k > experts:
         hint = max(1, experts // 4)
         yield problem("ssd.top_k", top_k, f"must be at most ssd.num_experts ({experts}): try {hint}")
-    if top_k == 1 and router_update == "straight_through":
+    if top_k == 1 and router == "pkm":
+        yield problem("ssd.top_k", top_k, 'gives ssd.router "pkm" no gradient: try 2')
+    if top_k == 1 and router == "centroid" and router_update == "straight_through":
         yield problem(
             "ssd.top_k",
             top_k,
             'gives the router no gradient with ssd.router_update "straight_through": try 2, or router_update "frozen" '
             'or "avg_k"',
+        )
+
+
+@CHECKS("ssd.router", "ssd.num_experts", "model.ffn_hidden_size")
+def _router_sizes(router: str, experts: int, neurons: int) -> Iterator[str]:
+    if router in NEURON_ROUTERS and experts != neurons:
+        yield problem(
+            "ssd.router",
+            router,
+            f"chooses single neurons, and ssd.num_experts is {experts}: set it to model.ffn_hidden_size ({neurons})",
+        )
+    if router == "pkm" and math.isqrt(experts) ** 2 != experts:
+        side = math.isqrt(experts)
+        hint = f"{side**2} or {(side + 1) ** 2}"
+        yield problem("ssd.num_experts", experts, f'must be a square with ssd.router "pkm": try {hint}')
+
+
+@CHECKS("ssd.router", "ssd.router_update", "ssd.balance_bias")
+def _balance_bias(router: str, router_update: str, balance_bias: bool) -> Iterator[str]:
+    learns = router == "switch" or (router == "centroid" and router_update == "straight_through")
+    if balance_bias and not learns:
+        yield problem(
+            "ssd.balance_bias",
+            balance_bias,
+            f'needs a router of one row per expert that learns, not ssd.router "{router}"'
+            + f' with router_update "{router_update}"' * (router == "centroid")
+            + ": use switch or a straight-through centroid, or leave it out",
+        )
+
+
+@CHECKS("ssd.router", "ssd.routing", "ssd.record_routing")
+def _replayed_router(router: str, routing: str | Path, record: Path | None) -> Iterator[str]:
+    for name, value in (("routing", None if routing == "live" else routing), ("record_routing", record)):
+        if value is not None and router == "pkm":
+            yield problem(f"ssd.{name}", value, 'cannot go with ssd.router "pkm", which learns by its own choice')
+
+
+@CHECKS("ssd.router", "ssd.routing_granularity")
+def _router_of_tiles(router: str, granularity: int) -> Iterator[str]:
+    if granularity > 1 and router in TOKEN_ROUTERS:
+        yield problem(
+            "ssd.routing_granularity", granularity, f'needs a router that scores inputs, and "{router}" does not: use 1'
+        )
+
+
+@CHECKS("ssd.routing_granularity", "model.seq_length", "ssd.routing", "ssd.record_routing")
+def _granularity(granularity: int, length: int, routing: str | Path, record: Path | None) -> Iterator[str]:
+    for name, value in (("routing", None if routing == "live" else routing), ("record_routing", record)):
+        if value is not None and granularity > 1:
+            yield problem(f"ssd.{name}", value, "has experts of tokens, not of tiles: it needs routing_granularity 1")
+    if granularity > length:
+        yield problem(
+            "ssd.routing_granularity",
+            granularity,
+            f"must be at most model.seq_length ({length}), where a sequence is one tile: try {max(1, length // 4)}",
         )
 
 

@@ -5,6 +5,7 @@ from collections.abc import Iterator
 
 from ssd_megatron.config.check_list import CheckList, divisors_near
 from ssd_megatron.config.report import problem
+from ssd_megatron.config.schema import HASH_ROUTERS
 
 LAYOUT_CHECKS = CheckList()
 
@@ -77,6 +78,16 @@ def _blocks_by_shards(
             where = f" on each of {ranks} ranks" if rows % size == 0 else ""
             yield problem("weight_sparsity.block_size", size, f"must divide the {what}{where}: try {fits[0]}")
             return
+
+
+@LAYOUT_CHECKS("ssd.router", "parallel.pipeline_parallel_size")
+def _hashes_by_pipeline(router: str, stages: int) -> Iterator[str]:
+    if stages > 1 and router in HASH_ROUTERS:
+        yield problem(
+            "parallel.pipeline_parallel_size",
+            stages,
+            f'does not work with ssd.router "{router}": only the first stage knows the token ids; use 1',
+        )
 
 
 @LAYOUT_CHECKS("parallel.pipeline_parallel_size", "zero_optimization.stage")

@@ -15,6 +15,7 @@ from ssd_megatron.config.fields import (
     FilePath,
     Fraction,
     NonNegative,
+    NonNegativeFloat,
     Positive,
     PositiveFloat,
     RecordedPartition,
@@ -30,8 +31,12 @@ from ssd_megatron.config.fields import (
 
 Family = Literal["gpt", "bert", "t5"]
 Mode = Literal["dense", "sparse"]
+Router = Literal["centroid", "avg_k", "switch", "pkm", "mlp", "hash", "rand_hash", "vanilla", "oracle", "random"]
 Activation = Literal["relu", "squared_relu", "reglu", "gelu", "silu", "geglu", "swiglu"]
 
+HASH_ROUTERS: frozenset[str] = frozenset({"hash", "rand_hash"})
+NEURON_ROUTERS: frozenset[str] = frozenset({"rand_hash", "vanilla"})  # whose experts are single neurons
+TOKEN_ROUTERS: frozenset[str] = HASH_ROUTERS | {"oracle", "random"}  # that have nothing to say of a tile of tokens
 GATED_ACTIVATIONS: frozenset[str] = frozenset({"reglu", "geglu", "swiglu"})
 SPARSE_ACTIVATIONS: frozenset[str] = frozenset({"relu", "squared_relu", "reglu"})
 
@@ -209,12 +214,28 @@ class SSDConfig(Section):
     record_routing: FilePath | None = optional(
         None, "Folder for the experts of every token of every sparse step, for `routing`; null: none; one process only."
     )
-    router: Literal["centroid"] = optional("centroid", "Scores of experts: the token times their mean normalised row.")
-    router_update: Literal["straight_through", "frozen", "avg_k"] = optional(
-        "straight_through", "The router learns by gradient, stays, or is recomputed from the current weights."
+    router: Router = optional(
+        "centroid",
+        "Who chooses experts: their mean normalised row (`centroid`), their mean row as it is (`avg_k`), a learned "
+        "softmax that scales outputs (`switch`), product keys (`pkm`), two layers that are trained elsewhere (`mlp`), "
+        "a hash of the token's id for experts (`hash`) or single neurons (`rand_hash`), all pre-activations "
+        "(`vanilla`), all activations as they will be (`oracle`, a ceiling), or the position (`random`, a control).",
     )
-    routing_granularity: Annotated[int, only(1, "is not supported yet: use 1 (every token chooses for itself)")] = (
-        optional(1, "Tokens in a row that share their experts; only 1 in this version.")
+    router_update: Literal["straight_through", "frozen", "avg_k"] = optional(
+        "straight_through",
+        "A `centroid` router learns by gradient, stays, or is recomputed from the current weights, as router `avg_k`.",
+    )
+    load_balance: NonNegativeFloat = optional(0.01, "`switch`: weight of the load-balancing loss, by sequence.")
+    z_loss: NonNegativeFloat = optional(0.001, "`switch`: weight of the loss that keeps scores small.")
+    balance_bias: bool = optional(
+        False,
+        "Each expert has a bias that enters the choice alone and falls at the router's learning rate while the expert "
+        "has more than its share of the load.",
+    )
+    routing_granularity: Positive = optional(
+        1,
+        "Tokens in a row that share their experts, chosen by the mean of as many tokens before them. With at least as "
+        "many as an expert has neurons, small experts are no slower on a CPU.",
     )
     sparse_fraction: Annotated[Fraction, Field(gt=0)] = optional(
         0.5, "`adaptive`: target share of sparse steps in all steps."
@@ -230,9 +251,10 @@ class SSDConfig(Section):
     min_dense_steps: Positive = optional(50, "`adaptive`: least dense steps between two sparse phases.")
     warmup_fraction: Fraction = optional(0.1, "`adaptive`: first share of the steps, always dense.")
     final_dense_fraction: Fraction = optional(0.15, "`adaptive`: last share of the steps, always dense.")
-    backend: Literal["auto", "reference", "torch", "triton"] = optional(
+    backend: Literal["auto", "reference", "torch", "cpp", "triton"] = optional(
         "auto",
-        "Kernels of sparse mode; `triton` needs a CUDA device and the package triton, and `auto` takes it there.",
+        "Kernels of sparse mode. `auto`: `triton` on CUDA devices (needs the package), `cpp` on CPUs with AVX-512 and "
+        "for bf16 AMX (needs a C++ compiler), else `torch`.",
     )
     probe_samples: Positive = optional(8, "Fixed held-out samples on which activation statistics are taken.")
     rebalance_limit: Annotated[float, Field(gt=1)] | None = optional(
@@ -251,6 +273,16 @@ class SSDConfig(Section):
     spike_factor: Annotated[float, Field(gt=1)] = optional(
         1.2, "A training loss above this many times the mean before the switch is a spike."
     )
+
+    @property
+    def straight_through(self) -> bool:
+        """The router learns by gates that are 1 in value."""
+        return self.router == "pkm" or (self.router == "centroid" and self.router_update == "straight_through")
+
+    @property
+    def router_learns(self) -> bool:
+        """Gates carry a gradient."""
+        return self.straight_through or self.router == "switch"
 
 
 class WeightSparsityConfig(Section):

@@ -111,6 +111,11 @@ class NeuronBank(nn.Module):
         """This home's rows [F / homes, H] that decide firing and so the clustering: the gate's, or w_in without one."""
         return self.tensors().firing[0]
 
+    def expert_numbers(self, num_experts: int) -> Tensor:
+        """A number for the expert at each position, [E] int64, that is the same on every layout: by lowest neuron."""
+        lowest_E = self.neuron_ids.view(num_experts, -1).min(dim=1).values
+        return lowest_E.argsort().argsort()
+
     def expert_means(self, num_experts: int) -> Tensor:
         """Mean row of each of this home's `num_experts` experts, in at least fp32, without gradients."""
         rows_FH = self.rows().detach()

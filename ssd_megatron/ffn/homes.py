@@ -77,6 +77,8 @@ class Homes:
 
     def local_ids(self, expert_ids: Tensor, num_experts: int) -> Tensor:
         """Numbers of experts among those of this home; -1 for those of others."""
+        if self.count == 1:
+            return expert_ids
         return within(expert_ids, self.index * (num_experts // self.count), num_experts // self.count)
 
     @property

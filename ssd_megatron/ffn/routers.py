@@ -1,8 +1,9 @@
-"""Routers: which experts a token goes to, and how the scores learn.
+"""Routers: which experts a token goes to, and how the scores learn (router_kinds.py says what kinds there are).
 
-Shapes: T tokens, H hidden, F neurons, E experts, N neurons per expert, K experts per token.
+Shapes: T tokens (or tiles), H hidden, F neurons, E experts, N neurons per expert, K experts per token.
 
-The scores never scale an expert's output: a gate is 1 in the forward pass, and at most carries a gradient.
+Scores do not scale an expert's output, but for one kind: a gate is 1 in the forward pass, and at most carries a
+gradient.
 """
 
 from collections.abc import Callable
@@ -13,8 +14,22 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
-ROUTER_UPDATES = ("straight_through", "frozen", "avg_k")
+from ssd_megatron.ffn.activations import Activation
+from ssd_megatron.ffn.bank import NeuronTensors
+from ssd_megatron.ffn.kernels import cpp_router
+from ssd_megatron.ffn.router_kinds import (
+    KINDS,
+    activation_mass,
+    expert_scores,
+    half_keys,
+    hashed_experts,
+    mlp_scores,
+    neuron_scores,
+    product_scores,
+)
+from ssd_megatron.ffn.router_losses import BIAS_WEIGHT, balance_loss, bias_loss, with_loss, z_loss
 
+ROUTER_UPDATES = ("straight_through", "frozen", "avg_k")
 
 Choice = Callable[[Tensor], Tensor]  # experts [T, K] int64 in, experts [T, K] out
 
@@ -24,17 +39,36 @@ class Routing(NamedTuple):
 
     Attributes:
         expert_ids_TK: int64, best first, no expert twice in a row; equal scores are settled alike in every run.
-        gates_TK: 1 in value, with the router's gradient behind it; None when the router learns nothing.
+        gates_TK: with the router's gradient behind them; None when the router learns nothing.
+        scaled: outputs are multiplied by the gates; else they are 1 in value.
     """
 
     expert_ids_TK: Tensor
     gates_TK: Tensor | None
+    scaled: bool = False
 
 
-def expert_scores(x_TH: Tensor, weight_EH: Tensor) -> Tensor:
-    """x @ weight^T, [T, E], in at least fp32: bf16 scores would tie often, and ties would choose the experts."""
-    dtype = torch.promote_types(x_TH.dtype, torch.float32)
-    return F.linear(x_TH.to(dtype), weight_EH.to(dtype))
+class Seen(NamedTuple):
+    """What a router may look at beside the tokens' inputs; of these it needs what its kind `reads`.
+
+    Attributes:
+        means_EH: current mean row of each expert.
+        neurons: the bank of all homes, without gradients.
+        activation: the network's.
+        keys_T: int64, ids or positions of the tokens.
+        position_E: int64, where the expert with each number lies that is the same on every layout.
+        sequences: so many take turns in the rows.
+    """
+
+    means_EH: Tensor | None = None
+    neurons: NeuronTensors | None = None
+    activation: Activation | None = None
+    keys_T: Tensor | None = None
+    position_E: Tensor | None = None
+    sequences: int = 1
+
+
+NOTHING_ELSE = Seen()
 
 
 class _StraightThrough(torch.autograd.Function):
@@ -44,41 +78,80 @@ class _StraightThrough(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx: Any, x_TH: Tensor, weight_EH: Tensor, top_k: int, chosen: Choice | None) -> tuple[Tensor, Tensor]:
-        scores_TE = expert_scores(x_TH, weight_EH)
-        scores_TK, expert_ids_TK = scores_TE.topk(top_k, dim=1)
-        if chosen is not None:
-            expert_ids_TK = chosen(expert_ids_TK)
+    def forward(
+        ctx: Any,
+        x_TH: Tensor,
+        weight_EH: Tensor,
+        bias_E: Tensor | None,
+        top_k: int,
+        chosen: Choice | None,
+        backend: str,
+    ) -> tuple[Tensor, Tensor]:
+        if backend == "cpp":
+            scores_TE = cpp_router.expert_scores(x_TH, weight_EH)
+            scores_TK, expert_ids_TK = cpp_router.top_k(scores_TE, top_k)
+        else:
+            scores_TE = expert_scores(x_TH, weight_EH)
+            scores_TK, expert_ids_TK = scores_TE.topk(top_k, dim=1)
+        if bias_E is not None or chosen is not None:
+            expert_ids_TK = _best(scores_TE, bias_E, top_k, chosen)
             scores_TK = scores_TE.gather(1, expert_ids_TK)
         p_TK = scores_TK.softmax(dim=1)
         ctx.save_for_backward(x_TH, weight_EH, expert_ids_TK, p_TK)
+        ctx.backend = backend
         ctx.mark_non_differentiable(expert_ids_TK)
         return expert_ids_TK, torch.ones_like(p_TK)
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: None, dgates_TK: Tensor) -> tuple[Tensor, Tensor, None, None]:
+    def backward(ctx: Any, _: None, dgates_TK: Tensor) -> tuple[Tensor | None, ...]:
         x_TH, weight_EH, expert_ids_TK, p_TK = ctx.saved_tensors
+        if ctx.backend == "cpp":
+            dx_TH, dweight_EH = cpp_router.score_gradients(dgates_TK, p_TK, expert_ids_TK, x_TH, weight_EH)
+            return dx_TH, dweight_EH, None, None, None, None
         dp_TK = p_TK * dgates_TK
         dscores_TK = dp_TK - p_TK * dp_TK.sum(dim=1, keepdim=True)
         dscores_TE = x_TH.new_zeros(len(x_TH), len(weight_EH)).scatter_(1, expert_ids_TK, dscores_TK.to(x_TH.dtype))
-        return dscores_TE @ weight_EH, dscores_TE.T @ x_TH, None, None
+        return dscores_TE @ weight_EH, dscores_TE.T @ x_TH, None, None, None, None
 
 
 _straight_through: Callable[..., tuple[Tensor, Tensor]] = _StraightThrough.apply
 
 
-class Router(nn.Module):
-    """Scores experts by a row each and takes the top_k.
+@torch.no_grad()
+def _best(scores_TE: Tensor, bias_E: Tensor | None, top_k: int, chosen: Choice | None) -> Tensor:
+    """The experts with the best scores, biases added."""
+    expert_ids_TK = (scores_TE if bias_E is None else scores_TE + bias_E).topk(top_k, dim=1).indices
+    return expert_ids_TK if chosen is None else chosen(expert_ids_TK)
 
-    `router_update` says how the rows move after a switch has set them:
+
+class Router(nn.Module):
+    """Chooses the top_k of the experts for each token, by its kind.
+
+    A centroid router's rows move after a switch has set them as `router_update` says:
 
     - straight_through: by the gradient of gate = 1 + p - stop_gradient(p), p = softmax over the chosen scores
       (SSD, arXiv 2410.03440). With one expert per token p is constant and the gradient is zero.
     - frozen: not at all.
-    - avg_k: the score is x . mean of the expert's rows, unnormalised, recomputed from the current bank (Avg-K, arXiv
-      2305.13999). `weight` is not read.
+    - avg_k: another name for the kind avg_k, whose scores are x . mean of the expert's current rows, unnormalised.
+
+    Kind pkm learns straight through as well, switch by gates that scale the outputs: p = softmax over all scores, with
+    the losses of router_losses.py; the other kinds learn nothing here.
+
+    Args:
+        kind: a name in KINDS.
+        balance, z: weights of the losses of the kind switch.
+        balance_bias: each expert has a bias that enters the choice alone and follows the load.
+        salt: which of the hashes.
+        backend: of the network's kernels; "cpp" has some for a straight-through centroid router.
+
+    Attributes:
+        loss_weight: what the gradient of a mean over this pass's tokens is to be multiplied by; the engine sets it.
     """
+
+    weight: nn.Parameter
+    mix: nn.Parameter
+    bias: nn.Parameter | None
 
     def __init__(
         self,
@@ -87,6 +160,12 @@ class Router(nn.Module):
         top_k: int,
         router_update: str,
         *,
+        kind: str = "centroid",
+        balance: float = 0.0,
+        z: float = 0.0,
+        balance_bias: bool = False,
+        salt: int = 0,
+        backend: str = "torch",
         dtype: torch.dtype | None = None,
         device: torch.device | str | None = None,
     ) -> None:
@@ -95,29 +174,103 @@ class Router(nn.Module):
         assert 1 <= top_k <= num_experts, (top_k, num_experts)
         self.num_experts = num_experts
         self.top_k = top_k
-        self.router_update = router_update
-        self.weight = nn.Parameter(torch.empty(num_experts, hidden_size, dtype=dtype, device=device))
+        self.name = "avg_k" if router_update == "avg_k" and kind == "centroid" else kind
+        self.kind = KINDS[self.name]
+        self.straight_through = self.name == "pkm" or (self.name == "centroid" and router_update == "straight_through")
+        self.salt = salt
+        self.backend = backend
+        self.loss_weight = 1.0
+        self._balance, self._z = balance, z
+        for name, shape in self.kind.shapes(hidden_size, num_experts).items():
+            self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
+        bias = nn.Parameter(torch.empty(num_experts, dtype=dtype, device=device)) if balance_bias else None
+        self.register_parameter("bias", bias)
+        assert bias is None or (self.learns and not self.kind.by_identity), self.name
 
     @property
-    def reads_bank(self) -> bool:
-        """Scores come from the bank's current rows instead of `weight`."""
-        return self.router_update == "avg_k"
+    def learns(self) -> bool:
+        """Gates carry a gradient."""
+        return self.straight_through or self.kind.scales
 
-    def route(self, x_TH: Tensor, means_EH: Tensor | None = None, chosen: Choice | None = None) -> Routing:
+    def route(self, x_TH: Tensor, seen: Seen = NOTHING_ELSE, chosen: Choice | None = None) -> Routing:
         """Choose experts for each token.
 
         Args:
             x_TH: inputs of the feed-forward network.
-            means_EH: mean row of each expert; given if and only if `reads_bank`.
             chosen: gets the experts with the best scores and returns those to take instead.
         """
-        assert (means_EH is not None) == self.reads_bank, self.router_update
-        if self.router_update == "straight_through":
-            return Routing(*_straight_through(x_TH, self.weight, self.top_k, chosen))
+        if self.straight_through and self.name == "centroid":
+            expert_ids_TK, gates_TK = _straight_through(x_TH, self.weight, self.bias, self.top_k, chosen, self.backend)
+            return Routing(expert_ids_TK, self._follow_load(gates_TK, expert_ids_TK))
+        if self.kind.scales:
+            return self._scaled(x_TH, seen, chosen)
+        if self.straight_through:
+            assert chosen is None, self.name
+            scores_TE = product_scores(x_TH, self.weight)
+            numbers_TK = _best(scores_TE, None, self.top_k, None)
+            p_TK = scores_TE.gather(1, numbers_TK).softmax(dim=1)
+            gates_TK = 1 + (p_TK - p_TK.detach())
+            return Routing(self._positions(numbers_TK, seen), gates_TK)
         with torch.no_grad():
-            scores_TE = expert_scores(x_TH, self.weight if means_EH is None else means_EH)
-            expert_ids_TK = scores_TE.topk(self.top_k, dim=1).indices
+            expert_ids_TK = self._positions(self._chosen_without_gradient(x_TH, seen), seen)
             return Routing(expert_ids_TK if chosen is None else chosen(expert_ids_TK), None)
+
+    def initial_values(self, directions_EH: Tensor, norms_F: Tensor) -> dict[str, Tensor]:
+        """Parameters by name as a switch sets them, fp32.
+
+        Args:
+            directions_EH, norms_F: see `expert_directions`; in the order in which this kind knows experts.
+        """
+        weight_EH = router_weights(directions_EH, norms_F)
+        values = {"weight": half_keys(weight_EH) if self.name == "pkm" else weight_EH}
+        values["mix"] = torch.eye(self.num_experts, device=weight_EH.device)
+        values["bias"] = weight_EH.new_zeros(self.num_experts)
+        return {name: values[name] for name, _ in self.named_parameters()}
+
+    def _scaled(self, x_TH: Tensor, seen: Seen, chosen: Choice | None) -> Routing:
+        scores_TE = expert_scores(x_TH, self.weight)
+        expert_ids_TK = _best(scores_TE, self.bias, self.top_k, chosen)
+        p_TE = scores_TE.softmax(dim=1)
+        gates_TK = p_TE.gather(1, expert_ids_TK)
+        if torch.is_grad_enabled() and len(x_TH):
+            if self._balance:
+                loss = balance_loss(p_TE, expert_ids_TK, seen.sequences)
+                gates_TK = with_loss(gates_TK, loss, self._balance * self.loss_weight)
+            if self._z:
+                gates_TK = with_loss(gates_TK, z_loss(scores_TE), self._z * self.loss_weight)
+        return Routing(expert_ids_TK, self._follow_load(gates_TK, expert_ids_TK), scaled=True)
+
+    def _follow_load(self, gates_TK: Tensor, expert_ids_TK: Tensor) -> Tensor:
+        """The same gates; the biases, where there are any, get a gradient by the load."""
+        if self.bias is None or not torch.is_grad_enabled() or not len(gates_TK):
+            return gates_TK
+        return with_loss(gates_TK, bias_loss(self.bias, expert_ids_TK), BIAS_WEIGHT * self.loss_weight)
+
+    def _chosen_without_gradient(self, x_TH: Tensor, seen: Seen) -> Tensor:
+        if self.kind.reads in ("token_ids", "positions"):
+            assert seen.keys_T is not None, self.name
+            return hashed_experts(seen.keys_T, self.num_experts, self.top_k, self.salt)
+        return self._scores(x_TH, seen).topk(self.top_k, dim=1).indices
+
+    def _scores(self, x_TH: Tensor, seen: Seen) -> Tensor:
+        if self.name == "avg_k":
+            assert seen.means_EH is not None, self.name
+            return expert_scores(x_TH, seen.means_EH)
+        if self.name == "mlp":
+            return mlp_scores(x_TH, self.weight, self.mix)
+        if self.kind.reads == "neurons":
+            assert seen.neurons is not None and seen.activation is not None, self.name
+            if self.name == "vanilla":
+                return neuron_scores(x_TH, seen.neurons)
+            return activation_mass(x_TH, seen.neurons, seen.activation, self.num_experts)
+        return expert_scores(x_TH, self.weight)
+
+    def _positions(self, numbers_TK: Tensor, seen: Seen) -> Tensor:
+        """Where the experts with these numbers are, if this kind knows experts by numbers."""
+        if not self.kind.by_identity:
+            return numbers_TK
+        assert seen.position_E is not None, self.name
+        return seen.position_E[numbers_TK]
 
 
 @torch.no_grad()

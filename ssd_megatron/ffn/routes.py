@@ -36,9 +36,9 @@ class Route(NamedTuple):
         """Rows of tokens at the ranks that own their experts, [received rows, H]."""
         return _send(x_TH, self)
 
-    def send_gates(self, gates_TK: Tensor | None) -> Tensor | None:
-        """Gates of the rows that arrive; their gradients travel back."""
-        return None if gates_TK is None else _send_gates(gates_TK, self)
+    def send_gates(self, gates_TK: Tensor | None, scaled: bool) -> Tensor | None:
+        """Gates of the rows that arrive; their gradients travel back, and their values forth if they are `scaled`."""
+        return None if gates_TK is None else _send_gates(gates_TK, self, scaled)
 
     def collect(self, y_RH: Tensor) -> Tensor:
         """What the rows' owners computed, back at the tokens and added up, [T, H]."""
@@ -109,17 +109,17 @@ class _Send(torch.autograd.Function):
 
 
 class _SendGates(torch.autograd.Function):
-    """A gate is 1 by definition: nothing travels forth."""
+    """A gate is 1 by definition unless it scales: nothing travels forth."""
 
     @staticmethod
-    def forward(ctx: Any, gates_TK: Tensor, route: Route) -> Tensor:
+    def forward(ctx: Any, gates_TK: Tensor, route: Route, scaled: bool) -> Tensor:
         ctx.route = route
-        return gates_TK.new_ones(sum(route.received), gates_TK.shape[1])
+        return _to_owners(gates_TK, route) if scaled else gates_TK.new_ones(sum(route.received), gates_TK.shape[1])
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, dgates: Tensor) -> tuple[Tensor, None]:
-        return _to_tokens(dgates, ctx.route), None
+    def backward(ctx: Any, dgates: Tensor) -> tuple[Tensor, None, None]:
+        return _to_tokens(dgates, ctx.route), None, None
 
 
 class _Collect(torch.autograd.Function):

@@ -1,6 +1,8 @@
 """The Transformer block: megatron-core's TransformerLayer, or the same with normalisation after its networks, with our
 feed-forward network and attention core."""
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -61,6 +63,11 @@ def ffn_settings(model: ModelConfig, ssd: SSDConfig, backend: str) -> FFNSetting
         top_k=ssd.top_k,
         router_update=ssd.router_update,
         backend=backend,
+        routing_granularity=ssd.routing_granularity,
+        router=ssd.router,
+        load_balance=ssd.load_balance,
+        z_loss=ssd.z_loss,
+        balance_bias=ssd.balance_bias,
     )
 
 
@@ -88,6 +95,7 @@ class TransformerBlock(nn.Module):
         topology: Topology,
     ) -> None:
         super().__init__()
+        ffn = replace(ffn, hash_salt=layer_index)
         homes = Homes(topology, gather_again=not recompute, once_per_step=gather_once)
         layer = TransformerLayer if model.norm_position == "pre" else PostNormLayer
         self.looks_at_context = layer_index >= model.num_layers
@@ -115,19 +123,30 @@ class TransformerBlock(nn.Module):
         assert isinstance(ffn, SwitchableFFN)
         return ffn
 
-    def forward(self, x_sbh: Tensor, bias: Tensor | None = None, context_sbh: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x_sbh: Tensor,
+        bias: Tensor | None = None,
+        context_sbh: Tensor | None = None,
+        token_ids_bs: Tensor | None = None,
+    ) -> Tensor:
         """The layer's output, of x's shape.
 
         Args:
             bias: of the attention's scores (see ScaledDotProductCore).
             context_sbh: the encoder's output, for a decoder's layer.
+            token_ids_bs: for routers that hash them, where they are known.
         """
         if self.recompute and torch.is_grad_enabled():
-            recomputed: Tensor = checkpoint(self._forward, x_sbh, bias, context_sbh, use_reentrant=False)
+            recomputed: Tensor = checkpoint(self._forward, x_sbh, bias, context_sbh, token_ids_bs, use_reentrant=False)
             return recomputed
-        return self._forward(x_sbh, bias, context_sbh)
+        return self._forward(x_sbh, bias, context_sbh, token_ids_bs)
 
-    def _forward(self, x_sbh: Tensor, bias: Tensor | None, context_sbh: Tensor | None) -> Tensor:
+    def _forward(
+        self, x_sbh: Tensor, bias: Tensor | None, context_sbh: Tensor | None, token_ids_bs: Tensor | None
+    ) -> Tensor:
+        # Here, so that a recomputed forward has them too; megatron-core's layer would not hand them on.
+        self.ffn.token_ids = token_ids_bs
         if x_sbh.size(1) == 0:
             # megatron-core's attention takes no empty batch; expert-parallel ranks meet in the network.
             nothing_sbh: Tensor = self.ffn(x_sbh)[0]

@@ -1,5 +1,6 @@
 """Parameters and FLOPs of a model from its settings alone (tests hold them against the built model)."""
 
+import math
 from dataclasses import dataclass
 
 from ssd_megatron.config.schema import ModelConfig, SSDConfig
@@ -27,7 +28,7 @@ class ForwardFlops:
 
     attention: int
     ffn: int
-    router: int
+    router: float
     head: int
 
 
@@ -39,7 +40,7 @@ def parameter_counts(model: ModelConfig, ssd: SSDConfig) -> dict[str, int]:
         "embedding": model.padded_vocab_size * h + small_embeddings(model),
         "attention": layers * (h * qkv_size(model) + h * h + bias * (qkv_size(model) + h)),
         "ffn": layers * (bank_parameters(model) + bias * h),
-        "router": layers * ssd.num_experts * h,
+        "router": layers * router_parameters(model, ssd),
         "norm": (2 * layers + 1) * norm_parameters(model) + (norm_parameters(model) if model.family == "bert" else 0),
         "head": (0 if model.tie_embeddings else model.padded_vocab_size * h) + head_matrices(model) + head_bias(model),
     }
@@ -69,9 +70,37 @@ def forward_flops(model: ModelConfig, ssd: SSDConfig) -> ForwardFlops:
     return ForwardFlops(
         attention=2 * h * (qkv + h) + 4 * model.seq_length * h,
         ffn=2 * ffn_matrices(model) * h * model.ffn_hidden_size,
-        router=2 * h * ssd.num_experts,
+        router=router_flops(model, ssd) / ssd.routing_granularity,
         head=2 * h * model.padded_vocab_size + (2 * h * h if model.family == "bert" else 0),
     )
+
+
+def router_parameters(model: ModelConfig, ssd: SSDConfig) -> int:
+    """Parameters of one router."""
+    h, experts = model.hidden_size, ssd.num_experts
+    bias = experts if ssd.balance_bias else 0
+    if ssd.router == "centroid" and ssd.router_update == "avg_k":
+        return 0
+    return {
+        "centroid": experts * h + bias,
+        "switch": experts * h + bias,
+        "pkm": 2 * math.isqrt(experts) * h,
+        "mlp": experts * h + experts * experts,
+    }.get(ssd.router, 0)
+
+
+def router_flops(model: ModelConfig, ssd: SSDConfig) -> int:
+    """FLOPs by which one router chooses for one token (or tile): products with its matrices, or with the bank's."""
+    h, neurons = model.hidden_size, model.ffn_hidden_size
+    read = {
+        "avg_k": ssd.num_experts * h,
+        "vanilla": neurons * h,
+        "oracle": (ffn_matrices(model) - 1) * neurons * h,
+    }
+    if ssd.router == "centroid" and ssd.router_update == "avg_k":
+        return 2 * read["avg_k"]
+    bias = ssd.num_experts if ssd.balance_bias else 0
+    return 2 * (read.get(ssd.router, router_parameters(model, ssd) - bias))
 
 
 def flops_per_token(model: ModelConfig, ssd: SSDConfig, live: float = 1.0) -> Flops:

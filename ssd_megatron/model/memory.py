@@ -16,6 +16,7 @@ from ssd_megatron.model.cost import (
     masked_weights,
     norm_parameters,
     qkv_size,
+    router_parameters,
     small_embeddings,
 )
 
@@ -153,7 +154,7 @@ def rank_parameters(model: ModelConfig, ssd: SSDConfig, layout: Layout, stage: i
     h, tp, bias = model.hidden_size, layout.tensor, int(model.add_bias)
     word = model.padded_vocab_size // tp * h
     split = (h + bias) * qkv_size(model) // tp + h * h // tp
-    whole = bias * 2 * h + 2 * norm_parameters(model) + ssd.num_experts * h
+    whole = bias * 2 * h + 2 * norm_parameters(model) + router_parameters(model, ssd)
     layers = model.num_layers // layout.pipeline
     plain = layers * (split + whole)
     if stage == 0:

@@ -43,8 +43,9 @@ class OneStream:
 
     def run(self, embedding: Embedding | None, blocks: Iterable[nn.Module], inputs: tuple[Tensor, ...]) -> Tensor:
         x_sbh: Tensor = inputs[0] if embedding is None else embedding(*inputs)
+        token_ids_bs = None if embedding is None else inputs[0]
         for block in blocks:
-            x_sbh = block(x_sbh)
+            x_sbh = block(x_sbh, token_ids_bs=token_ids_bs)
         return x_sbh
 
     def rows(self, batch: Mapping[str, Tensor]) -> int:
@@ -76,6 +77,7 @@ class EncoderDecoder:
 
     def run(self, embedding: Embedding | None, blocks: Iterable[nn.Module], inputs: tuple[Tensor, ...]) -> Tensor:
         state = self._unpack(inputs[0]) if embedding is None else self._embed(embedding, *inputs)
+        tokens_bs, decoder_tokens_bt = (None, None) if embedding is None else inputs
         x_sbh, y_tbh = state.encoder_sbh, state.decoder_tbh
         biases: dict[bool, Tensor] = {}
         for block in blocks:
@@ -86,9 +88,9 @@ class EncoderDecoder:
                 length = len(y_tbh if is_decoder else x_sbh)
                 biases[is_decoder] = position_bias(table, length, self._model, self._topology, causal=is_decoder)
             if is_decoder:
-                y_tbh = block(y_tbh, biases[True], x_sbh)
+                y_tbh = block(y_tbh, biases[True], x_sbh, decoder_tokens_bt)
             else:
-                x_sbh = block(x_sbh, biases[False])
+                x_sbh = block(x_sbh, biases[False], None, tokens_bs)
         return (
             y_tbh if self._topology.is_last_stage else self._pack(state._replace(encoder_sbh=x_sbh, decoder_tbh=y_tbh))
         )

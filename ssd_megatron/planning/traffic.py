@@ -117,8 +117,9 @@ def _tensor(model: ModelConfig, ssd: SSDConfig, layout: Layout, stage: int, mode
         return Transfer("tensor", what, "all-reduce", all_reduce(payload, ranks), times)
 
     yield transfer("layers", _layers(model, layout) * (5 if layout.recompute else 4) * row)
-    if mode == "sparse" and ssd.router_update == "straight_through":
-        yield transfer("gate gradients", _layers(model, layout) * tokens * ssd.top_k * 4)
+    if mode == "sparse" and ssd.router_learns:
+        tiles = tokens / ssd.routing_granularity
+        yield transfer("gate gradients", _layers(model, layout) * tiles * ssd.top_k * 4)
     if stage == 0:
         yield transfer("embedding", row)
     if stage == layout.pipeline - 1:
@@ -144,9 +145,10 @@ def _expert(model: ModelConfig, ssd: SSDConfig, layout: Layout, mode: str, size:
     # There and back, in forward and in backward; recomputation sends them there once more.
     trips = 5 if layout.recompute else 4
     yield Transfer("expert", "tokens", "all-to-all", trips * rows * model.hidden_size * size, times)
-    # Expert numbers there (int64), gate gradients back (fp32).
-    ids = (2 if layout.recompute else 1) * 8
-    gates = 4 if ssd.router_update == "straight_through" else 0
+    # Expert numbers there (int64), and gates that scale (fp32); gate gradients back (fp32).
+    forth = 2 if layout.recompute else 1
+    ids = forth * 8
+    gates = (4 if ssd.router_learns else 0) + (forth * 4 if ssd.router == "switch" else 0)
     yield Transfer("expert", "routing", "all-to-all", rows * ssd.top_k * (ids + gates), times)
 
 

@@ -10,7 +10,7 @@ from ssd_megatron.config.load import Hardware, RunConfig, load_config
 from ssd_megatron.config.schema import ParallelConfig
 from ssd_megatron.data.tokenizers import load_tokenizer
 from ssd_megatron.errors import DataError
-from ssd_megatron.model.gpt import GPT
+from ssd_megatron.model.language_model import LanguageModel
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.switching.statistics import Batch, ProbeBatch
 from ssd_megatron.training import checkpoint_files as files
@@ -32,7 +32,7 @@ class Subject:
     """
 
     config: RunConfig
-    model: GPT
+    model: LanguageModel
     probe: ProbeBatch
     samples: int
 
@@ -65,7 +65,7 @@ def prepare(run_dir: Path, topology: Topology, samples: int | None = None) -> Su
     """
     config = _one_process(run_dir, samples)
     section = config.ssd_megatron
-    model = GPT(section, "torch", topology).to(topology.device).eval()
+    model = LanguageModel(section, "torch", topology).to(topology.device).eval()
     batches = probe_samples(config, load_tokenizer(section.data.tokenizer), topology)
 
     @torch.no_grad()

@@ -80,6 +80,8 @@ class Clustering:
         experts, seed = self._ssd.num_experts, self._clustering_seed(name, step)
         if self._recorded is not None:
             return self._recorded[name]
+        if experts == len(rows):
+            return torch.arange(experts)  # single neurons
         if self._ssd.partition == "random":
             return random_partition(rows.shape[0], experts, seed).labels
         if self._ssd.partition == "coactivation":
@@ -89,6 +91,8 @@ class Clustering:
 
     def _follow(self, name: str, rows: Tensor, previous: Tensor | None, step: int) -> Tensor:
         experts = self._ssd.num_experts
+        if experts == len(rows):
+            return torch.arange(experts)
         if previous is not None:
             return warm_assignment_pass(rows, previous.to(rows.device), experts)
         seed = self._clustering_seed(name, step)

@@ -242,7 +242,7 @@ class Coordinator:
         if ssd.top_k_allocation == "equal":
             return [ssd.top_k] * len(self.networks.names)
         # With a single expert the straight-through router would not learn.
-        least = min(ssd.top_k, 2 if ssd.router_update == "straight_through" else 1)
+        least = min(ssd.top_k, 2 if ssd.straight_through else 1)
         return allocate_experts(sparsity_costs(self.networks, self._probe, ssd.num_experts, least), ssd.top_k, least)
 
     def _verify_loss(self, before: float, after: float) -> None:

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from ssd_megatron.ffn.routers import expert_scores
+from ssd_megatron.ffn.router_kinds import expert_scores
 from ssd_megatron.ffn.switchable import SwitchableFFN
 from ssd_megatron.parallel.topology import Topology
 

@@ -11,7 +11,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssd_megatron.ffn.routers import expert_directions, router_weights
+from ssd_megatron.ffn.routers import expert_directions
 from ssd_megatron.ffn.switchable import SwitchableFFN
 from ssd_megatron.parallel.logical_state import LogicalState
 from ssd_megatron.parallel.topology import Topology
@@ -99,31 +99,37 @@ def verify_bank(name: str, ffn: SwitchableFFN, expected: Tensor, state: LogicalS
 
 @torch.no_grad()
 def set_routers(networks: Networks, num_experts: int, state: LogicalState) -> None:
-    """Give every router its experts' centroids, without moments, as if its optimizer had just begun (collective)."""
+    """Make every router from its experts' centroids, without moments, as if its optimizer had just begun
+    (collective)."""
     for name, ffn in networks.local.items():
-        router = f"{name}.router.weight"
         directions_EH, norms_F = expert_directions(ffn.bank.rows().detach(), num_experts // ffn.homes.count)
-        weights = router_weights(ffn.homes.all_rows(directions_EH), ffn.homes.all_rows(norms_F))
-        state.write(router, MASTER, weights)
-        for kind in (EXP_AVG, EXP_AVG_SQ):
-            state.write(router, kind, torch.zeros_like(weights))
+        directions_EH, norms_F = ffn.homes.all_rows(directions_EH), ffn.homes.all_rows(norms_F)
+        if ffn.router.kind.by_identity:
+            directions_EH = directions_EH[ffn.bank.expert_numbers(num_experts).argsort()]
+        for leaf, value in ffn.router.initial_values(directions_EH, norms_F).items():
+            state.write(f"{name}.router.{leaf}", MASTER, value)
+            for kind in (EXP_AVG, EXP_AVG_SQ):
+                state.write(f"{name}.router.{leaf}", kind, torch.zeros_like(value))
     state.set_adam_step(ROUTER_GROUP, 0)
     state.publish()
 
 
 @torch.no_grad()
 def renumber_routers(networks: Networks, numbers: Mapping[str, Tensor], state: LogicalState) -> None:
-    """Give the experts of every router new numbers, moments included (collective over the stage).
+    """Give the experts of every router that knows them by position new numbers, moments included (collective over the
+    stage).
 
     Args:
         numbers: by network, new number of each expert, [E] int64.
     """
-    for name in networks.local:
-        router = f"{name}.router.weight"
+    for name, ffn in networks.local.items():
+        if ffn.router.kind.by_identity:
+            continue
         order = numbers[name].argsort()
-        for kind in KINDS:
-            whole = state.read(router, kind)
-            state.write(router, kind, whole[order.to(whole.device)])
+        for leaf, _ in ffn.router.named_parameters():
+            for kind in KINDS:
+                whole = state.read(f"{name}.router.{leaf}", kind)
+                state.write(f"{name}.router.{leaf}", kind, whole[order.to(whole.device)])
     state.publish()
 
 

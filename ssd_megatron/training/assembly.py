@@ -1,5 +1,6 @@
 """Model, engine and coordinator of a job, put together in one way whatever its samples are."""
 
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -8,7 +9,7 @@ import torch
 from ssd_megatron.config.load import RunConfig
 from ssd_megatron.config.schema import SsdMegatronConfig
 from ssd_megatron.errors import ConfigError
-from ssd_megatron.ffn.kernels import choose_backend
+from ssd_megatron.ffn.kernels import SPECIAL, choose_backend, cpp_build
 from ssd_megatron.ffn.kernels.trial import trial
 from ssd_megatron.model.language_model import LanguageModel, ffn_names
 from ssd_megatron.parallel.topology import Topology
@@ -51,7 +52,9 @@ def assemble(config: RunConfig, topology: Topology, probe_batches: Sequence[Batc
     return Assembly(model, engine, coordinator, make_masks(model, engine, section, topology), reason)
 
 
-def make_masks(model: LanguageModel, engine: Engine, section: SsdMegatronConfig, topology: Topology) -> MaskedWeights | None:
+def make_masks(
+    model: LanguageModel, engine: Engine, section: SsdMegatronConfig, topology: Topology
+) -> MaskedWeights | None:
     """Masks as `weight_sparsity` asks for; from here on masked weights are 0 (collective)."""
     settings = section.weight_sparsity
     if settings is None:
@@ -63,24 +66,30 @@ def make_masks(model: LanguageModel, engine: Engine, section: SsdMegatronConfig,
 
 
 def choose_kernels(config: RunConfig, topology: Topology) -> tuple[str, str]:
-    """The backend of sparse mode and the reason in words: Triton's kernels only if all ranks see that they are right on
-    their devices (collective).
+    """The backend of sparse mode and the reason in words: kernels of our own only if all ranks see that they are right
+    on their devices (collective).
 
     Raises:
         ConfigError: what `ssd.backend` asks for cannot run, or is wrong here.
     """
     requested, dtype = config.ssd_megatron.ssd.backend, getattr(torch, config.dtype)
     backend, reason = choose_backend(requested, device=topology.device, dtype=dtype)
-    if backend != "triton":
+    if requested not in ("auto", *SPECIAL):
         return backend, reason
-    mine = trial(backend, topology.device, dtype, config.ssd_megatron.model.activation)
-    seen = topology.world.gather_objects("trial of the sparse kernels", mine)
-    wrong = next((f"on rank {rank} {what}" for rank, what in enumerate(seen) if what is not None), None)
-    if wrong is None:
-        return backend, reason
-    if requested == "triton":
-        raise ConfigError(f"ssd.backend (triton) fails its trial: {wrong}. Use torch")
-    return "torch", f"sparse kernels: torch (triton, which should be faster, fails its trial: {wrong})"
+    lacking = None if backend in SPECIAL else reason
+    wrong: str | None = None
+    for first in (True, False):  # the first rank of each host compiles what the others load
+        if lacking is None and first == (os.environ.get("LOCAL_RANK", "0") == "0"):
+            wrong = trial(backend, topology.device, dtype, config.ssd_megatron.model.activation)
+        seen = topology.world.gather_objects("trial of the sparse kernels", (lacking, wrong))
+    if lacking is not None:
+        return backend, lacking
+    failed = next((f"on rank {rank} {why[0] or why[1]}" for rank, why in enumerate(seen) if any(why)), None)
+    if failed is None:
+        return backend, reason + cpp_build.spent(backend)
+    if requested != "auto":
+        raise ConfigError(f"ssd.backend ({requested}) fails its trial: {failed}. Use torch")
+    return "torch", f"sparse kernels: torch ({backend}, which should be faster, fails its trial: {failed})"
 
 
 def make_engine(model: LanguageModel, config: RunConfig, topology: Topology) -> Engine:

@@ -72,6 +72,8 @@ class Engine(ABC):
         homes = [ffn.homes for ffn in self._model.ffns.values()]
         for home in homes:
             home.begin_step(len(microbatches))
+        for ffn in self._model.ffns.values():
+            ffn.router.loss_weight = self.zero.loss_scale / len(microbatches)
         result = self._step(microbatches)
         for home in homes:
             home.end_step()
@@ -184,7 +186,7 @@ def parameter_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float
     """
     groups: dict[tuple[str, str | None], list[nn.Parameter]] = {("decay", None): []}  # the first group's rate is shown
     for name, parameter in parameters.items():
-        role = ROUTER_GROUP if name.endswith("router.weight") else "decay" if parameter.dim() > 1 else "no_decay"
+        role = ROUTER_GROUP if ".router." in name else "decay" if parameter.dim() > 1 else "no_decay"
         groups.setdefault((role, expert_group_of(parameter)), []).append(parameter)
     return [
         {"role": role, "params": members, "weight_decay": weight_decay if role == "decay" else 0.0}

@@ -38,15 +38,6 @@ def step_routing(config: RunConfig, model: LanguageModel, topology: Topology) ->
     return lambda step, mode: changes[0](step) if changes and mode == "sparse" else nullcontext()
 
 
-def common_numbers(ffn: SwitchableFFN) -> Tensor:
-    """A number for the expert at each position, [E] int64, that is the same on every layout: by the lowest neuron.
-
-    Placement numbers experts by the rank that owns them; what is recorded must not depend on it.
-    """
-    lowest_E = ffn.bank.neuron_ids.view(ffn.settings.num_experts, -1).min(dim=1).values
-    return lowest_E.argsort().argsort()
-
-
 @contextmanager
 def _recorded(folder: Path, ffns: dict[str, SwitchableFFN], config: RunConfig, step: int) -> Iterator[None]:
     seen: dict[str, list[Tensor]] = {name: [] for name in ffns}
@@ -59,7 +50,7 @@ def _recorded(folder: Path, ffns: dict[str, SwitchableFFN], config: RunConfig, s
         yield
     tensors = {}
     for name, microbatches in seen.items():
-        numbers_E = common_numbers(ffns[name])
+        numbers_E = ffns[name].bank.expert_numbers(ffns[name].settings.num_experts)
         parts = [numbers_E[ids].view(-1, config.micro_batch_size, ids.shape[1]).transpose(0, 1) for ids in microbatches]
         tensors[name] = torch.cat(parts).to(torch.int32).cpu().contiguous()
     write_atomically(_file(folder, step), save(tensors))
@@ -87,7 +78,7 @@ def _replayed(
     for name, ffn in ffns.items():
         if name not in recorded:
             raise DataError(f"ssd.routing ({folder}) has no {name} at step {step}: record it with this model")
-        positions_E = common_numbers(ffn).argsort()
+        positions_E = ffn.bank.expert_numbers(ffn.settings.num_experts).argsort()
         ids_BSK = positions_E[recorded[name].to(positions_E.device, torch.int64)]
         choices[name] = partial(play, iter(_my_microbatches(ids_BSK, config, topology)), name)
     with _asked(ffns, choices):

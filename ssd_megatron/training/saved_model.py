@@ -12,7 +12,7 @@ from torch import Tensor
 
 from ssd_megatron.config.fields import Section
 from ssd_megatron.config.schema import ModelConfig, SSDConfig
-from ssd_megatron.model.gpt import ffn_names
+from ssd_megatron.model.language_model import ffn_names
 from ssd_megatron.parallel.zero import MASTER
 from ssd_megatron.training import checkpoint_files as files
 from ssd_megatron.training.checkpoint_files import CheckpointError, Index, Piece, key_of

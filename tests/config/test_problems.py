@@ -66,7 +66,6 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"ssd_megatron.parallel.context_parallel_size": 2}, "sequence and context parallelism are not supported yet"),
     ({"ssd_megatron.ffn_expansion": 4}, "ssd_megatron.ffn_expansion (4) is not in this version"),
     ({f"{DATA}.reset_attention_mask": True}, "data.reset_attention_mask (true) is not supported yet: use false"),
-    ({f"{SSD}.routing_granularity": 8}, "ssd.routing_granularity (8) is not supported yet: use 1"),
     ({f"{SSD}.router": "mlp"}, 'ssd.router ("mlp") must be "centroid"'),
     (
         {"fp16": {"enabled": True}},
@@ -119,6 +118,10 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
     ),
     ({f"{SSD}.top_k": 17}, "ssd.top_k (17) must be at most ssd.num_experts (16): try 4"),
     ({f"{SSD}.top_k": 1}, 'gives the router no gradient with ssd.router_update "straight_through": try 2'),
+    (
+        {f"{SSD}.routing_granularity": 129},
+        "ssd.routing_granularity (129) must be at most model.seq_length (128), where a sequence is one tile: try 32",
+    ),
     ({f"{SSD}.check_layers": 3}, "ssd.check_layers (3) must be at most the number of layers (2)"),
     # Schedules.
     (

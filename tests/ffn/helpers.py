@@ -5,7 +5,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ssd_megatron.ffn.bank import NeuronBank
-from ssd_megatron.ffn.kernels import sparse_ffn
+from ssd_megatron.ffn.kernels import cpp_build, sparse_ffn
 
 PHI = {
     "relu": F.relu,
@@ -17,7 +17,9 @@ PHI = {
     "swiglu": F.silu,
 }
 GATED = {"reglu", "geglu", "swiglu"}
-PLAIN = ("reference", "torch")  # backends that run everywhere and in fp64; test_triton.py has the other
+PLAIN = ("reference", "torch")  # backends that run everywhere and in fp64; test_triton.py has the one for GPUs
+HAS_CPP = cpp_build.lacking(torch.float32) is None and cpp_build.lacking(torch.bfloat16) is None
+FAST = ("torch", *(["cpp"] if HAS_CPP else []))
 
 
 def make_bank(hidden: int, neurons: int, activation: str, add_bias: bool, dtype: torch.dtype) -> NeuronBank:
@@ -70,10 +72,17 @@ def gradients(y: Tensor, dy: Tensor, x: Tensor, gates: Tensor | None, bank: Neur
 
 
 def run(
-    backend: str, x: Tensor, dy: Tensor, ids: Tensor, gates: Tensor | None, bank: NeuronBank, experts: int
+    backend: str,
+    x: Tensor,
+    dy: Tensor,
+    ids: Tensor,
+    gates: Tensor | None,
+    bank: NeuronBank,
+    experts: int,
+    scaled: bool = False,
 ) -> dict[str, Tensor]:
     """Output and gradients by name."""
-    y = sparse_ffn(x, ids, gates, bank.tensors(), bank.activation, experts, backend)
+    y = sparse_ffn(x, ids, gates, bank.tensors(), bank.activation, experts, backend, scaled)
     return gradients(y, dy, x, gates, bank)
 
 

@@ -2,13 +2,15 @@ import pytest
 import torch
 import torch.nn.functional as F
 
-from ssd_megatron.ffn.routers import Router, expert_scores, router_weights_from_bank
+from ssd_megatron.ffn.router_kinds import expert_scores
+from ssd_megatron.ffn.routers import Router, Seen, router_weights_from_bank
 from tests.ffn.helpers import relative_error
 
 
 def make_router(top_k: int, update: str, dtype: torch.dtype = torch.float64) -> Router:
     router = Router(16, 8, top_k, update, dtype=dtype)
-    torch.nn.init.normal_(router.weight)
+    for parameter in router.parameters():
+        torch.nn.init.normal_(parameter)
     return router
 
 
@@ -91,7 +93,7 @@ def test_avg_k_follows_the_current_rows() -> None:
     rows_FH = torch.randn(32, 16, dtype=torch.float64)
     for _ in range(2):
         means_EH = torch.stack([rows_FH[4 * e : 4 * e + 4].mean(dim=0) for e in range(8)])
-        routing = router.route(x, means_EH)
+        routing = router.route(x, Seen(means_EH=means_EH))
         assert torch.equal(routing.expert_ids_TK, (x @ means_EH.T).topk(2).indices)
         assert routing.gates_TK is None
         rows_FH = rows_FH.roll(4, dims=0)

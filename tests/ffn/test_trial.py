@@ -9,6 +9,7 @@ from ssd_megatron.ffn.kernels import torch_bmm
 from ssd_megatron.ffn.kernels.trial import trial
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.training import assembly
+from tests.ffn.helpers import HAS_CPP
 from tests.ranks import run_ranks
 from tests.small_engine import run_config
 
@@ -21,6 +22,7 @@ CPU = torch.device("cpu")
         ("torch", torch.float32, "relu"),
         ("torch", torch.bfloat16, "reglu"),
         ("torch", torch.float16, "squared_relu"),
+        *([("cpp", torch.float32, "reglu"), ("cpp", torch.bfloat16, "relu")] if HAS_CPP else []),
         ("triton", torch.float32, "swiglu"),
         ("triton", torch.float16, "relu"),
     ],
@@ -48,11 +50,14 @@ def choices(topology: Topology) -> tuple[str, str, str]:
     assembly.choose_backend = lambda requested, device, dtype: ("triton", "sparse kernels: triton")
     assembly.trial = lambda *arguments: verdict
     config = run_config(2)
+
+    def ask_for(backend: str) -> None:
+        ssd = config.ssd_megatron.ssd.model_copy(update={"backend": backend})
+        vars(config)["ssd_megatron"] = config.ssd_megatron.model_copy(update={"ssd": ssd})
+
+    ask_for("auto")
     name, reason = assembly.choose_kernels(config, topology)
-    asked = config.ssd_megatron.model_copy(
-        update={"ssd": config.ssd_megatron.ssd.model_copy(update={"backend": "triton"})}
-    )
-    vars(config)["ssd_megatron"] = asked
+    ask_for("triton")
     with pytest.raises(ConfigError) as error:
         assembly.choose_kernels(config, topology)
     return name, reason, str(error.value)

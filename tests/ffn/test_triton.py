@@ -42,12 +42,16 @@ def make_gates(ids: Tensor) -> Tensor:
     return torch.ones(ids.shape, device=DEVICE, requires_grad=True)
 
 
-def compare(bank: NeuronBank, x: Tensor, dy: Tensor, ids: Tensor, experts: int) -> dict[str, Tensor]:
+def compare(
+    bank: NeuronBank, x: Tensor, dy: Tensor, ids: Tensor, experts: int, scaled: bool = False
+) -> dict[str, Tensor]:
     """Triton's results, which must be those of fp32 brute force."""
     ids, gates = ids.to(DEVICE), make_gates(ids)
-    got = run("triton", x, dy, ids, gates, bank, experts)
+    if scaled:
+        gates = torch.rand_like(gates).requires_grad_()
+    got = run("triton", x, dy, ids, gates, bank, experts, scaled)
     exact_x = x.detach().float().requires_grad_()
-    wanted = run("reference", exact_x, dy.float(), ids, gates, bank.float(), experts)
+    wanted = run("reference", exact_x, dy.float(), ids, gates, bank.float(), experts, scaled)
     assert all(got[name].dtype == (torch.float32 if name == "gate" else x.dtype) for name in got)
     assert_close({name: t.float() for name, t in got.items()}, wanted, TOLERANCE[x.dtype])
     return got
@@ -84,6 +88,16 @@ def test_any_load(
     bank = make_bank(64, experts * 16, activation, add_bias, dtype)
     x, dy = make_inputs(tokens, 64, dtype)
     compare(bank, x, dy, choose(tokens, experts, top_k, skew), experts)
+
+
+@pytest.mark.parametrize("activation", ["relu", "gelu", "reglu", "swiglu"])
+def test_scaled_gates_multiply_outputs(activation: str) -> None:
+    torch.manual_seed(3)
+    bank = make_bank(24, 4 * 16, activation, True, torch.float32)
+    x, dy = make_inputs(40, 24, torch.float32)
+    ids = choose(40, 4, 2)
+    ids[torch.rand(ids.shape) < 0.2] = -1
+    compare(bank, x, dy, ids, 4, scaled=True)
 
 
 @pytest.mark.parametrize("size", [1, 16, 40, 72])
@@ -175,12 +189,13 @@ def test_rows_are_copies_sorted_by_expert(tokens: int, experts: int, top_k: int,
     assert rows.tile_expert_M[len(tiles) :].tolist() == [-1] * (len(rows.tile_expert_M) - len(tiles))
 
 
+@pytest.mark.parametrize("granularity", [1, 8])
 @pytest.mark.parametrize("router_update", ["straight_through", "avg_k"])
-def test_a_switchable_network_does_not_depend_on_the_backend(router_update: str) -> None:
+def test_a_switchable_network_does_not_depend_on_the_backend(router_update: str, granularity: int) -> None:
     results = []
     for backend in ("reference", "triton"):
         torch.manual_seed(0)
-        settings = FFNSettings(32, 64, "relu", True, 4, 2, router_update, backend)
+        settings = FFNSettings(32, 64, "relu", True, 4, 2, router_update, backend, granularity)
         ffn = SwitchableFFN(SimpleNamespace(params_dtype=torch.float32), settings)
         ffn.mode = "sparse"
         with torch.no_grad():

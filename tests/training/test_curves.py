@@ -47,7 +47,8 @@ def losses(name: str, folder: Path) -> list[float]:
     config["optimizer"]["params"] |= {"lr": 0.004, "eps": 1e-5}
     schedule, model = CURVES[name]
     config["ssd_megatron"]["model"] |= {"dropout": 0.0, "vocab_size": 128} | model
-    config["ssd_megatron"]["ssd"] = {"num_experts": 8, "top_k": 2, "check_interval": 10} | SSD[schedule]
+    experts = {"num_experts": 8, "top_k": 2, "check_interval": 10, "backend": "torch"}
+    config["ssd_megatron"]["ssd"] = experts | SSD[schedule]
     config["ssd_megatron"]["training"] = {"train_steps": STEPS, "eval_interval": STEPS, "eval_steps": 1}
     train(write_config(config, folder / "run.json"))
     return [loss for _, loss, _ in curve(folder / "run")]

@@ -65,6 +65,8 @@ MODELS: dict[str, tuple[str, ...]] = {
     "untied": ("model.tie_embeddings=false",),
     "frozen": ("ssd.router_update=frozen",),
     "avg_k": ("ssd.router_update=avg_k",),
+    "tiles": ("ssd.routing_granularity=8",),  # an expert has 8 neurons: one process computes tiles in one piece
+    "tiles, the last shorter": ("ssd.routing_granularity=6", "training.recompute=full"),
     "recompute": ("training.recompute=full",),
     "modern, recompute": (*MODERN, "training.recompute=full"),
     "reference kernels": ("ssd.backend=reference",),
@@ -116,6 +118,8 @@ MATRIX: list[Case] = [
     *cases("untied", TP2, EP2, PP2, TP2_PP2_DP2),
     *cases("frozen", TP2, EP2, zero2(TP2_EP2), PP2_EP2_DP2),
     *cases("avg_k", TP2, EP2, zero2(TP2_EP2), PP2_EP2_DP2),
+    *cases("tiles", replace(ONE, micro=8), DP4, TP2, EP2, zero2(TP2_EP2), PP2_EP2_DP2),
+    *cases("tiles, the last shorter", DP2, TP2, EP2_DP2, TP2_PP2_EP2),
     *cases("recompute", TP2, PP2, EP2, TP2_PP2_EP2),
     *cases("modern, recompute", TP2_PP2_EP2, zero2(EP2_DP2)),
     *cases("reference kernels", TP2_EP2),

@@ -63,6 +63,7 @@ def test_bert_resumes_bit_by_bit(tmp_path: Path) -> None:
 
 def test_the_adaptive_schedule_resumes_as_it_would_have_gone_on(corpus: Corpus, tmp_path: Path) -> None:
     adaptive = {
+        "backend": "torch",
         "num_experts": 8,
         "top_k": 2,
         "check_interval": 2,

@@ -233,6 +233,7 @@ def test_what_the_coordinator_remembers_does_not_depend_on_the_layout(tmp_path: 
     config = small_config(write_corpus(tmp_path), tmp_path / "run")
     config["ssd_megatron"]["model"] |= {"dropout": 0.0, "vocab_size": 128}
     config["ssd_megatron"]["ssd"] = {
+        "backend": "torch",
         "num_experts": 8,
         "top_k": 2,
         "check_interval": 2,

@@ -6,7 +6,6 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from ssd_megatron.training.routing_record import common_numbers
 from tests.ffn.test_switchable import make_ffn
 from tests.layouts import EP2, EP2_DP2, ONE, PP2_EP2_DP2, TP2_EP2, TP2_PP2, Layout, deviation, oracle_config, run_layout
 from tests.small_run import Ranks, curve, write_config
@@ -93,4 +92,4 @@ def test_numbers_of_experts_do_not_depend_on_their_order() -> None:
     ffn = make_ffn(num_experts=4)
     placed = ffn.bank.neuron_ids.view(4, -1)[torch.tensor([2, 0, 3, 1])].flip(1)  # and their neurons turned round
     ffn.bank.neuron_ids.copy_(placed.flatten())
-    assert common_numbers(ffn).tolist() == [2, 0, 3, 1]
+    assert ffn.bank.expert_numbers(4).tolist() == [2, 0, 3, 1]

@@ -329,6 +329,7 @@ def test_a_loss_that_rises_after_a_switch_is_recorded_and_may_end_the_sparse_pha
     config["scheduler"] = {"type": "WSD", "params": wsd}
     config["ssd_megatron"]["model"]["dropout"] = 0.0
     config["ssd_megatron"]["ssd"] = {
+        "backend": "torch",
         "num_experts": 64,
         "top_k": 2,
         "partition": "random",

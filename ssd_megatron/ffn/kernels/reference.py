@@ -18,13 +18,14 @@ def sparse_ffn(
     bank: NeuronTensors,
     activation: Activation,
     num_experts: int,
+    scaled: bool,
 ) -> Tensor:
     """See `ssd_megatron.ffn.kernels.sparse_ffn`; gradients by autograd."""
     num_tokens, num_neurons = len(x_TH), len(bank.w_in)
-    ones_TK = torch.ones_like(expert_ids_TK, dtype=x_TH.dtype)
+    factor_TK = torch.ones_like(expert_ids_TK, dtype=x_TH.dtype)
     if gates_TK is not None:
-        ones_TK = ones_TK + (gates_TK - gates_TK.detach()).to(x_TH.dtype)
+        factor_TK = gates_TK.to(x_TH.dtype) if scaled else factor_TK + (gates_TK - gates_TK.detach()).to(x_TH.dtype)
     column_TK = expert_ids_TK.remainder(num_experts + 1)  # -1 is the last column, which is cut off
-    mask_TE = ones_TK.new_zeros(num_tokens, num_experts + 1).scatter(1, column_TK, ones_TK)[:, :num_experts]
+    mask_TE = factor_TK.new_zeros(num_tokens, num_experts + 1).scatter(1, column_TK, factor_TK)[:, :num_experts]
     hidden_TF = bank.hidden(activation.act(F.linear(x_TH, *bank.firing)), x_TH)
     return (hidden_TF * mask_TE.repeat_interleave(num_neurons // num_experts, dim=1)) @ bank.w_out

@@ -33,10 +33,21 @@ def sparse_ffn(
     bank: NeuronTensors,
     activation: Activation,
     num_experts: int,
+    scaled: bool,
 ) -> Tensor:
-    """See `ssd_megatron.ffn.kernels.sparse_ffn`; x and the bank in bf16, fp16 or fp32."""
+    """See `ssd_megatron.ffn.kernels.sparse_ffn`; x and the bank in bf16, fp16 or fp32.
+
+    Scaling is three passes over [C, N] between the kernels: routers that scale are there to be compared with.
+    """
     assert all(t is None or t.is_contiguous() for t in bank)
-    return _apply(x_TH, expert_ids_TK, gates_TK, activation, num_experts, *bank)
+    return _apply(x_TH, expert_ids_TK, gates_TK, activation, num_experts, scaled, *bank)
+
+
+def _of_rows(gates_TK: Tensor, rows: Rows, dtype: torch.dtype) -> Tensor:
+    """The gate of each row, [C, 1]."""
+    copies = len(rows.token_C)
+    row_C = torch.where(rows.row_TK < 0, copies, rows.row_TK).flatten().long()
+    return gates_TK.new_ones(copies + 1, dtype=dtype).index_copy_(0, row_C, gates_TK.flatten().to(dtype))[:-1, None]
 
 
 def _sizes(rows: Rows, x_TH: Tensor, bank: NeuronTensors, num_experts: int) -> dict[str, Any]:
@@ -88,7 +99,8 @@ def _linear_grad(
 
 
 class _SparseFFN(torch.autograd.Function):
-    """Arguments: x, expert ids, gates, activation, number of experts, then the fields of NeuronTensors."""
+    """Arguments: x, expert ids, gates, activation, number of experts, whether outputs are scaled by the gates, then the
+    fields of NeuronTensors."""
 
     @staticmethod
     def forward(
@@ -98,6 +110,7 @@ class _SparseFFN(torch.autograd.Function):
         gates_TK: Tensor | None,
         activation: Activation,
         num_experts: int,
+        scaled: bool,
         *neuron_tensors: Tensor,
     ) -> Tensor:
         bank, x_TH = NeuronTensors(*neuron_tensors), x_TH.contiguous()
@@ -124,17 +137,18 @@ class _SparseFFN(torch.autograd.Function):
             **sizes,
             **_tiles(rows),
         )
-        y_TH = _down(hidden_CN, bank.w_out, None, None, rows, sizes)
+        gate_C1 = _of_rows(gates_TK, rows, x_TH.dtype) if scaled and gates_TK is not None else None
+        y_TH = _down(hidden_CN if gate_C1 is None else hidden_CN * gate_C1, bank.w_out, None, None, rows, sizes)
         # What a recomputed forward would make again is saved as tensors, so that checkpointing frees it.
         kept_CN = hidden_CN if pre_CN is None else None
-        ctx.save_for_backward(x_TH, kept_CN, pre_CN, up_CN, *rows.tensors, *neuron_tensors)
+        ctx.save_for_backward(x_TH, kept_CN, pre_CN, up_CN, gate_C1, *rows.tensors, *neuron_tensors)
         ctx.tile_size, ctx.load, ctx.activation, ctx.num_experts = rows.tile_size, rows.load, activation, num_experts
         return y_TH
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor | None, ...]:
-        x_TH, kept_CN, pre_CN, up_CN, *saved = ctx.saved_tensors
+        x_TH, kept_CN, pre_CN, up_CN, gate_C1, *saved = ctx.saved_tensors
         rows, bank = Rows(ctx.tile_size, ctx.load, *saved[:5]), NeuronTensors(*saved[5:])
         sizes, dy_TH = _sizes(rows, x_TH, bank, ctx.num_experts), dy_TH.contiguous()
         hidden_CN = x_TH.new_empty(len(rows.token_C), sizes["N"]) if kept_CN is None else kept_CN
@@ -164,6 +178,11 @@ class _SparseFFN(torch.autograd.Function):
             dgate_C = dgate_PC[:parts].sum(0)
             dgates_TK = dgate_C[rows.row_TK.clamp(min=0)].masked_fill_(rows.row_TK < 0, 0)
 
+        if gate_C1 is not None:
+            hidden_CN = hidden_CN * gate_C1
+            d_pre_CN.mul_(gate_C1)
+            if d_up_CN is not None:
+                d_up_CN.mul_(gate_C1)
         dw_out_FH, _ = _linear_grad(hidden_CN, dy_TH, bank.w_out, None, rows, sizes)
         w_FH, b_F = bank.firing
         grads_firing = _linear_grad(d_pre_CN, x_TH, w_FH, b_F, rows, sizes)
@@ -174,7 +193,7 @@ class _SparseFFN(torch.autograd.Function):
             dx_TH = _down(d_pre_CN, w_FH, d_up_CN, bank.w_in, rows, sizes)
             dw_in, db_in = _linear_grad(d_up_CN, x_TH, bank.w_in, bank.b_in, rows, sizes)
             dw_gate, db_gate = grads_firing
-        return dx_TH, None, dgates_TK, None, None, dw_in, dw_gate, db_in, db_gate, dw_out_FH
+        return dx_TH, None, dgates_TK, None, None, None, dw_in, dw_gate, db_in, db_gate, dw_out_FH
 
 
 _apply: Callable[..., Tensor] = _SparseFFN.apply

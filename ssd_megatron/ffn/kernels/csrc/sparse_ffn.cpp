@@ -1,0 +1,55 @@
+// What cpp_build.py loads: the kernels of network.h and routing.h for fp32 and bf16, as C functions.
+
+#include "network.h"
+#include "routing.h"
+
+#ifdef __linux__
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+extern "C" {
+
+// Whether the system lets this process use AMX.
+int tiles_allowed() {
+#if defined(__linux__) && defined(__x86_64__)
+  constexpr long REQUEST = 0x1023, TILE_DATA = 18;
+  return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
+#else
+  return 0;
+#endif
+}
+
+int64_t sort_copies_of(const int64_t* ids, int64_t tokens, int64_t top_k, int64_t experts, int32_t* first,
+                       int32_t* token, int32_t* copy) {
+  return sort_copies(ids, tokens, top_k, experts, first, token, copy);
+}
+
+void top_k_of(const float* scores, int64_t stride, int64_t tokens, int64_t experts, int64_t k, int64_t threads,
+              float* best, int64_t* ids) {
+  top_k(scores, stride, tokens, experts, k, threads, best, ids);
+}
+
+#define EXPORT(T, suffix)                                                                                              \
+  void up_##suffix(const Rows* rows, const T* source, const T* w, const T* bias, int64_t relu, const T* outputs,      \
+                   const int32_t* copy, float* dgates, T* out) {                                                       \
+    up(*rows, source, w, bias, relu, outputs, copy, dgates, out);                                                      \
+  }                                                                                                                    \
+  void scores_##suffix(const Rows* rows, const T* source, const T* w, float* out) {                                    \
+    up<T, float>(*rows, source, w, nullptr, false, nullptr, nullptr, nullptr, out);                                    \
+  }                                                                                                                    \
+  void scores_grad_##suffix(const int64_t* ids, const float* p, const float* dgates, int64_t tokens, int64_t k,       \
+                            int64_t stride, int64_t threads, T* dscores) {                                             \
+    scores_grad(ids, p, dgates, tokens, k, stride, threads, dscores);                                                  \
+  }                                                                                                                    \
+  void down_##suffix(const Rows* rows, const T* a, const T* w, const T* a2, const T* w2, T* out) {                     \
+    down(*rows, a, w, a2, w2, out);                                                                                    \
+  }                                                                                                                    \
+  void weight_grad_##suffix(const Rows* rows, const T* a, const T* source, T* transposed, T* dw) {                     \
+    weight_grad(*rows, a, source, transposed, dw);                                                                     \
+  }                                                                                                                    \
+  void bias_grad_##suffix(const Rows* rows, const T* a, T* db) { bias_grad(*rows, a, db); }
+
+EXPORT(float, fp32)
+EXPORT(bf16, bf16)
+}
