@@ -4,10 +4,11 @@ ZeRO lays the parameters of an optimizer group end to end, cuts that line into e
 and keeps masters and moments of its part only. `fragment` returns what this rank owns of one parameter.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.fp16.loss_scaler import DynamicLossScaler
 from deepspeed.runtime.zero.stage_1_and_2 import DeepSpeedZeroOptimizer
 from torch import Tensor
@@ -16,6 +17,8 @@ MASTER, EXP_AVG, EXP_AVG_SQ = "master", "exp_avg", "exp_avg_sq"
 KINDS = (MASTER, EXP_AVG, EXP_AVG_SQ)
 # Elements: DeepSpeed's nccl_start_alignment_factor.
 ALIGNMENT = 2
+# Elements of a gradient whose squares are added up in fp32.
+NORM_ROW = 512
 # What a dynamic loss scale is, beside its settings.
 LOSS_SCALER_STATE = ("cur_scale", "cur_iter", "last_overflow_iter", "cur_hysteresis")
 
@@ -38,6 +41,14 @@ def partition_stops(numels: Sequence[int], ranks: int) -> list[int]:
     return [size * (rank + 1) for rank in range(ranks)]
 
 
+def row_norms(gradient: Tensor) -> Tensor:
+    """Norms of runs of NORM_ROW elements, fp32: their norm, in fp64, is the gradient's to 1e-8, and copies nothing."""
+    flat = gradient.detach().flatten()
+    whole = flat.numel() // NORM_ROW * NORM_ROW
+    rows = torch.linalg.vector_norm(flat[:whole].view(-1, NORM_ROW), dim=1, dtype=torch.float32)
+    return torch.cat([rows, torch.linalg.vector_norm(flat[whole:], dtype=torch.float32)[None]])
+
+
 class ZeroAdapter:
     """Reads and writes masters, moments and step counts of a DeepSpeedZeroOptimizer that wraps torch's Adam or AdamW.
 
@@ -54,6 +65,9 @@ class ZeroAdapter:
         self._flat: list[Tensor] = optimizer.single_partition_of_fp32_groups
         self._create_adam_state()
         self._check_layout()
+        self._look_at_gradients_once()
+        if dist.get_world_size(optimizer.dp_process_group) == 1:
+            self._leave_gradients_where_they_are()
         if self._dynamic_scaler is not None:
             self._dynamic_scaler.raise_error_at_min_scale = False  # the trainer counts such steps
 
@@ -109,6 +123,25 @@ class ZeroAdapter:
     def publish(self) -> None:
         """Copy every master into the parameters that the model computes with, on all ranks (collective)."""
         self._optimizer.update_lp_params()
+
+    def _look_at_gradients_once(self) -> None:
+        """Norms of gradients by `row_norms`, where DeepSpeed copies every gradient to fp64."""
+        whole = self._optimizer.get_grad_norm_direct
+
+        def by_rows(gradients: Iterable[Tensor], *arguments: object, **keywords: object) -> Tensor:
+            rows = [g if getattr(g, "_zero_padding", False) else row_norms(g) for g in gradients]
+            norm: Tensor = whole(rows, *arguments, **keywords)
+            return norm
+
+        self._optimizer.get_grad_norm_direct = by_rows
+        if not self._optimizer.has_moe_layers:
+            # A norm that is not finite skips the update, too: no second look at every gradient.
+            self._optimizer.check_overflow = lambda *_, **__: None
+
+    def _leave_gradients_where_they_are(self) -> None:
+        """With one data-parallel rank there is nothing to reduce: no copies into buckets and back, no division by 1."""
+        self._optimizer.contiguous_gradients = False
+        self._optimizer.buffered_reduce_fallback = lambda *_, **__: None
 
     def _create_adam_state(self) -> None:
         # torch creates it at the first step; a checkpoint or a switch may come before that.
