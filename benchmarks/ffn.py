@@ -6,7 +6,8 @@ with a GPU this is `benchmarks.ffn_gpu`; else, on CPU:
 Every row is a ratio of times from one process, better when lower; 0.25 is what the FLOPs alone would give. The variants
 take turns, a sparse one always after a dense one: caches are then cold, as among the other layers of a model. Each turn
 has inputs and so a routing of its own, as bf16 matmuls compile code for every new shape. A row is the median of the
-turns' ratios.
+turns' ratios. Freed memory is kept, as in a job; the sparse network has the backend that `auto` takes here, and in one
+row backend torch.
 """
 
 import statistics
@@ -23,11 +24,12 @@ from benchmarks import ffn_gpu
 from benchmarks.row import Row
 from benchmarks.table import parser_for, report
 from benchmarks.timing import paired
-from ssd_megatron.ffn.kernels import sparse_ffn
+from ssd_megatron.ffn.kernels import choose_backend, sparse_ffn
+from ssd_megatron.ffn.kernels.cpp_products import sort_copies
 from ssd_megatron.ffn.kernels.dispatch import dispatch
 from ssd_megatron.ffn.routers import router_weights_from_bank
 from ssd_megatron.ffn.switchable import FFNSettings, SwitchableFFN
-from ssd_megatron.parallel.device import IS_CUDA
+from ssd_megatron.parallel.device import IS_CUDA, keep_freed_memory
 
 TOKENS = 2048
 TURNS = 15
@@ -87,8 +89,9 @@ TILED_CASES = (
 )
 
 
-def build(case: Case, tile: int = 1) -> SwitchableFFN:
+def build(case: Case, tile: int = 1, backend: str = "auto") -> SwitchableFFN:
     torch.manual_seed(0)
+    backend, _ = choose_backend(backend, torch.device("cpu"), case.dtype)
     settings = FFNSettings(
         hidden_size=case.hidden,
         ffn_hidden_size=case.neurons,
@@ -97,7 +100,7 @@ def build(case: Case, tile: int = 1) -> SwitchableFFN:
         num_experts=case.experts,
         top_k=case.experts // 4,
         router_update="straight_through",
-        backend="torch",
+        backend=backend,
         routing_granularity=tile,
     )
     ffn = SwitchableFFN(SimpleNamespace(params_dtype=case.dtype), settings)
@@ -166,21 +169,26 @@ def seconds(run: Callable[[SwitchableFFN, Tensor], Tensor], ffn: SwitchableFFN, 
 
 
 def ratios(case: Case, turns: int) -> Iterator[Row]:
-    ffn = build(case)
+    ffn, plain_backend = build(case), build(case, "torch")
     dy = torch.randn(TOKENS, 1, case.hidden).to(case.dtype)
-    times: dict[str, list[float]] = {"plain": [], "kernels": [], "dense": [], "sparse": []}
+    times: dict[str, list[float]] = {
+        name: [] for name in ("plain", "kernels", "dense", "sparse", "dense again", "torch")
+    }
     loads = []
     for turn in range(-WARM_UP, turns):
         x = inputs(case)
-        variants = (plain_dense, kernels_alone(ffn, x), in_mode("dense"), in_mode("sparse"))
+        dense, sparse = in_mode("dense"), in_mode("sparse")
+        variants = (plain_dense, kernels_alone(ffn, x), dense, sparse, dense, sparse)
         for name, run in zip(times, variants, strict=True):
-            taken = seconds(run, ffn, x, dy)
+            taken = seconds(run, plain_backend if name == "torch" else ffn, x, dy)
             if turn >= 0:
                 times[name].append(taken)
         loads.append(ffn.expert_load.max().item() / ffn.expert_load.float().mean().item())
     best = min(("plain", "dense"), key=lambda name: statistics.median(times[name]))
     name = f"{case} (dense {statistics.median(times[best]) * 1e3:.0f} ms, load max/mean {statistics.median(loads):.1f})"
     yield Row(f"{name}: sparse / dense", paired(times["sparse"], times[best]), case.goal, IDEAL)
+    if ffn.settings.backend != "torch":
+        yield Row(f"{case}: sparse / dense, backend torch", paired(times["torch"], times[best]), 1.0, IDEAL)
     yield Row(f"{case}: its kernels alone / dense", paired(times["kernels"], times[best]), case.goal, IDEAL)
     if case.skew == 0:
         yield Row(f"{case}: dense mode / plain layers", paired(times["dense"], times["plain"]), 1.05, 1.0)
@@ -188,7 +196,7 @@ def ratios(case: Case, turns: int) -> Iterator[Row]:
 
 def by_tiles(case: Case, turns: int) -> Iterator[Row]:
     """Tokens that share their experts beside tokens that choose for themselves."""
-    networks = {tile: build(case, tile) for tile in (1, *TILES)}
+    networks = {tile: build(case, tile, "torch") for tile in (1, *TILES)}
     dy = torch.randn(TOKENS, 1, case.hidden).to(case.dtype)
     times: dict[int, list[float]] = {0: [], **{tile: [] for tile in networks}}
     for turn in range(-WARM_UP, turns):
@@ -213,7 +221,10 @@ def overhead(case: Case, turns: int) -> Row:
         x = inputs(case)
         started = time.perf_counter()
         expert_ids_TK, _ = ffn.router.route(x.flatten(0, 1))
-        dispatch(expert_ids_TK, case.experts, case.hidden * x.element_size())
+        if ffn.settings.backend == "cpp":
+            sort_copies(expert_ids_TK, case.experts)
+        else:
+            dispatch(expert_ids_TK, case.experts, case.hidden * x.element_size())
         routing.append(time.perf_counter() - started)
         whole.append(seconds(in_mode("sparse"), ffn, x, dy))
     return Row(f"{case}: routing and dispatch, share of sparse", paired(routing, whole), 0.12, 0.0)
@@ -247,6 +258,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
+    keep_freed_memory()
     measured = ffn_gpu.rows(args.quick) if IS_CUDA else rows(args.quick)
     report("sparse feed-forward network", measured, args.json)
 

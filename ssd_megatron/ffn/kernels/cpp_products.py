@@ -5,6 +5,7 @@ expert). Tensors of rows have 32 rows more, which are read and not used, and N r
 """
 
 import ctypes
+from functools import lru_cache
 from typing import Any, NamedTuple
 
 import torch
@@ -39,8 +40,9 @@ def sort_copies(expert_ids_TK: Tensor, num_experts: int) -> Rows:
     return Rows(token_C[:count], copy_C[:count], first_E)
 
 
+@lru_cache(maxsize=4)
 def every_token(tokens: int) -> Rows:
-    """All tokens in order as the rows of a single expert."""
+    """All tokens in order as the rows of a single expert; not to be written to."""
     token_T = torch.arange(tokens, dtype=torch.int32)
     return Rows(token_T, token_T, torch.tensor([0, tokens], dtype=torch.int32))
 

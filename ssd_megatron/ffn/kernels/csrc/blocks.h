@@ -51,7 +51,7 @@ inline __m512i load_bytes(const T* row, int64_t left) {
 
 template <class T>
 inline void prefetch(const T* row, int64_t count) {
-  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) _mm_prefetch((const char*)(row + i), _MM_HINT_T1);
+  for (int64_t i = 0; i < count; i += 64 / sizeof(T)) _mm_prefetch((const char*)(row + i), _MM_HINT_T0);
 }
 
 // ---- products: c [32][32] = a [rows][k] panel [k][32]; a is readable up to row 31
@@ -121,12 +121,33 @@ inline void multiply(const bf16* a, int64_t stride, const bf16* panel, int64_t k
   rows > 16 ? multiply_tiles<true>(a, stride, panel, k, c) : multiply_tiles<false>(a, stride, panel, k, c);
 }
 
-// The product, and `use` for each of its rows: use(row, Pair).
+// Products one after the other; the rows of each are used, use(row, column, Pair), while the next one is computed: row
+// and column say where its block begins, as given.
 template <class T, class Use>
-inline void product(const T* a, int64_t stride, const T* panel, int64_t k, int64_t rows, float* c, const Use& use) {
-  multiply(a, stride, panel, k, rows, c);
-  for (int64_t i = 0; i < rows; i++) use(i, load(c + i * BLOCK));
-}
+class Products {
+ public:
+  // c: room for two products.
+  Products(float* c, const Use& use) : c_(c), use_(use) {}
+
+  void add(const T* a, int64_t stride, const T* panel, int64_t k, int64_t row, int64_t rows, int64_t column) {
+    multiply(a, stride, panel, k, rows, c_ + now_ * BLOCK * BLOCK);
+    finish();
+    row_ = row, rows_ = rows, column_ = column;
+    now_ = 1 - now_;
+  }
+
+  // Uses the last one.
+  void finish() {
+    const float* c = c_ + (1 - now_) * BLOCK * BLOCK;
+    for (int64_t i = 0; i < rows_; i++) use_(row_ + i, column_, load(c + i * BLOCK));
+    rows_ = 0;
+  }
+
+ private:
+  float* c_;
+  const Use& use_;
+  int64_t now_ = 0, row_ = 0, rows_ = 0, column_ = 0;
+};
 
 // ---- layouts
 

@@ -13,6 +13,7 @@
 
 constexpr int64_t CACHED_BYTES = 1 << 20;  // of a source or of sums that are read and written out of order
 constexpr int64_t MOST_COLUMNS = 256;
+constexpr int64_t ROWS_AHEAD = 24;  // that are asked for before they are gathered
 
 struct Rows {
   int64_t tokens, hidden, size, experts, width;
@@ -48,7 +49,7 @@ void up(const Rows& rows, const T* source, const T* w, const T* bias, bool relu,
     for (int64_t n = 0; n < width; n += BLOCK)
       pack_columns(w + (expert * rows.size + n) * hidden, hidden, rows.size - n, hidden, panels + n * depth);
     T* gathered = scratch<T>(1, BLOCK * depth);
-    float* c = scratch<float>(2, BLOCK * BLOCK);
+    float* c = scratch<float>(2, 2 * BLOCK * BLOCK);
     float* biases = scratch<float>(3, width);
     for (int64_t n = 0; bias && n < width; n += BLOCK) {
       alignas(64) T padding[BLOCK] = {};
@@ -64,24 +65,27 @@ void up(const Rows& rows, const T* source, const T* w, const T* bias, bool relu,
       }
       __m512 parts[BLOCK];
       std::fill_n(parts, BLOCK, zero);
+      auto use = [&](int64_t i, int64_t n, Pair v) {
+        if (bias) {
+          Pair b = load(biases + n);
+          v = {_mm512_add_ps(v.low, b.low), _mm512_add_ps(v.high, b.high)};
+        }
+        if (relu) v = {_mm512_max_ps(zero, v.low), _mm512_max_ps(zero, v.high)};
+        if (outputs) {
+          Pair o = load(outputs + (row + i) * width + n);
+          parts[i] = _mm512_fmadd_ps(v.low, o.low, _mm512_fmadd_ps(v.high, o.high, parts[i]));
+          v.low = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(o.low, zero, _CMP_NLE_UQ), v.low);
+          v.high = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(o.high, zero, _CMP_NLE_UQ), v.high);
+        }
+        store(out + (row + i) * width + n, v);
+      };
+      Products<T, decltype(use)> products(c, use);
       for (int64_t n = 0; n < width; n += BLOCK) {
         for (int64_t i = n * BLOCK / width; i < (n + BLOCK) * BLOCK / width; i++)
           if (row + BLOCK + i < range.end) prefetch(source + rows.token[row + BLOCK + i] * hidden, hidden);
-        product(gathered, depth, panels + n * depth, depth, count, c, [&](int64_t i, Pair v) {
-          if (bias) {
-            Pair b = load(biases + n);
-            v = {_mm512_add_ps(v.low, b.low), _mm512_add_ps(v.high, b.high)};
-          }
-          if (relu) v = {_mm512_max_ps(zero, v.low), _mm512_max_ps(zero, v.high)};
-          if (outputs) {
-            Pair o = load(outputs + (row + i) * width + n);
-            parts[i] = _mm512_fmadd_ps(v.low, o.low, _mm512_fmadd_ps(v.high, o.high, parts[i]));
-            v.low = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(o.low, zero, _CMP_NLE_UQ), v.low);
-            v.high = _mm512_maskz_mov_ps(_mm512_cmp_ps_mask(o.high, zero, _CMP_NLE_UQ), v.high);
-          }
-          store(out + (row + i) * width + n, v);
-        });
+        products.add(gathered, depth, panels + n * depth, depth, 0, count, n);
       }
+      products.finish();
       if (dgates) {
         float sums[BLOCK];
         sum_rows(parts, sums);
@@ -106,8 +110,13 @@ void down(const Rows& rows, const T* a, const T* w, const T* a2, const T* w2, T*
     int64_t tokens = std::min(tile, rows.tokens - token), used = std::min(columns, hidden - column);
     T* panels = scratch<T>(0, width * columns);
     float* sums = scratch<float>(1, tokens * columns);
-    float* c = scratch<float>(2, BLOCK * BLOCK);
+    float* c = scratch<float>(2, 2 * BLOCK * BLOCK);
     memset(sums, 0, tokens * columns * sizeof(float));
+    auto use = [&](int64_t row, int64_t n, Pair v) {
+      float* sum = sums + (rows.token[row] - token) * columns + n;
+      Pair s = load(sum);
+      store(sum, {_mm512_add_ps(s.low, v.low), _mm512_add_ps(s.high, v.high)});
+    };
     for (int64_t expert = 0; expert < rows.experts; expert++) {
       Range range = rows_of(rows, expert, token, tokens);
       if (range.begin == range.end) continue;
@@ -115,14 +124,12 @@ void down(const Rows& rows, const T* a, const T* w, const T* a2, const T* w2, T*
         const T *rows_in = both ? a2 : a, *weights = (both ? w2 : w) + expert * size * hidden + column;
         for (int64_t n = 0; n < used; n += BLOCK)
           pack_rows([&](int64_t i) { return weights + i * hidden + n; }, size, used - n, panels + n * width);
+        Products<T, decltype(use)> products(c, use);
         for (int64_t row = range.begin; row < range.end; row += BLOCK)
           for (int64_t n = 0; n < used; n += BLOCK)
-            product(rows_in + row * width, width, panels + n * width, width, std::min(BLOCK, range.end - row), c,
-                    [&](int64_t i, Pair v) {
-                      float* sum = sums + (rows.token[row + i] - token) * columns + n;
-                      Pair s = load(sum);
-                      store(sum, {_mm512_add_ps(s.low, v.low), _mm512_add_ps(s.high, v.high)});
-                    });
+            products.add(rows_in + row * width, width, panels + n * width, width, row,
+                         std::min(BLOCK, range.end - row), n);
+        products.finish();
       }
     }
     for (int64_t t = 0; t < tokens; t++)
@@ -149,13 +156,19 @@ void weight_grad(const Rows& rows, const T* a, const T* source, T* transposed, T
     int64_t count = rows.first[e + 1] - rows.first[e], depth = padded(count);
     const int32_t* token = rows.token + rows.first[e];
     T* panel = scratch<T>(0, depth * BLOCK);
-    float* c = scratch<float>(2, BLOCK * BLOCK);
+    float* c = scratch<float>(2, 2 * BLOCK * BLOCK);
     for (int64_t n = column; n < std::min(hidden, column + columns); n += BLOCK) {
-      pack_rows([&](int64_t i) { return source + token[i] * hidden + n; }, count, hidden - n, panel);
+      auto row_of = [&](int64_t i) {
+        prefetch(source + token[std::min(i + ROWS_AHEAD, count - 1)] * hidden + n, BLOCK);
+        return source + token[i] * hidden + n;
+      };
+      pack_rows(row_of, count, hidden - n, panel);
       __mmask32 used = first_columns(hidden - n);
+      auto use = [&](int64_t m, int64_t, Pair v) { store(dw + (e * size + m) * hidden + n, v, used); };
+      Products<T, decltype(use)> products(c, use);
       for (int64_t m = 0; m < size; m += BLOCK)
-        product(transposed_of(e) + m * depth, depth, panel, depth, std::min(BLOCK, size - m), c,
-                [&](int64_t i, Pair v) { store(dw + (e * size + m + i) * hidden + n, v, used); });
+        products.add(transposed_of(e) + m * depth, depth, panel, depth, m, std::min(BLOCK, size - m), n);
+      products.finish();
     }
   });
 }
