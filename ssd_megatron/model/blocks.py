@@ -13,6 +13,7 @@ from ssd_megatron.config.schema import ModelConfig, SSDConfig
 from ssd_megatron.ffn.homes import Homes
 from ssd_megatron.ffn.switchable import FFNSettings, SwitchableFFN
 from ssd_megatron.model.attention import OutputProjection, ScaledDotProductCore
+from ssd_megatron.model.compiled import compile_block
 from ssd_megatron.parallel.sharding import shard_rows
 from ssd_megatron.parallel.topology import Topology
 
@@ -63,6 +64,7 @@ class TransformerBlock(nn.Module):
         layer_index: position in the whole model, from 0.
         recompute: run forward again in backward instead of keeping its activations.
         gather_once: see Homes.once_per_step.
+        compiled: train with what torch.compile makes of it; see compiled.py.
     """
 
     def __init__(
@@ -74,6 +76,7 @@ class TransformerBlock(nn.Module):
         recompute: bool,
         gather_once: bool,
         topology: Topology,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         homes = Homes(topology, gather_again=not recompute, once_per_step=gather_once)
@@ -89,6 +92,7 @@ class TransformerBlock(nn.Module):
                 rotary_base=model.rotary_base,
                 use_cpu_initialization=True,
             )
+        self._training_forward = compile_block(self.layer, self._forward, topology) if compiled else self._forward
 
     @property
     def ffn(self) -> SwitchableFFN:
@@ -97,10 +101,12 @@ class TransformerBlock(nn.Module):
         return ffn
 
     def forward(self, x_sbh: Tensor) -> Tensor:
-        if self.recompute and torch.is_grad_enabled():
-            recomputed: Tensor = checkpoint(self._forward, x_sbh, use_reentrant=False)
+        if not (self.training and torch.is_grad_enabled()):
+            return self._forward(x_sbh)
+        if self.recompute:
+            recomputed: Tensor = checkpoint(self._training_forward, x_sbh, use_reentrant=False)
             return recomputed
-        return self._forward(x_sbh)
+        return self._training_forward(x_sbh)
 
     def _forward(self, x_sbh: Tensor) -> Tensor:
         if x_sbh.size(1) == 0:

@@ -184,6 +184,7 @@ def stage_memory(
     kept = owned if layout.zero_stage == 2 else parameters.total
     # One buffer; a second one with a pipeline (reduce_gradients makes it beside setup_buckets'); a flattened copy.
     buckets = (2 if layout.pipeline > 1 else 1) * reduce_bucket_size + min(reduce_bucket_size, parameters.total)
+    buckets = buckets if layout.data > 1 else 0  # with nothing to reduce, gradients stay where they are (zero.py)
     last = stage == layout.pipeline - 1
     kept_weights = kept_gradients = gathered = 0.0
     if mode == "dense" and layout.expert > 1:

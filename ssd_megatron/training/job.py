@@ -14,7 +14,14 @@ from ssd_megatron.data.datasets import Datasets, SampleDataset, build_datasets
 from ssd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.parallel.collectives import named
-from ssd_megatron.parallel.device import detect_hardware, keep_freed_memory, missing_packages, peak_tflops, share_cores
+from ssd_megatron.parallel.device import (
+    detect_hardware,
+    keep_freed_memory,
+    lacking_for_compile,
+    missing_packages,
+    peak_tflops,
+    share_cores,
+)
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.training.assembly import assemble, probe_parts
 from ssd_megatron.training.checkpoint import Checkpointer, Trained
@@ -39,9 +46,10 @@ def check_run_data(config: RunConfig, tell: Callable[[str], None]) -> Tokenizer:
 
     Raises:
         DataError: see data.checks.
-        ConfigError: a monitor's package is missing.
+        ConfigError: a monitor's package is missing, or what torch.compile needs.
     """
     _check_monitors(config)
+    _check_compiler(config)
     section = config.ssd_megatron
     tokenizer = load_tokenizer(section.data.tokenizer)
     check_data(
@@ -176,6 +184,13 @@ def _check_monitors(config: RunConfig) -> None:
     for monitor, package in MONITOR_PACKAGES.items():
         if config.deepspeed.get(monitor, {}).get("enabled") and importlib.util.find_spec(package) is None:
             raise ConfigError(f"{monitor}.enabled (true) needs the package {package}: pip install {package}")
+
+
+def _check_compiler(config: RunConfig) -> None:
+    """torch.compile fails only in the first step, and with a traceback."""
+    mode = config.ssd_megatron.training.compile
+    if mode != "none" and (lacking := lacking_for_compile()) is not None:
+        raise ConfigError(f'training.compile ("{mode}") needs {lacking}: install it, or use "none"')
 
 
 def _console(config: RunConfig) -> Console:
