@@ -1,9 +1,11 @@
 """DeepSpeed's batch arithmetic, train_batch_size = micro batch * accumulation * data parallel size, with `"auto"`."""
 
 import math
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Literal
 
+from ssd_megatron.config.report import problem
 from ssd_megatron.errors import ConfigError
 
 Count = int | Literal["auto"]
@@ -21,6 +23,16 @@ class Batch:
     train: int
     micro: int
     accumulation: int
+
+
+def check_loss_chunk(chunk: int | None, tokens: int) -> Iterator[str]:
+    """Problems of `training.loss_chunk_tokens` with microbatches of so many tokens."""
+    if chunk is not None and chunk >= tokens:
+        yield problem(
+            "training.loss_chunk_tokens",
+            chunk,
+            f"has no effect on microbatches of {tokens} tokens: leave it out, or try {max(1, tokens // 8)}",
+        )
 
 
 def largest_divisor(number: int, limit: int) -> int:

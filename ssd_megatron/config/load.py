@@ -13,6 +13,7 @@ from ssd_megatron.config.batch import (
     MICRO,
     TOKENS_PER_MICRO_BATCH,
     Batch,
+    check_loss_chunk,
     data_parallel_size,
     resolve_batch,
 )
@@ -116,6 +117,7 @@ _FREE_TO_CHANGE = frozenset(
         "ssd.record_routing",
         "ssd.routing",
         "ssd.rebalance_limit",
+        "training.compile",
         "training.eval_interval",
         "training.eval_steps",
         "training.loss_chunk_tokens",
@@ -212,9 +214,11 @@ def _batch(values: dict[str, Any], world_size: int, hardware: Hardware) -> tuple
     limit = TOKENS_PER_MICRO_BATCH[hardware.device] // sample_tokens
     try:
         data_parallel = data_parallel_size(world_size, *(values[f"parallel.{name}"] for name in PARALLEL_SIZES))
-        return resolve_batch(train, micro, accumulation, data_parallel=data_parallel, micro_limit=limit), []
+        batch = resolve_batch(train, micro, accumulation, data_parallel=data_parallel, micro_limit=limit)
     except ConfigError as error:
         return None, [str(error)]
+    tokens = batch.micro * values["model.seq_length"]
+    return batch, list(check_loss_chunk(values.get("training.loss_chunk_tokens"), tokens))
 
 
 def _resolve(keys: DsJson, batch: Batch, hardware: Hardware) -> RunConfig:

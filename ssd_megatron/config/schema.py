@@ -324,6 +324,9 @@ class TrainingConfig(Section):
     eval_interval: Positive = optional(100, "Steps between two evaluations.")
     eval_steps: Positive = optional(4, "Batches of the global batch size in one evaluation, always the same.")
     recompute: Literal["none", "full"] = optional("none", "Activations recomputed in backward: none, or every layer's.")
+    compile: Literal["none", "blocks"] = optional(
+        "none", "torch.compile of every block's training passes; needs a C++ compiler, on GPUs also the package triton."
+    )
     loss_chunk_tokens: Positive | None = optional(
         None,
         "Keep no logits: compute those of so many tokens at a time, and again in backward; null: keep a microbatch's.",

@@ -22,6 +22,7 @@ from ssd_megatron.config.schema import ModelConfig, SSDConfig
 from ssd_megatron.ffn.homes import Homes
 from ssd_megatron.ffn.switchable import FFNSettings, SwitchableFFN
 from ssd_megatron.model.attention import OutputProjection, ScaledDotProductCore
+from ssd_megatron.model.compiled import compile_block
 from ssd_megatron.model.norms import make_norm
 from ssd_megatron.parallel.sharding import shard_rows
 from ssd_megatron.parallel.topology import Topology
@@ -82,6 +83,7 @@ class TransformerBlock(nn.Module):
         layer_index: position in the whole model, from 0.
         recompute: run forward again in backward instead of keeping its activations.
         gather_once: see Homes.once_per_step.
+        compiled: train with what torch.compile makes of it; see compiled.py.
     """
 
     def __init__(
@@ -93,6 +95,7 @@ class TransformerBlock(nn.Module):
         recompute: bool,
         gather_once: bool,
         topology: Topology,
+        compiled: bool = False,
     ) -> None:
         super().__init__()
         ffn = replace(ffn, hash_salt=layer_index)
@@ -116,6 +119,7 @@ class TransformerBlock(nn.Module):
                 rotary_base=model.rotary_base,
                 use_cpu_initialization=True,
             )
+        self._training_forward = compile_block(self.layer, self._forward, topology) if compiled else self._forward
 
     @property
     def ffn(self) -> SwitchableFFN:
@@ -137,10 +141,13 @@ class TransformerBlock(nn.Module):
             context_sbh: the encoder's output, for a decoder's layer.
             token_ids_bs: for routers that hash them, where they are known.
         """
-        if self.recompute and torch.is_grad_enabled():
-            recomputed: Tensor = checkpoint(self._forward, x_sbh, bias, context_sbh, token_ids_bs, use_reentrant=False)
+        inputs = (x_sbh, bias, context_sbh, token_ids_bs)
+        if not (self.training and torch.is_grad_enabled()):
+            return self._forward(*inputs)
+        if self.recompute:
+            recomputed: Tensor = checkpoint(self._training_forward, *inputs, use_reentrant=False)
             return recomputed
-        return self._forward(x_sbh, bias, context_sbh, token_ids_bs)
+        return self._training_forward(*inputs)
 
     def _forward(
         self, x_sbh: Tensor, bias: Tensor | None, context_sbh: Tensor | None, token_ids_bs: Tensor | None

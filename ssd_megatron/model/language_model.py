@@ -36,10 +36,11 @@ class LanguageModel(nn.Module):
         ffn = ffn_settings(model, config.ssd, backend)
         recompute = config.training.recompute == "full"
         gather_once = config.parallel.dense_gather == "step"
+        compiled = config.training.compile == "blocks"
         self.embedding = Embedding(mcore, model, topology) if topology.is_first_stage else None
         blocks = stage_blocks(model.total_layers, topology)
         self.blocks = nn.ModuleDict(
-            {str(i): TransformerBlock(mcore, model, ffn, i, recompute, gather_once, topology) for i in blocks}
+            {str(i): TransformerBlock(mcore, model, ffn, i, recompute, gather_once, topology, compiled) for i in blocks}
         )
         word_embedding = None if self.embedding is None else self.embedding.word.weight
         chunk = config.training.loss_chunk_tokens

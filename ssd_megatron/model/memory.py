@@ -202,6 +202,7 @@ def stage_memory(
     kept = owned if layout.zero_stage == 2 else parameters.total
     # One buffer; a second one with a pipeline (reduce_gradients makes it beside setup_buckets'); a flattened copy.
     buckets = (2 if layout.pipeline > 1 else 1) * reduce_bucket_size + min(reduce_bucket_size, parameters.total)
+    buckets = buckets if layout.data > 1 else 0  # with nothing to reduce, gradients stay where they are (zero.py)
     last = stage == layout.pipeline - 1
     attention, ffn = masked_weights(model)
     masked = model.num_layers / layout.pipeline * (attention / layout.tensor + ffn / layout.homes)

@@ -59,6 +59,16 @@ def missing_packages() -> list[str]:
     return lines
 
 
+def lacking_for_compile() -> str | None:
+    """What torch.compile needs and does not find here; None if nothing."""
+    compiler = os.environ.get("CXX", "g++")
+    if shutil.which(compiler) is None:
+        return f"a C++ compiler, and {compiler} is not installed"
+    if IS_CUDA and importlib.util.find_spec("triton") is None:
+        return "the package triton, which is not installed"
+    return None
+
+
 def share_cores() -> None:
     """Divide the cores of this machine between its ranks, unless OMP_NUM_THREADS already says how many threads."""
     ranks = int(os.environ.get("LOCAL_WORLD_SIZE", os.environ.get("LOCAL_SIZE", "1")))

@@ -12,6 +12,7 @@ This is a transportation problem. It is solved in two steps, each vectorised ove
 
 # Shapes: N neurons, E experts. An expert holds N / E neurons.
 
+from collections.abc import Iterable
 from itertools import pairwise
 
 import torch
@@ -111,10 +112,13 @@ def _find_prices(scores_NE: Tensor, size: int) -> Tensor:
 
 
 def _move_surplus(units_NE: Tensor, labels_N: Tensor, size: int) -> Tensor:
-    """Balance labels that are optimal for some prices, at the least loss of score (successive shortest paths)."""
+    """Balance labels that are optimal for some prices, at the least loss of score (successive shortest paths).
+
+    Neurons stay on their device; paths over the few experts are looked for on the CPU, step by step.
+    """
     num_experts = units_NE.shape[1]
-    surplus_E = torch.bincount(labels_N, minlength=num_experts) - size
-    loss_EE = torch.stack([_loss_of_leaving(units_NE, labels_N, expert) for expert in range(num_experts)])
+    surplus_E = torch.bincount(labels_N, minlength=num_experts).cpu() - size
+    loss_EE = _losses_of_leaving(units_NE, labels_N, range(num_experts))
     while bool((surplus_E > 0).any()):
         path = _cheapest_path(loss_EE, surplus_E)
         legs = list(pairwise(path))
@@ -130,17 +134,21 @@ def _move_surplus(units_NE: Tensor, labels_N: Tensor, size: int) -> Tensor:
             labels_N[candidates[:amount]] = target
         surplus_E[path[0]] -= amount
         surplus_E[path[-1]] += amount
-        for expert in path:
-            loss_EE[expert] = _loss_of_leaving(units_NE, labels_N, expert)
+        loss_EE[path] = _losses_of_leaving(units_NE, labels_N, path)
     return labels_N
 
 
-def _loss_of_leaving(units_NE: Tensor, labels_N: Tensor, expert: int) -> Tensor:
-    """[E]: what it costs at least to move one neuron of this expert to each other one; infinite if it has none."""
-    members_ME = units_NE[labels_N == expert]
-    if len(members_ME) == 0:
-        return units_NE.new_full((units_NE.shape[1],), float("inf"))
-    return (members_ME[:, expert : expert + 1] - members_ME).amin(0)
+def _losses_of_leaving(units_NE: Tensor, labels_N: Tensor, experts: Iterable[int]) -> Tensor:
+    """[experts, E] on the CPU: what it costs at least to move one neuron of each expert to each other one; infinite if
+    it has none."""
+
+    def loss_E(expert: int) -> Tensor:
+        members_ME = units_NE[labels_N == expert]
+        if len(members_ME) == 0:
+            return units_NE.new_full((units_NE.shape[1],), float("inf"))
+        return (members_ME[:, expert : expert + 1] - members_ME).amin(0)
+
+    return torch.stack([loss_E(expert) for expert in experts]).cpu()
 
 
 def _cheapest_path(loss_EE: Tensor, surplus_E: Tensor) -> list[int]:

@@ -86,7 +86,8 @@ class Clustering:
             return random_partition(rows.shape[0], experts, seed).labels
         if self._ssd.partition == "coactivation":
             assert signatures is not None
-            return coactivation_partition(signatures, signatures.shape[1] * 8, experts, seed, previous).labels
+            bits = signatures.to(rows.device)
+            return coactivation_partition(bits, bits.shape[1] * 8, experts, seed, previous).labels
         return kmeans_partition(rows, experts, previous, seed, max_rounds=self._ssd.kmeans_rounds).labels
 
     def _follow(self, name: str, rows: Tensor, previous: Tensor | None, step: int) -> Tensor:

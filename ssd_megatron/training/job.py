@@ -16,7 +16,14 @@ from ssd_megatron.data.objectives import make_objective
 from ssd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.parallel.collectives import named
-from ssd_megatron.parallel.device import detect_hardware, keep_freed_memory, missing_packages, peak_tflops, share_cores
+from ssd_megatron.parallel.device import (
+    detect_hardware,
+    keep_freed_memory,
+    lacking_for_compile,
+    missing_packages,
+    peak_tflops,
+    share_cores,
+)
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.parallel.waits import waits_watched
 from ssd_megatron.training.assembly import assemble, probe_parts
@@ -44,9 +51,11 @@ def check_run_data(config: RunConfig, tell: Callable[[str], None]) -> Tokenizer:
 
     Raises:
         DataError: see data.checks.
-        ConfigError: a monitor's package is missing, or the weights to start from are of another model.
+        ConfigError: a monitor's package is missing, or what torch.compile needs, or the weights to start from are of
+            another model.
     """
     _check_monitors(config)
+    _check_compiler(config)
     check_start(config)
     section = config.ssd_megatron
     tokenizer = load_tokenizer(section.data.tokenizer)
@@ -192,6 +201,13 @@ def _check_monitors(config: RunConfig) -> None:
     for monitor, package in MONITOR_PACKAGES.items():
         if config.deepspeed.get(monitor, {}).get("enabled") and importlib.util.find_spec(package) is None:
             raise ConfigError(f"{monitor}.enabled (true) needs the package {package}: pip install {package}")
+
+
+def _check_compiler(config: RunConfig) -> None:
+    """torch.compile fails only in the first step, and with a traceback."""
+    mode = config.ssd_megatron.training.compile
+    if mode != "none" and (lacking := lacking_for_compile()) is not None:
+        raise ConfigError(f'training.compile ("{mode}") needs {lacking}: install it, or use "none"')
 
 
 def _console(config: RunConfig) -> Console:

@@ -1,6 +1,6 @@
 import pytest
 
-from ssd_megatron.config.batch import Batch, largest_divisor, resolve_batch
+from ssd_megatron.config.batch import Batch, check_loss_chunk, largest_divisor, resolve_batch
 from ssd_megatron.errors import ConfigError
 
 
@@ -44,3 +44,10 @@ def test_fewer_samples_than_ranks_suggests_one_each() -> None:
 @pytest.mark.parametrize(("number", "limit", "expected"), [(12, 5, 4), (13, 12, 1), (8, 100, 8), (8, 0, 1)])
 def test_largest_divisor(number: int, limit: int, expected: int) -> None:
     assert largest_divisor(number, limit) == expected
+
+
+def test_a_chunk_of_a_microbatch_is_smaller_than_it() -> None:
+    assert not [*check_loss_chunk(None, 64), *check_loss_chunk(63, 64)]
+    assert list(check_loss_chunk(64, 64)) == [
+        "training.loss_chunk_tokens (64) has no effect on microbatches of 64 tokens: leave it out, or try 8"
+    ]

@@ -186,6 +186,8 @@ def test_config_is_frozen(load: Load) -> None:
         "ssd_megatron.training.stop_after_step=5",
         "ssd_megatron.training.eval_interval=7",
         "ssd_megatron.training.recompute=full",
+        "ssd_megatron.training.compile=blocks",
+        "ssd_megatron.training.loss_chunk_tokens=8",
         "ssd_megatron.checkpoint.interval=7",
         "ssd_megatron.logging.log_interval=1",
         "ssd_megatron.ssd.backend=reference",

@@ -387,3 +387,12 @@ def test_a_refused_start_leaves_the_config_that_the_run_was_made_with(start: Sta
     start.overrides.append("optimizer.params.lr=0.5")
     assert_one_message(start.ranks(), start, ("optimizer.params.lr was 0.01 and is 0.5",))
     assert (start.run_dir / "config.json").read_text() == made_with
+
+
+def test_compiled_blocks_need_a_compiler(start: Start, monkeypatch: pytest.MonkeyPatch, capsys: Any) -> None:
+    monkeypatch.setenv("CXX", "no-such-compiler")
+    start.set(f"{TRAINING}.compile", "blocks")
+    write_config(start.config, start.file)
+    assert main(["--ds_config", str(start.file)]) == 2
+    message = 'training.compile ("blocks") needs a C++ compiler, and no-such-compiler is not installed: install it, or'
+    assert message in capsys.readouterr().err
