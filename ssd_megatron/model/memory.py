@@ -4,18 +4,26 @@ Sizes in formulas: T tokens of a microbatch, h hidden, f neurons, qkv outputs of
 vocabulary; TP, PP, EP, DP sizes of the layout.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ssd_megatron.config.load import Dtype, RunConfig
 from ssd_megatron.config.schema import ModelConfig, SSDConfig
 from ssd_megatron.model.cost import (
+    Layer,
     bank_parameters,
+    embedding_norms,
     ffn_matrices,
     head_bias,
     head_matrices,
+    head_norms,
+    layer_norms,
     norm_parameters,
     qkv_size,
     small_embeddings,
+    split_attention,
+    stage_layers,
+    whole_attention,
 )
 
 BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -141,19 +149,17 @@ class Memory:
 
 def rank_parameters(model: ModelConfig, ssd: SSDConfig, layout: Layout, stage: int) -> RankParameters:
     """Parameters of one rank of a stage. Source: Megatron-LM (arXiv 1909.08053) for what TP splits; ffn/homes.py."""
-    h, tp, bias = model.hidden_size, layout.tensor, int(model.add_bias)
-    word = model.padded_vocab_size // tp * h
-    split = (h + bias) * qkv_size(model) // tp + h * h // tp
-    whole = bias * 2 * h + 2 * norm_parameters(model) + ssd.num_experts * h
-    layers = model.num_layers // layout.pipeline
-    plain = layers * (split + whole)
+    h, tp = model.hidden_size, layout.tensor
+    word, norm = model.padded_vocab_size // tp * h, norm_parameters(model)
+    layers = stage_layers(model, layout.pipeline, stage)
+    plain = sum(split_attention(model, layer) // tp + layer_norms(layer) * norm for layer in layers)
+    plain += len(layers) * (whole_attention(model) + model.add_bias * h + ssd.num_experts * h)
     if stage == 0:
-        plain += word + small_embeddings(model) + (norm_parameters(model) if model.norm_position == "post" else 0)
+        plain += word + small_embeddings(model) + embedding_norms(model) * norm
     if stage == layout.pipeline - 1:
         plain += (0 if model.tie_embeddings and layout.pipeline == 1 else word) + head_bias(model) // tp
-        norms = (model.norm_position == "pre") + (model.family == "bert")
-        plain += head_matrices(model) + norms * norm_parameters(model)
-    return RankParameters(plain, layers * bank_parameters(model) // layout.homes)
+        plain += head_matrices(model) + head_norms(model) * norm
+    return RankParameters(plain, len(layers) * bank_parameters(model) // layout.homes)
 
 
 def memory_per_rank(
@@ -188,7 +194,8 @@ def stage_memory(
     size = BYTES[dtype]
     parameters = rank_parameters(model, ssd, layout, stage)
     owned = parameters.owned(layout)
-    tokens = layout.micro_batch_size * model.seq_length
+    samples = layout.micro_batch_size
+    longest = max(layer.length for layer in stage_layers(model, layout.pipeline, stage))
     kept = owned if layout.zero_stage == 2 else parameters.total
     # One buffer; a second one with a pipeline (reduce_gradients makes it beside setup_buckets'); a flattened copy.
     buckets = (2 if layout.pipeline > 1 else 1) * reduce_bucket_size + min(reduce_bucket_size, parameters.total)
@@ -212,10 +219,10 @@ def stage_memory(
         kept_weights=round(kept_weights * size),
         kept_gradients=round(kept_gradients * size),
         buckets=buckets * size,
-        activations=round(tokens * stage_activation_bytes(model, ssd, layout, stage, mode, size)),
-        logits=tokens * logit_bytes(model, layout.tensor, size) if last else 0,
+        activations=round(samples * stage_activation_bytes(model, ssd, layout, stage, mode, size)),
+        logits=samples * model.predicted_tokens * logit_bytes(model, layout.tensor, size) if last else 0,
         gathered=round(gathered * size),
-        working=round(tokens * working_bytes(model, ssd, layout, mode, size)),
+        working=round(samples * longest * working_bytes(model, ssd, layout, mode, size)),
         update=round(owned * (4 + size)),  # its own part of the gradients, flattened, and in fp32
     )
 
@@ -223,19 +230,29 @@ def stage_memory(
 def stage_activation_bytes(
     model: ModelConfig, ssd: SSDConfig, layout: Layout, stage: int, mode: str, size: int
 ) -> float:
-    """Bytes that a stage keeps for each token of a microbatch, for all microbatches that it has in flight.
+    """Bytes that a stage keeps for each sample of a microbatch, for all microbatches that it has in flight.
 
     1F1B (PipeDream-flush, arXiv 2006.09503): stage s waits for the backward of at most PP - s microbatches. With
     recomputation only the inputs of layers stay, and one layer's activations come back at a time.
     """
     in_flight = min(layout.pipeline - stage, layout.microbatches)
-    layers = model.num_layers // layout.pipeline
-    layer = layer_activation_bytes(model, ssd, layout, mode, size)
-    inputs = layers * model.hidden_size * size
-    head = _head_activations(model) * size if stage == layout.pipeline - 1 else 0
-    embedding = model.hidden_size * size if stage == 0 and model.norm_position == "post" else 0  # its norm's input
-    kept = embedding + (inputs if layout.recompute else layers * layer)
-    return in_flight * kept + layout.recompute * layer + head
+    layers, h = stage_layers(model, layout.pipeline, stage), model.hidden_size
+    each = [layer.length * layer_activation_bytes(model, ssd, layout, mode, size, layer) for layer in layers]
+    inputs = sum(layer.length for layer in layers) * h * size
+    head = model.predicted_tokens * _head_activations(model) * size if stage == layout.pipeline - 1 else 0
+    embedding = model.seq_length * h * size * embedding_norms(model) if stage == 0 else 0  # its norm's input
+    kept = embedding + _bias_bytes(model, layout, layers, size) + (inputs if layout.recompute else sum(each))
+    return in_flight * kept + (max(each) if layout.recompute else 0) + head
+
+
+def _bias_bytes(model: ModelConfig, layout: Layout, layers: Sequence[Layer], size: int) -> float:
+    """Bytes for each sample of the attention biases by distance, which the layers of a kind share; they are the same
+    for all samples of a microbatch."""
+    if model.position_embedding != "relative":
+        return 0.0
+    lengths = {layer.context > 0: layer.length for layer in layers}
+    whole = sum(length * length for length in lengths.values()) * model.num_attention_heads / layout.tensor * size
+    return whole / layout.micro_batch_size
 
 
 def _head_activations(model: ModelConfig) -> int:
@@ -247,10 +264,12 @@ def _head_activations(model: ModelConfig) -> int:
     return tensors * model.hidden_size
 
 
-def layer_activation_bytes(model: ModelConfig, ssd: SSDConfig, layout: Layout, mode: str, size: int) -> float:
+def layer_activation_bytes(
+    model: ModelConfig, ssd: SSDConfig, layout: Layout, mode: str, size: int, layer: Layer
+) -> float:
     """Bytes that autograd keeps of one layer for each token (tests compare them with what it saves).
 
-    Whole on every tensor-parallel rank: inputs and outputs of both norms (after the networks: one of them is the next
+    Whole on every tensor-parallel rank: inputs and outputs of norms (after the networks: one of them is the next
     layer's input, counted there). Split: queries, keys and values, the context,
     and of the feed-forward network its pre-activations and what the activation makes of them. Rotary embeddings keep
     queries and keys a second time, grouped queries without them the queries; dropout keeps two masks of a byte.
@@ -261,8 +280,12 @@ def layer_activation_bytes(model: ModelConfig, ssd: SSDConfig, layout: Layout, m
         attention += (qkv_size(model) + h) / 2 / tp
     elif model.num_query_groups != model.num_attention_heads:
         attention += h / tp
-    masks = 2 * h if model.dropout else 0
-    return size * (4 * h + attention) + masks + _ffn_activation_bytes(model, ssd, layout, mode, size)
+    if layer.context:  # queries and context; keys and values of the encoder's tokens
+        attention += 2 * h / tp * (1 + layer.context / layer.length)
+    networks = 2 + (layer.context > 0)
+    masks = networks * h if model.dropout else 0
+    norms = 2 * layer_norms(layer) * h
+    return size * (norms + attention) + masks + _ffn_activation_bytes(model, ssd, layout, mode, size)
 
 
 def _ffn_activation_bytes(model: ModelConfig, ssd: SSDConfig, layout: Layout, mode: str, size: int) -> float:

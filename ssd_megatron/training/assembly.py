@@ -9,6 +9,7 @@ from ssd_megatron.config.load import RunConfig
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.kernels import choose_backend
 from ssd_megatron.ffn.kernels.trial import trial
+from ssd_megatron.model.cost import layers_of
 from ssd_megatron.model.language_model import LanguageModel, ffn_names
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.switching.coordinator import Coordinator
@@ -40,7 +41,8 @@ def assemble(config: RunConfig, topology: Topology, probe_batches: Sequence[Batc
     model = LanguageModel(section, backend, topology)
     engine = make_engine(model, config, topology)
     probe = ProbeBatch(list(probe_batches), engine.mean_loss, topology)
-    networks = Networks(ffn_names(section.model.total_layers), model.ffns, topology)
+    tokens = [layer.length for layer in layers_of(section.model)]
+    networks = Networks(ffn_names(section.model.total_layers), model.ffns, topology, tokens)
     schedule = Schedule(section.ssd, section.training.train_steps)
     coordinator = Coordinator(section.ssd, networks, engine.state, probe, schedule, section.seed)
     return Assembly(model, engine, coordinator, reason)

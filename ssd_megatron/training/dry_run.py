@@ -22,12 +22,12 @@ def print_dry_run(config: RunConfig) -> None:
     console.print(_parameter_table(config))
     console.print(_memory_table(run_memory(config), layout_of(config)))
     flops = flops_per_token(section.model, section.ssd)
-    tokens = config.train_batch_size * section.model.seq_length
+    tokens = config.train_batch_size * section.model.sample_tokens
     console.print(
         f"FLOPs per token: {flops.dense:.4g} dense, {flops.sparse:.4g} sparse ({flops.sparse / flops.dense:.1%})"
     )
     console.print(
-        f"tokens per step: {config.train_batch_size} samples x {section.model.seq_length} = {tokens} "
+        f"tokens per step: {config.train_batch_size} samples x {section.model.sample_tokens} = {tokens} "
         f"({config.data_parallel_size} ranks x {config.gradient_accumulation_steps} microbatches x "
         f"{config.micro_batch_size} samples)"
     )

@@ -83,7 +83,7 @@ class Trainer:
         self._done = done_steps
         self._peak_flops = peak_flops
         self._flops = flops_per_token(self._section.model, self._section.ssd)
-        self._tokens_per_step = config.train_batch_size * self._section.model.seq_length
+        self._tokens_per_step = config.train_batch_size * self._section.model.sample_tokens
 
     @property
     def done_steps(self) -> int:
