@@ -19,7 +19,7 @@ from ssd_megatron.config.schema import ModelConfig, ParallelConfig
 from ssd_megatron.ffn.kernels import choose_backend
 from ssd_megatron.ffn.routers import router_weights_from_bank
 from ssd_megatron.ffn.switchable import FFNSettings, Mode, SwitchableFFN
-from ssd_megatron.model.cost import bank_parameters, flops_per_token, forward_flops
+from ssd_megatron.model.cost import Layer, bank_parameters, flops_per_token, forward_flops
 from ssd_megatron.model.memory import layout_of
 from ssd_megatron.parallel.collectives import Group
 from ssd_megatron.parallel.topology import Topology
@@ -139,7 +139,8 @@ def _forward_and_backward(ffn: SwitchableFFN, x: torch.Tensor, dy: torch.Tensor,
 
 def _network_flops(network: Network, mode: Mode) -> float:
     config = job_config(_model(1, network.hidden, network.neurons), samples=1, ssd=sparse_settings(network.experts))
-    flops, ssd = forward_flops(config.ssd_megatron.model, config.ssd_megatron.ssd), config.ssd_megatron.ssd
+    model, ssd = config.ssd_megatron.model, config.ssd_megatron.ssd
+    flops = forward_flops(model, ssd, Layer(model.seq_length))
     return network.tokens * (flops.ffn if mode == "dense" else flops.ffn * ssd.top_k / ssd.num_experts + flops.router)
 
 

@@ -123,6 +123,11 @@ class ModelConfig(Section):
         return self.seq_length + (self.decoder_seq_length if self.family == "t5" else 0)
 
     @property
+    def predicted_tokens(self) -> int:
+        """Tokens of a sample that have logits."""
+        return self.decoder_seq_length if self.family == "t5" else self.seq_length
+
+    @property
     def predicts_sentences(self) -> bool:
         """Whether there is a second objective on pairs of segments."""
         return self.sentence_objective != "none"

@@ -1,7 +1,7 @@
 """Tables that say which tensors of one model are which of another, read in both directions.
 
-Logical tensors are those of `model/language_model.py`; [in, out] stands for a row for each input. Shapes: h hidden, g key/value
-heads, r query heads of each, d head size.
+Logical tensors are those of `model/language_model.py`; [in, out] stands for a row for each input. Shapes: h hidden, g
+key/value heads, r query heads of each, d head size.
 """
 
 from collections.abc import Callable, Mapping, Sequence

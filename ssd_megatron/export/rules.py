@@ -48,6 +48,11 @@ def transposed(ours: str, theirs: str) -> Rule:
     return Rule((ours,), (theirs,), change, change)
 
 
+def scaled(ours: str, theirs: str, scale: float) -> Rule:
+    """Theirs is ours times `scale`."""
+    return Rule((ours,), (theirs,), lambda tensors: [tensors[0] * scale], lambda tensors: [tensors[0] / scale])
+
+
 def by_vocabulary(ours: str, theirs: str, model: ModelConfig) -> Rule:
     """Rows of the vocabulary, of which ours has some more: they are cut off, and zeros when they come back."""
 
@@ -63,9 +68,9 @@ def by_vocabulary(ours: str, theirs: str, model: ModelConfig) -> Rule:
 
 def projections(ours: str, theirs: Sequence[str], model: ModelConfig) -> Rule:
     """Queries, keys and values (weights or biases): three tensors there; here one, in which the rows of each group of
-    heads follow each other: its queries, its key, its value."""
+    heads follow each other: its queries, its key, its value. Of cross attention keys and values only."""
     groups, d = model.num_query_groups, model.head_dim
-    rows = [model.num_attention_heads // groups * d, d, d]
+    rows = [model.num_attention_heads // groups * d, d, d][-len(theirs) :]
 
     def split(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         (whole,) = tensors

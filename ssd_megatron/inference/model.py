@@ -1,7 +1,7 @@
 """A trained GPT on one device, for use: no process group, no engine, no gradients; keys and values are kept.
 
-The arithmetic is that of `model/language_model.py` (tests compare their logits). Shapes: b batch, s new tokens, S tokens seen so
-far with them, h hidden, n query heads, g key/value heads, r = n / g, d head size, v vocabulary.
+The arithmetic is that of `model/language_model.py` (tests compare their logits). Shapes: b batch, s new tokens, S
+tokens seen so far with them, h hidden, n query heads, g key/value heads, r = n / g, d head size, v vocabulary.
 """
 
 from collections.abc import Iterator

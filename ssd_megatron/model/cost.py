@@ -23,33 +23,93 @@ class Flops:
 
 @dataclass(frozen=True)
 class ForwardFlops:
-    """FLOPs of one token's forward pass by part: one layer's attention, dense feed-forward network and router, and the
-    head."""
+    """FLOPs of one token's forward pass through one layer: attention, dense feed-forward network and router."""
 
-    attention: int
+    attention: float
     ffn: int
     router: float
-    head: int
+
+
+@dataclass(frozen=True)
+class Layer:
+    """What one layer is asked to do.
+
+    Attributes:
+        length: tokens of a sample that go through it.
+        context: of a decoder's layer, tokens of the encoder that it looks at; 0 without an encoder.
+        ends_encoder: it also normalises the encoder's output.
+    """
+
+    length: int
+    context: int = 0
+    ends_encoder: bool = False
+
+
+def layers_of(model: ModelConfig) -> list[Layer]:
+    """All layers, first one first."""
+    layers = [Layer(model.seq_length)] * model.num_layers
+    if model.family == "t5":
+        layers[-1] = Layer(model.seq_length, ends_encoder=True)
+        layers += [Layer(model.decoder_seq_length, context=model.seq_length)] * model.num_decoder_layers
+    return layers
+
+
+def stage_layers(model: ModelConfig, stages: int, stage: int) -> list[Layer]:
+    """The layers of one of some pipeline stages."""
+    each = model.total_layers // stages
+    return layers_of(model)[stage * each : (stage + 1) * each]
 
 
 def parameter_counts(model: ModelConfig, ssd: SSDConfig) -> dict[str, int]:
     """Parameters by part of the model."""
-    h, layers = model.hidden_size, model.num_layers
+    h, layers = model.hidden_size, layers_of(model)
     bias = int(model.add_bias)
     return {
         "embedding": model.padded_vocab_size * h + small_embeddings(model),
-        "attention": layers * (h * qkv_size(model) + h * h + bias * (qkv_size(model) + h)),
-        "ffn": layers * (bank_parameters(model) + bias * h),
-        "router": layers * router_parameters(model, ssd),
-        "norm": (2 * layers + 1) * norm_parameters(model) + (norm_parameters(model) if model.family == "bert" else 0),
+        "attention": sum(split_attention(model, layer) + whole_attention(model) for layer in layers),
+        "ffn": len(layers) * (bank_parameters(model) + bias * h),
+        "router": len(layers) * router_parameters(model, ssd),
+        "norm": (sum(map(layer_norms, layers)) + embedding_norms(model) + head_norms(model)) * norm_parameters(model),
         "head": (0 if model.tie_embeddings else model.padded_vocab_size * h) + head_matrices(model) + head_bias(model),
     }
 
 
+def split_attention(model: ModelConfig, layer: Layer) -> int:
+    """Parameters of a layer's attention that tensor-parallel ranks split; to an encoder: queries, keys and values, and
+    the projection of the heads' outputs."""
+    h = model.hidden_size
+    cross = 4 * h * h if layer.context else 0
+    return (h + model.add_bias) * qkv_size(model) + h * h + cross
+
+
+def whole_attention(model: ModelConfig) -> int:
+    """Parameters of a layer's attention that every tensor-parallel rank has: the last bias."""
+    return model.add_bias * model.hidden_size
+
+
+def layer_norms(layer: Layer) -> int:
+    return 2 + (layer.context > 0) + layer.ends_encoder
+
+
+def embedding_norms(model: ModelConfig) -> int:
+    return int(model.norm_position == "post")
+
+
+def head_norms(model: ModelConfig) -> int:
+    return int(model.norm_position == "pre") + int(model.family == "bert")
+
+
 def small_embeddings(model: ModelConfig) -> int:
     """Parameters of the embeddings that no rank splits: of positions and of kinds of tokens."""
+    if model.position_embedding == "relative":
+        return 2 * model.relative_attention_num_buckets * model.num_attention_heads
     positions = model.seq_length if model.position_embedding == "learned" else 0
     return (positions + model.num_token_types) * model.hidden_size
+
+
+def position_rows(model: ModelConfig) -> int:
+    """Rows of hidden size in which the tables of attention biases by distance fit, as they travel between stages."""
+    return -(-small_embeddings(model) // model.hidden_size) if model.position_embedding == "relative" else 0
 
 
 def head_matrices(model: ModelConfig) -> int:
@@ -64,15 +124,22 @@ def head_bias(model: ModelConfig) -> int:
     return model.padded_vocab_size if model.family == "bert" else 0
 
 
-def forward_flops(model: ModelConfig, ssd: SSDConfig) -> ForwardFlops:
-    """FLOPs of one token's forward pass, matrix products only."""
-    h, qkv = model.hidden_size, qkv_size(model)
+def forward_flops(model: ModelConfig, ssd: SSDConfig, layer: Layer) -> ForwardFlops:
+    """FLOPs of one token's forward pass through a layer, matrix products only; keys and values of an encoder's tokens
+    are shared out over the decoder's."""
+    h = model.hidden_size
+    cross = 4 * h * h + 4 * layer.context * h + 4 * h * h * layer.context / layer.length if layer.context else 0
     return ForwardFlops(
-        attention=2 * h * (qkv + h) + 4 * model.seq_length * h,
+        attention=2 * h * (qkv_size(model) + h) + 4 * layer.length * h + cross,
         ffn=2 * ffn_matrices(model) * h * model.ffn_hidden_size,
         router=router_flops(model, ssd) / ssd.routing_granularity,
-        head=2 * h * model.padded_vocab_size + (2 * h * h if model.family == "bert" else 0),
     )
+
+
+def head_flops(model: ModelConfig) -> int:
+    """FLOPs of the head's forward pass for one token that has logits."""
+    transform = model.hidden_size if model.family == "bert" else 0
+    return 2 * model.hidden_size * (model.padded_vocab_size + transform)
 
 
 def router_parameters(model: ModelConfig, ssd: SSDConfig) -> int:
@@ -104,23 +171,33 @@ def router_flops(model: ModelConfig, ssd: SSDConfig) -> int:
 
 
 def flops_per_token(model: ModelConfig, ssd: SSDConfig, live: float = 1.0) -> Flops:
-    """FLOPs per token in both modes.
+    """FLOPs per token in both modes, mean over the tokens of a sample.
 
     Args:
         live: share of the weights of attention and feed-forward networks that are not masked; products with masked
             ones do not count (arXiv 2108.06277: 3 * 2 * inputs * tokens * outputs * live), and there is no sparse mode.
     """
-    layers, flops = model.num_layers, forward_flops(model, ssd)
-    masked = 2 * layers * sum(masked_weights(model)) * (1 - live)
-    dense = layers * (flops.attention + flops.ffn) + flops.head - masked
-    sparse = layers * (flops.attention + flops.ffn * ssd.top_k / ssd.num_experts + flops.router) + flops.head
-    return Flops(3.0 * dense, 3.0 * sparse)
+    dense = sparse = float(model.predicted_tokens * head_flops(model))
+    for layer in layers_of(model):
+        flops = forward_flops(model, ssd, layer)
+        masked = (1 - live) * masked_flops(model, layer)
+        dense += layer.length * (flops.attention + flops.ffn - masked)
+        sparse += layer.length * (flops.attention + flops.ffn * ssd.top_k / ssd.num_experts + flops.router)
+    return Flops(3.0 * dense / model.sample_tokens, 3.0 * sparse / model.sample_tokens)
 
 
-def masked_weights(model: ModelConfig) -> tuple[int, int]:
-    """Weights of one layer's attention and of its feed-forward network that masks cover."""
+def masked_flops(model: ModelConfig, layer: Layer) -> float:
+    """FLOPs of one token's forward pass through the matrices of a layer that masks cover."""
     h = model.hidden_size
-    return h * (qkv_size(model) + h), ffn_matrices(model) * h * model.ffn_hidden_size
+    cross = 4 * h * h * (1 + layer.context / layer.length) if layer.context else 0.0
+    return 2 * h * (qkv_size(model) + h) + cross + 2 * ffn_matrices(model) * h * model.ffn_hidden_size
+
+
+def masked_weights(model: ModelConfig, layer: Layer) -> tuple[int, int]:
+    """Weights of a layer's attention and of its feed-forward network that masks cover."""
+    h = model.hidden_size
+    attention = split_attention(model, layer) - model.add_bias * qkv_size(model)
+    return attention, ffn_matrices(model) * h * model.ffn_hidden_size
 
 
 def qkv_size(model: ModelConfig) -> int:

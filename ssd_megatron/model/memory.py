@@ -4,20 +4,28 @@ Sizes in formulas: T tokens of a microbatch, h hidden, f neurons, qkv outputs of
 vocabulary; TP, PP, EP, DP sizes of the layout.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ssd_megatron.config.load import Dtype, RunConfig
 from ssd_megatron.config.schema import ModelConfig, SSDConfig
 from ssd_megatron.model.cost import (
+    Layer,
     bank_parameters,
+    embedding_norms,
     ffn_matrices,
     head_bias,
     head_matrices,
+    head_norms,
+    layer_norms,
     masked_weights,
     norm_parameters,
     qkv_size,
     router_parameters,
     small_embeddings,
+    split_attention,
+    stage_layers,
+    whole_attention,
 )
 
 BYTES: dict[Dtype, int] = {"float32": 4, "bfloat16": 2, "float16": 2}
@@ -151,19 +159,17 @@ class Memory:
 
 def rank_parameters(model: ModelConfig, ssd: SSDConfig, layout: Layout, stage: int) -> RankParameters:
     """Parameters of one rank of a stage. Source: Megatron-LM (arXiv 1909.08053) for what TP splits; ffn/homes.py."""
-    h, tp, bias = model.hidden_size, layout.tensor, int(model.add_bias)
-    word = model.padded_vocab_size // tp * h
-    split = (h + bias) * qkv_size(model) // tp + h * h // tp
-    whole = bias * 2 * h + 2 * norm_parameters(model) + router_parameters(model, ssd)
-    layers = model.num_layers // layout.pipeline
-    plain = layers * (split + whole)
+    h, tp = model.hidden_size, layout.tensor
+    word, norm = model.padded_vocab_size // tp * h, norm_parameters(model)
+    layers = stage_layers(model, layout.pipeline, stage)
+    plain = sum(split_attention(model, layer) // tp + layer_norms(layer) * norm for layer in layers)
+    plain += len(layers) * (whole_attention(model) + model.add_bias * h + router_parameters(model, ssd))
     if stage == 0:
-        plain += word + small_embeddings(model) + (norm_parameters(model) if model.norm_position == "post" else 0)
+        plain += word + small_embeddings(model) + embedding_norms(model) * norm
     if stage == layout.pipeline - 1:
         plain += (0 if model.tie_embeddings and layout.pipeline == 1 else word) + head_bias(model) // tp
-        norms = (model.norm_position == "pre") + (model.family == "bert")
-        plain += head_matrices(model) + norms * norm_parameters(model)
-    return RankParameters(plain, layers * bank_parameters(model) // layout.homes)
+        plain += head_matrices(model) + head_norms(model) * norm
+    return RankParameters(plain, len(layers) * bank_parameters(model) // layout.homes)
 
 
 def memory_per_rank(
@@ -198,14 +204,15 @@ def stage_memory(
     size = BYTES[dtype]
     parameters = rank_parameters(model, ssd, layout, stage)
     owned = parameters.owned(layout)
-    tokens = layout.micro_batch_size * model.seq_length
+    samples = layout.micro_batch_size
+    longest = max(layer.length for layer in stage_layers(model, layout.pipeline, stage))
     kept = owned if layout.zero_stage == 2 else parameters.total
     # One buffer; a second one with a pipeline (reduce_gradients makes it beside setup_buckets'); a flattened copy.
     buckets = (2 if layout.pipeline > 1 else 1) * reduce_bucket_size + min(reduce_bucket_size, parameters.total)
     buckets = buckets if layout.data > 1 else 0  # with nothing to reduce, gradients stay where they are (zero.py)
     last = stage == layout.pipeline - 1
-    attention, ffn = masked_weights(model)
-    masked = model.num_layers / layout.pipeline * (attention / layout.tensor + ffn / layout.homes)
+    covered = [masked_weights(model, layer) for layer in stage_layers(model, layout.pipeline, stage)]
+    masked = sum(attention / layout.tensor + ffn / layout.homes for attention, ffn in covered)
     kept_weights = kept_gradients = gathered = 0.0
     if mode == "dense" and layout.expert > 1:
         matrix = model.hidden_size * model.ffn_hidden_size / layout.tensor
@@ -226,10 +233,10 @@ def stage_memory(
         kept_weights=round(kept_weights * size),
         kept_gradients=round(kept_gradients * size),
         buckets=buckets * size,
-        activations=round(tokens * stage_activation_bytes(model, ssd, layout, stage, mode, size)),
+        activations=round(samples * stage_activation_bytes(model, ssd, layout, stage, mode, size)),
         logits=logit_bytes(model, layout, size) if last else 0,
         gathered=round(gathered * size),
-        working=round(tokens * working_bytes(model, ssd, layout, mode, size)),
+        working=round(samples * longest * working_bytes(model, ssd, layout, mode, size)),
         update=round(owned * (4 + size)),  # its own part of the gradients, flattened, and in fp32
     )
 
@@ -237,19 +244,29 @@ def stage_memory(
 def stage_activation_bytes(
     model: ModelConfig, ssd: SSDConfig, layout: Layout, stage: int, mode: str, size: int
 ) -> float:
-    """Bytes that a stage keeps for each token of a microbatch, for all microbatches that it has in flight.
+    """Bytes that a stage keeps for each sample of a microbatch, for all microbatches that it has in flight.
 
     1F1B (PipeDream-flush, arXiv 2006.09503): stage s waits for the backward of at most PP - s microbatches. With
     recomputation only the inputs of layers stay, and one layer's activations come back at a time.
     """
     in_flight = min(layout.pipeline - stage, layout.microbatches)
-    layers = model.num_layers // layout.pipeline
-    layer = layer_activation_bytes(model, ssd, layout, mode, size)
-    inputs = layers * model.hidden_size * size
-    head = _head_activations(model) * size if stage == layout.pipeline - 1 else 0
-    embedding = model.hidden_size * size if stage == 0 and model.norm_position == "post" else 0  # its norm's input
-    kept = embedding + (inputs if layout.recompute else layers * layer)
-    return in_flight * kept + layout.recompute * layer + head
+    layers, h = stage_layers(model, layout.pipeline, stage), model.hidden_size
+    each = [layer.length * layer_activation_bytes(model, ssd, layout, mode, size, layer) for layer in layers]
+    inputs = sum(layer.length for layer in layers) * h * size
+    head = model.predicted_tokens * _head_activations(model) * size if stage == layout.pipeline - 1 else 0
+    embedding = model.seq_length * h * size * embedding_norms(model) if stage == 0 else 0  # its norm's input
+    kept = embedding + _bias_bytes(model, layout, layers, size) + (inputs if layout.recompute else sum(each))
+    return in_flight * kept + (max(each) if layout.recompute else 0) + head
+
+
+def _bias_bytes(model: ModelConfig, layout: Layout, layers: Sequence[Layer], size: int) -> float:
+    """Bytes for each sample of the attention biases by distance, which the layers of a kind share; they are the same
+    for all samples of a microbatch."""
+    if model.position_embedding != "relative":
+        return 0.0
+    lengths = {layer.context > 0: layer.length for layer in layers}
+    whole = sum(length * length for length in lengths.values()) * model.num_attention_heads / layout.tensor * size
+    return whole / layout.micro_batch_size
 
 
 def _head_activations(model: ModelConfig) -> int:
@@ -261,10 +278,12 @@ def _head_activations(model: ModelConfig) -> int:
     return tensors * model.hidden_size
 
 
-def layer_activation_bytes(model: ModelConfig, ssd: SSDConfig, layout: Layout, mode: str, size: int) -> float:
+def layer_activation_bytes(
+    model: ModelConfig, ssd: SSDConfig, layout: Layout, mode: str, size: int, layer: Layer
+) -> float:
     """Bytes that autograd keeps of one layer for each token (tests compare them with what it saves).
 
-    Whole on every tensor-parallel rank: inputs and outputs of both norms (after the networks: one of them is the next
+    Whole on every tensor-parallel rank: inputs and outputs of norms (after the networks: one of them is the next
     layer's input, counted there). Split: queries, keys and values, the context,
     and of the feed-forward network its pre-activations and what the activation makes of them. Rotary embeddings keep
     queries and keys a second time, grouped queries without them the queries; dropout keeps two masks of a byte.
@@ -275,8 +294,12 @@ def layer_activation_bytes(model: ModelConfig, ssd: SSDConfig, layout: Layout, m
         attention += (qkv_size(model) + h) / 2 / tp
     elif model.num_query_groups != model.num_attention_heads:
         attention += h / tp
-    masks = 2 * h if model.dropout else 0
-    return size * (4 * h + attention) + masks + _ffn_activation_bytes(model, ssd, layout, mode, size)
+    if layer.context:  # queries and context; keys and values of the encoder's tokens
+        attention += 2 * h / tp * (1 + layer.context / layer.length)
+    networks = 2 + (layer.context > 0)
+    masks = networks * h if model.dropout else 0
+    norms = 2 * layer_norms(layer) * h
+    return size * (norms + attention) + masks + _ffn_activation_bytes(model, ssd, layout, mode, size)
 
 
 def _ffn_activation_bytes(model: ModelConfig, ssd: SSDConfig, layout: Layout, mode: str, size: int) -> float:
@@ -309,7 +332,7 @@ def working_bytes(model: ModelConfig, ssd: SSDConfig, layout: Layout, mode: str,
 
 def logit_bytes(model: ModelConfig, layout: Layout, size: int) -> int:
     """Bytes of the logits that are there at a time (model/cross_entropy.py)."""
-    tokens = layout.micro_batch_size * model.seq_length
+    tokens = layout.micro_batch_size * model.predicted_tokens
     return min(tokens, layout.loss_chunk_tokens or tokens) * model.padded_vocab_size // layout.tensor * size
 
 

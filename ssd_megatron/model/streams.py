@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ssd_megatron.config.schema import ModelConfig
 from ssd_megatron.model.blocks import TransformerBlock
+from ssd_megatron.model.cost import position_rows
 from ssd_megatron.model.embedding import Embedding
 from ssd_megatron.model.relative_positions import position_bias
 from ssd_megatron.parallel.topology import Topology
@@ -73,7 +74,7 @@ class EncoderDecoder:
         self._model = model
         self._topology = topology
         self._table = (model.relative_attention_num_buckets, model.num_attention_heads)
-        self._table_rows = -(-2 * self._table[0] * self._table[1] // model.hidden_size)
+        self._table_rows = position_rows(model)
 
     def run(self, embedding: Embedding | None, blocks: Iterable[nn.Module], inputs: tuple[Tensor, ...]) -> Tensor:
         state = self._unpack(inputs[0]) if embedding is None else self._embed(embedding, *inputs)

@@ -47,7 +47,7 @@ class Job:
     @property
     def tokens(self) -> int:
         """Tokens of one optimizer step."""
-        return self.batch * self.model.seq_length
+        return self.batch * self.model.sample_tokens
 
 
 @dataclass(frozen=True)
@@ -142,7 +142,7 @@ def layouts(job: Job) -> Iterator[Layout]:
             continue
         for pipeline in divisors(gpus // tensor):
             data = gpus // tensor // pipeline
-            if model.num_layers % pipeline or job.batch % data:
+            if model.total_layers % pipeline or job.batch % data:
                 continue
             for expert in divisors(data):
                 if ssd.num_experts % (tensor * expert) == 0:
@@ -154,7 +154,7 @@ def _batches(job: Job, tensor: int, pipeline: int, expert: int, data: int) -> It
     for micro in divisors(samples):
         microbatches = samples // micro
         # With fewer microbatches than stages, some stage would never work.
-        if (micro > 1 and micro * job.model.seq_length > MOST_TOKENS_PER_MICROBATCH) or microbatches < pipeline:
+        if (micro > 1 and micro * job.model.sample_tokens > MOST_TOKENS_PER_MICROBATCH) or microbatches < pipeline:
             continue
         for zero_stage in (1, 2) if pipeline == 1 else (1,):
             can_keep = expert > 1 and zero_stage == 1 and "dense" in modes_of(job.ssd)

@@ -6,7 +6,16 @@ from dataclasses import dataclass
 
 from ssd_megatron.config.load import Dtype
 from ssd_megatron.config.schema import ModelConfig, SSDConfig
-from ssd_megatron.model.cost import ffn_matrices, forward_flops, head_matrices, qkv_size, small_embeddings
+from ssd_megatron.model.cost import (
+    ffn_matrices,
+    forward_flops,
+    head_flops,
+    head_matrices,
+    layers_of,
+    qkv_size,
+    small_embeddings,
+    stage_layers,
+)
 from ssd_megatron.model.memory import OPTIMIZER_BYTES, Layout
 from ssd_megatron.planning.cluster import Cluster
 from ssd_megatron.planning.traffic import all_gather, seconds, step_traffic
@@ -37,7 +46,7 @@ def switch_time(model: ModelConfig, ssd: SSDConfig, layout: Layout, cluster: Clu
     clusters them. Masters and moments of all banks go to their neurons' new homes, and parameters are gathered again.
     """
     stage_ranks, copies = layout.tensor * layout.data, layout.data // layout.expert
-    layers = model.num_layers // layout.pipeline
+    layers = model.total_layers // layout.pipeline
     rows = math.ceil(layers / copies) * model.ffn_hidden_size * model.hidden_size * 4
     one = KMEANS_SECONDS * model.ffn_hidden_size * model.hidden_size * ssd.num_experts
     gather = cluster.ring_seconds(all_gather(rows, layout.homes), layout.homes, 1)
@@ -78,9 +87,9 @@ def _line(model: ModelConfig, layout: Layout) -> Iterator[tuple[float, bool]]:
     if not alone:
         yield model.padded_vocab_size * h / tp, False
         yield small_embeddings(model), False
-    for _ in range(model.num_layers // layout.pipeline):
+    for layer in stage_layers(model, layout.pipeline, 0):
         if not alone:
-            yield (h + qkv_size(model)) * h / tp, False
+            yield (h + qkv_size(model) + (4 * h if layer.context else 0)) * h / tp, False
         for _ in range(ffn_matrices(model)):
             yield h * model.ffn_hidden_size / layout.homes, True
     if not alone and layout.pipeline == 1 and not model.tie_embeddings:
@@ -103,10 +112,12 @@ def probe_seconds(model: ModelConfig, ssd: SSDConfig, layout: Layout, cluster: C
     """Forward passes of the probe batch, spread over the data-parallel ranks: dense before and after the switch, sparse
     after it, and with top_k_allocation measured, one for each layer (of deep models,
     run of layers) and number of experts 2, 4, 8 ... tried."""
-    flops = forward_flops(model, ssd)
     passes = 3
     if ssd.top_k_allocation == "measured":
-        passes += 1 + min(model.num_layers, MOST_MEASURED) * max(0, math.ceil(math.log2(ssd.num_experts)) - 1)
-    tokens = math.ceil(ssd.probe_samples / layout.data) * model.seq_length
-    forward = model.num_layers * (flops.attention + flops.ffn) + flops.head
-    return passes * tokens * forward / (cluster.flops_per_second * layout.tensor)
+        passes += 1 + min(model.total_layers, MOST_MEASURED) * max(0, math.ceil(math.log2(ssd.num_experts)) - 1)
+    forward = float(model.predicted_tokens * head_flops(model))
+    for layer in layers_of(model):
+        flops = forward_flops(model, ssd, layer)
+        forward += layer.length * (flops.attention + flops.ffn)
+    samples = math.ceil(ssd.probe_samples / layout.data)
+    return passes * samples * forward / (cluster.flops_per_second * layout.tensor)

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 from ssd_megatron.config.load import Dtype
 from ssd_megatron.config.schema import ModelConfig, SSDConfig
-from ssd_megatron.model.cost import ffn_matrices, forward_flops
+from ssd_megatron.model.cost import ffn_matrices, forward_flops, head_flops, stage_layers
 from ssd_megatron.model.memory import BYTES, Layout, rank_parameters
 from ssd_megatron.planning.cluster import GIGA, Cluster
 from ssd_megatron.planning.traffic import Transfer, seconds, step_traffic
@@ -80,27 +80,33 @@ def microbatch_compute(
 ) -> float:
     """Seconds of arithmetic of one stage for one microbatch: backward is twice forward, recomputation one more, of
     layers and, where the loss keeps no logits, of the head."""
-    flops, tokens = forward_flops(model, ssd), layout.micro_batch_size * model.seq_length
-    layers = model.num_layers // layout.pipeline
-    passes = 4 if layout.recompute else 3
-    rate = cluster.flops_per_second * layout.tensor
-    layer = flops.attention / rate
-    if mode == "dense":
-        layer += flops.ffn / rate
-    else:
-        layer += flops.router / cluster.flops_per_second + sparse_ffn_seconds(model, ssd, layout, cluster, dtype)
-    head = (3 if layout.loss_chunk_tokens is None else 4) * flops.head / rate if stage == layout.pipeline - 1 else 0.0
-    return tokens * (passes * layers * layer + head)
+    samples, rate = layout.micro_batch_size, cluster.flops_per_second * layout.tensor
+    passes, seconds = 4 if layout.recompute else 3, 0.0
+    for layer in stage_layers(model, layout.pipeline, stage):
+        flops = forward_flops(model, ssd, layer)
+        token = flops.attention / rate
+        if mode == "dense":
+            token += flops.ffn / rate
+        else:
+            token += flops.router / cluster.flops_per_second
+            token += sparse_ffn_seconds(model, ssd, layout, cluster, dtype, layer.length)
+        seconds += passes * layer.length * token
+    repeated = 3 if layout.loss_chunk_tokens is None else 4
+    head = repeated * head_flops(model) / rate if stage == layout.pipeline - 1 else 0.0
+    return samples * (seconds + model.predicted_tokens * head)
 
 
-def sparse_ffn_seconds(model: ModelConfig, ssd: SSDConfig, layout: Layout, cluster: Cluster, dtype: Dtype) -> float:
-    """Seconds of a sparse feed-forward network's forward pass for one token, a third of forward and backward.
+def sparse_ffn_seconds(
+    model: ModelConfig, ssd: SSDConfig, layout: Layout, cluster: Cluster, dtype: Dtype, length: int
+) -> float:
+    """Seconds of a sparse feed-forward network's forward pass for one of `length` tokens of a sample, a third of
+    forward and backward.
 
     The products over one expert's m tokens have 1 / (1/n + 1/h + 1/m) FLOPs per byte in bf16; below the GPU's balance
     of peak to memory speed they wait for memory (roofline, Williams et al. 2009). Then rows are moved.
     """
     size, share = BYTES[dtype], ssd.top_k / ssd.num_experts
-    tokens = layout.micro_batch_size * model.seq_length * layout.expert * share
+    tokens = layout.micro_batch_size * length * layout.expert * share
     neurons = model.ffn_hidden_size / ssd.num_experts
     intensity = 2 / size / (1 / neurons + 1 / model.hidden_size + 1 / tokens)
     memory = cluster.gpu.memory_gbs * GIGA

@@ -12,7 +12,7 @@ from typing import Literal
 
 from ssd_megatron.config.load import Dtype
 from ssd_megatron.config.schema import ModelConfig, SSDConfig
-from ssd_megatron.model.cost import bank_parameters, ffn_matrices
+from ssd_megatron.model.cost import bank_parameters, ffn_matrices, position_rows, stage_layers
 from ssd_megatron.model.memory import BYTES, Layout, expert_ranks_per_token, rank_parameters
 from ssd_megatron.planning.cluster import Cluster
 
@@ -81,7 +81,7 @@ def step_traffic(
     """
     transfers = [
         *_tensor(model, ssd, layout, stage, mode, BYTES[dtype]),
-        *_expert(model, ssd, layout, mode, BYTES[dtype]),
+        *_expert(model, ssd, layout, stage, mode, BYTES[dtype]),
         *_pipeline(model, layout, stage, BYTES[dtype]),
         *_zero(model, ssd, layout, stage, BYTES[dtype], multi_rank),
     ]
@@ -98,37 +98,39 @@ def all_gather(whole: float, ranks: int) -> float:
     return (ranks - 1) / ranks * whole
 
 
-def _tokens(model: ModelConfig, layout: Layout) -> int:
-    return layout.micro_batch_size * model.seq_length
-
-
-def _layers(model: ModelConfig, layout: Layout) -> int:
-    return model.num_layers // layout.pipeline
+def _layer_tokens(model: ModelConfig, layout: Layout, stage: int) -> int:
+    """Tokens of a microbatch, counted once for each of the stage's layers that they go through."""
+    return layout.micro_batch_size * sum(layer.length for layer in stage_layers(model, layout.pipeline, stage))
 
 
 def _tensor(model: ModelConfig, ssd: SSDConfig, layout: Layout, stage: int, mode: str, size: int) -> Iterator[Transfer]:
     """Megatron's all-reduces of [T, h]: after attention and feed-forward network in forward, before them in backward
-    (arXiv 1909.08053); recomputation repeats the attention's, and ends before the other."""
-    tokens, ranks = _tokens(model, layout), layout.tensor
-    row = tokens * model.hidden_size * size
-    times = layout.microbatches
+    (arXiv 1909.08053); recomputation repeats the attention's, and ends before the other. Attention to an encoder has
+    one more of each, and in backward one of the encoder's tokens."""
+    samples, ranks = layout.micro_batch_size, layout.tensor
+    row = model.hidden_size * size
+    times, repeated = layout.microbatches, int(layout.recompute)
 
     def transfer(what: str, payload: float) -> Transfer:
         return Transfer("tensor", what, "all-reduce", all_reduce(payload, ranks), times)
 
-    yield transfer("layers", _layers(model, layout) * (5 if layout.recompute else 4) * row)
+    tokens = (4 + repeated) * _layer_tokens(model, layout, stage)
+    for layer in stage_layers(model, layout.pipeline, stage):
+        if layer.context:
+            tokens += samples * ((2 + repeated) * layer.length + layer.context)
+    yield transfer("layers", tokens * row)
     if mode == "sparse" and ssd.router_learns:
-        tiles = tokens / ssd.routing_granularity
-        yield transfer("gate gradients", _layers(model, layout) * tiles * ssd.top_k * 4)
+        tiles = _layer_tokens(model, layout, stage) / ssd.routing_granularity
+        yield transfer("gate gradients", tiles * ssd.top_k * 4)
     if stage == 0:
-        yield transfer("embedding", row)
+        yield transfer("embedding", samples * model.sample_tokens * row)
     if stage == layout.pipeline - 1:
         # In fp32 for each token: the largest logit, the label's logit, the sum of exponentials.
-        yield transfer("head and loss", row + tokens * 3 * 4)
+        yield transfer("head and loss", samples * model.predicted_tokens * (row + 3 * 4))
 
 
-def _expert(model: ModelConfig, ssd: SSDConfig, layout: Layout, mode: str, size: int) -> Iterator[Transfer]:
-    layers, times, ranks = _layers(model, layout), layout.microbatches, layout.expert
+def _expert(model: ModelConfig, ssd: SSDConfig, layout: Layout, stage: int, mode: str, size: int) -> Iterator[Transfer]:
+    layers, times, ranks = model.total_layers // layout.pipeline, layout.microbatches, layout.expert
     if ranks == 1:
         return
     if mode == "dense":
@@ -141,7 +143,8 @@ def _expert(model: ModelConfig, ssd: SSDConfig, layout: Layout, mode: str, size:
         yield Transfer("expert", "weight gradients", "reduce-scatter", all_gather(whole, ranks), times)
         return
     # Evenly routed tokens go to their own rank as often as to any other, which costs nothing.
-    rows = layers * _tokens(model, layout) * expert_ranks_per_token(ssd, layout) * (ranks - 1) / ranks
+    tokens = _layer_tokens(model, layout, stage)
+    rows = tokens * expert_ranks_per_token(ssd, layout) * (ranks - 1) / ranks
     # There and back, in forward and in backward; recomputation sends them there once more.
     trips = 5 if layout.recompute else 4
     yield Transfer("expert", "tokens", "all-to-all", trips * rows * model.hidden_size * size, times)
@@ -155,7 +158,8 @@ def _expert(model: ModelConfig, ssd: SSDConfig, layout: Layout, mode: str, size:
 def _pipeline(model: ModelConfig, layout: Layout, stage: int, size: int) -> Iterator[Transfer]:
     """DeepSpeed's PipelineEngine: each tensor-parallel rank sends its part of activations and gradients, and the
     receivers gather the parts. For the backward they also gather their outputs again."""
-    row, times = _tokens(model, layout) * model.hidden_size * size, layout.microbatches
+    rows = layout.micro_batch_size * (model.sample_tokens + position_rows(model))
+    row, times = rows * model.hidden_size * size, layout.microbatches
     first, last = stage == 0, stage == layout.pipeline - 1
     if not last:
         yield Transfer("pipeline", "activations", "send", row / layout.tensor, times)

@@ -48,6 +48,22 @@ def measured_together(names: Sequence[str]) -> list[Sequence[str]]:
     return [first, *(rest[start:end] for start, end in pairwise(ends))]
 
 
+def allocate_alike(costs: Sequence[Curve], tokens: Sequence[int], top_k: int, least: int) -> list[int]:
+    """allocate_experts among layers of as many tokens each, as an encoder's and a decoder's: an expert of one costs
+    more than one of the other.
+
+    Args:
+        tokens: by layer, of a sample.
+    """
+    allocated = [0] * len(costs)
+    for length in set(tokens):
+        layers = [index for index, other in enumerate(tokens) if other == length]
+        experts = allocate_experts([costs[index] for index in layers], top_k, least)
+        for index, number in zip(layers, experts, strict=True):
+            allocated[index] = number
+    return allocated
+
+
 def allocate_experts(costs: Sequence[Curve], top_k: int, least: int) -> list[int]:
     """Deal out layers x top_k experts, one at a time, to the layer whose next expert saves most.
 

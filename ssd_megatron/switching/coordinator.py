@@ -14,7 +14,7 @@ from torch import Tensor
 
 from ssd_megatron.config.schema import Mode, SSDConfig
 from ssd_megatron.parallel.logical_state import LogicalState
-from ssd_megatron.switching.allocation import allocate_experts, sparsity_costs
+from ssd_megatron.switching.allocation import allocate_alike, sparsity_costs
 from ssd_megatron.switching.clustering import Clustering
 from ssd_megatron.switching.loss_watch import LossWatch
 from ssd_megatron.switching.networks import Networks
@@ -243,7 +243,8 @@ class Coordinator:
             return [ssd.top_k] * len(self.networks.names)
         # With a single expert the straight-through router would not learn.
         least = min(ssd.top_k, 2 if ssd.straight_through else 1)
-        return allocate_experts(sparsity_costs(self.networks, self._probe, ssd.num_experts, least), ssd.top_k, least)
+        costs = sparsity_costs(self.networks, self._probe, ssd.num_experts, least)
+        return allocate_alike(costs, self.networks.tokens, ssd.top_k, least)
 
     def _verify_loss(self, before: float, after: float) -> None:
         dtype = next(iter(self.networks.local.values())).bank.w_in.dtype

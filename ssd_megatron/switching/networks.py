@@ -15,13 +15,22 @@ class Networks:
     Args:
         names: all stages' in order.
         local: this stage's.
+        tokens: of a sample in each network, where they differ.
 
     Attributes:
         homes: ranks over which each network's neurons are split.
     """
 
-    def __init__(self, names: Sequence[str], local: Mapping[str, SwitchableFFN], topology: Topology) -> None:
+    def __init__(
+        self,
+        names: Sequence[str],
+        local: Mapping[str, SwitchableFFN],
+        topology: Topology,
+        tokens: Sequence[int] | None = None,
+    ) -> None:
         assert set(local) <= set(names), (names, list(local))
+        self.tokens = list(tokens) if tokens is not None else [1] * len(names)
+        assert len(self.tokens) == len(names), (names, tokens)
         self.names = list(names)
         self.local = dict(local)
         self.topology = topology

@@ -11,6 +11,7 @@ from ssd_megatron.config.schema import SsdMegatronConfig
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.kernels import SPECIAL, choose_backend, cpp_build
 from ssd_megatron.ffn.kernels.trial import trial
+from ssd_megatron.model.cost import layers_of
 from ssd_megatron.model.language_model import LanguageModel, ffn_names
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.sparse_weights.masked_weights import MaskedWeights, masked_tensors
@@ -46,7 +47,8 @@ def assemble(config: RunConfig, topology: Topology, probe_batches: Sequence[Batc
     model = LanguageModel(section, backend, topology)
     engine = make_engine(model, config, topology)
     probe = ProbeBatch(list(probe_batches), engine.mean_loss, topology)
-    networks = Networks(ffn_names(section.model.total_layers), model.ffns, topology)
+    tokens = [layer.length for layer in layers_of(section.model)]
+    networks = Networks(ffn_names(section.model.total_layers), model.ffns, topology, tokens)
     schedule = Schedule(section.ssd, section.training.train_steps)
     coordinator = Coordinator(section.ssd, networks, engine.state, probe, schedule, section.seed)
     return Assembly(model, engine, coordinator, make_masks(model, engine, section, topology), reason)

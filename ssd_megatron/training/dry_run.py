@@ -23,11 +23,11 @@ def print_dry_run(config: RunConfig) -> None:
     console.print(_memory_table(run_memory(config), layout_of(config)))
     flops = flops_per_token(section.model, section.ssd)
     masked = flops_per_token(section.model, section.ssd, section.live_weights).dense
-    tokens = config.train_batch_size * section.model.seq_length
+    tokens = config.train_batch_size * section.model.sample_tokens
     less, what = (flops.sparse, "sparse") if section.weight_sparsity is None else (masked, "with masked weights")
     console.print(f"FLOPs per token: {flops.dense:.4g} dense, {less:.4g} {what} ({less / flops.dense:.1%})")
     console.print(
-        f"tokens per step: {config.train_batch_size} samples x {section.model.seq_length} = {tokens} "
+        f"tokens per step: {config.train_batch_size} samples x {section.model.sample_tokens} = {tokens} "
         f"({config.data_parallel_size} ranks x {config.gradient_accumulation_steps} microbatches x "
         f"{config.micro_batch_size} samples)"
     )

@@ -174,7 +174,7 @@ def _train(
 
 def finish(config: RunConfig, folder: RunFolder, state: dict[str, Any]) -> None:
     """Write summary.json and the plots, and print the summary."""
-    tokens = state["steps"] * config.train_batch_size * config.ssd_megatron.model.seq_length
+    tokens = state["steps"] * config.train_batch_size * config.ssd_megatron.model.sample_tokens
     summary = build_summary(
         folder.path, config=config.resolved(), versions=versions(), state=state | {"tokens": tokens}
     )

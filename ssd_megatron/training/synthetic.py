@@ -64,7 +64,7 @@ def random_batch(config: RunConfig, samples: list[int], device: torch.device) ->
     length, count = model.seq_length, len(samples)
     rows = [_sample(number, model.sample_tokens + 1, model.vocab_size) for number in samples]
     tokens = torch.cat([torch.empty(0, model.sample_tokens + 1, dtype=torch.int64), *rows])
-    predicted = model.decoder_seq_length if model.family == "t5" else length
+    predicted = model.predicted_tokens
     values = {
         "tokens": tokens[:, :length],
         "decoder_tokens": tokens[:, -predicted - 1 : -1],

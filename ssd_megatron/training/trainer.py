@@ -94,7 +94,7 @@ class Trainer:
         shape, ssd = self._section.model, self._section.ssd
         self._flops = flops_per_token(shape, ssd, self._section.live_weights)
         self._flops_dense = flops_per_token(shape, ssd).dense
-        self._tokens_per_step = config.train_batch_size * self._section.model.seq_length
+        self._tokens_per_step = config.train_batch_size * shape.sample_tokens
 
     @property
     def done_steps(self) -> int:

@@ -32,3 +32,11 @@ def load(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Every tensor of `model` has a value in `tensors`, and the other way round."""
     model.load_state_dict(dict(tensors), strict=True)
     model.eval()
+
+
+def used_rows(tensors: dict[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
+    """All but routers, with zeros where the vocabulary is padded."""
+    kept = {name: tensor.clone() for name, tensor in tensors.items() if not name.endswith("router.weight")}
+    for name in {"embedding.word.weight", "head.weight", "head.bias"} & kept.keys():
+        kept[name][model.vocab_size :] = 0
+    return kept

@@ -10,7 +10,7 @@ from ssd_megatron.config.schema import ModelConfig
 from ssd_megatron.errors import ExportError
 from ssd_megatron.export import bert
 from ssd_megatron.parallel.topology import Topology
-from tests.export.parity import load, logical_tensors, random_model
+from tests.export.parity import load, logical_tensors, random_model, used_rows
 from tests.ranks import run_ranks
 
 DECODER = "cls.predictions.decoder.weight"
@@ -42,18 +42,10 @@ def differences(topology: Topology, settings: dict[str, Any]) -> tuple[list[floa
         pairs = [(mine, expected.logits)]
     pairs[0] = (pairs[0][0].transpose(0, 1)[..., : model.vocab_size], pairs[0][1])
     back = bert.from_hf(theirs.state_dict(), model)
-    routers = {name for name in tensors if name.endswith("router.weight")}
-    assert back.keys() == tensors.keys() - routers and len(routers) == model.num_layers
-    lost = max(float((back[name] - kept).abs().max()) for name, kept in used_rows(tensors, model).items())
+    kept = used_rows(tensors, model)
+    assert back.keys() == kept.keys() and len(kept) == len(tensors) - model.num_layers
+    lost = max(float((back[name] - tensor).abs().max()) for name, tensor in kept.items())
     return [float((a - b).abs().max()) for a, b in pairs], lost
-
-
-def used_rows(tensors: dict[str, torch.Tensor], model: ModelConfig) -> dict[str, torch.Tensor]:
-    """All but routers, with zeros where the vocabulary is padded."""
-    kept = {name: tensor.clone() for name, tensor in tensors.items() if not name.endswith("router.weight")}
-    for name in {"embedding.word.weight", "head.weight", "head.bias"} & kept.keys():
-        kept[name][model.vocab_size :] = 0
-    return kept
 
 
 @pytest.mark.parametrize("name", SETTINGS)

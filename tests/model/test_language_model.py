@@ -26,6 +26,8 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gated": {"activation": "reglu"},
     "gated without bias": {"activation": "swiglu", "add_bias": False},
     "gelu": {"activation": "gelu"},
+    "t5": {"family": "t5", "num_decoder_layers": 3, "decoder_seq_length": 8},
+    "t5, gated, untied": {"family": "t5", "activation": "reglu", "tie_embeddings": False, "decoder_seq_length": 8},
     "post-norm": {"norm_position": "post"},
     "bert": {"family": "bert"},
     "bert with sentences": {"family": "bert", "num_token_types": 2, "sentence_objective": "next"},

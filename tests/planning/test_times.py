@@ -4,7 +4,7 @@ from dataclasses import replace
 
 import pytest
 
-from ssd_megatron.model.cost import flops_per_token, forward_flops
+from ssd_megatron.model.cost import Layer, flops_per_token, forward_flops, head_flops
 from ssd_megatron.model.memory import Layout
 from ssd_megatron.planning.times import sparse_ffn_seconds, step_time
 from tests.planning.helpers import cluster, model, ssd
@@ -27,7 +27,7 @@ def test_recomputation_is_a_third_more_for_layers_and_nothing_for_the_head() -> 
         step_time(model(), ssd(), Layout(recompute=recompute), "dense", cluster(1), "bfloat16").compute
         for recompute in (False, True)
     )
-    flops = forward_flops(model(), ssd())
+    flops = forward_flops(model(), ssd(), Layer(32))
     assert again - plain == pytest.approx(32 * 4 * (flops.attention + flops.ffn) / RATE)
 
 
@@ -36,8 +36,8 @@ def test_the_bubble_is_one_stage_less_than_stages_over_microbatches() -> None:
     time = step_time(model(), ssd(), layout, "dense", cluster(4), "bfloat16")
     assert time.bubble == pytest.approx(3 / 8 * (time.compute + time.pipeline))
     # The last stage sets the pace: one layer and the head.
-    flops = forward_flops(model(), ssd())
-    assert time.compute == pytest.approx(8 * 32 * 3 * (flops.attention + flops.ffn + flops.head) / RATE)
+    flops = forward_flops(model(), ssd(), Layer(32))
+    assert time.compute == pytest.approx(8 * 32 * 3 * (flops.attention + flops.ffn + head_flops(model())) / RATE)
 
 
 def test_stages_wait_for_what_others_do_once_a_step() -> None:
@@ -59,11 +59,11 @@ def test_wide_experts_are_bound_by_arithmetic_and_narrow_ones_by_memory() -> Non
     layout = Layout(micro_batch_size=512)
     products = 2 * 2 * 4096 * 16384 / 4
     rows = 8 / 3 * 4 * 4096 * 2 / 4000e9
-    assert sparse_ffn_seconds(wide, ssd(), layout, cluster(), "bfloat16") == pytest.approx(products / RATE + rows)
+    assert sparse_ffn_seconds(wide, ssd(), layout, cluster(), "bfloat16", 32) == pytest.approx(products / RATE + rows)
     # 16 neurons each: 1 / (1/16 + 1/4096 + 1/4096) = 15.9 FLOPs a byte of 4,000 GB/s; 256 rows for each token.
     narrow = ssd(num_experts=1024, top_k=256)
     bound = products / (1 / (1 / 16 + 1 / 4096 + 1 / 4096)) / 4000e9 + rows * 64
-    assert sparse_ffn_seconds(wide, narrow, layout, cluster(), "bfloat16") == pytest.approx(bound)
+    assert sparse_ffn_seconds(wide, narrow, layout, cluster(), "bfloat16", 32) == pytest.approx(bound)
 
 
 def test_sparse_steps_of_a_large_model_are_faster() -> None:

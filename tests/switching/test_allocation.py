@@ -4,7 +4,13 @@ import pytest
 import torch
 
 from ssd_megatron.parallel.topology import Topology
-from ssd_megatron.switching.allocation import MOST_MEASURED, allocate_experts, measured_together, sparsity_costs
+from ssd_megatron.switching.allocation import (
+    MOST_MEASURED,
+    allocate_alike,
+    allocate_experts,
+    measured_together,
+    sparsity_costs,
+)
 from ssd_megatron.switching.networks import Networks
 from ssd_megatron.switching.statistics import ProbeBatch
 from tests.ranks import run_ranks
@@ -15,6 +21,13 @@ def test_experts_go_where_the_next_one_saves_most() -> None:
     costly, cheap = [(2, 0.8), (4, 0.4), (8, 0.0)], [(2, 0.02), (4, 0.01), (8, 0.0)]
     assert allocate_experts([costly, cheap], top_k=4, least=2) == [6, 2]
     assert allocate_experts([cheap, costly, cheap], top_k=4, least=2) == [2, 8, 2]
+
+
+def test_layers_of_more_tokens_do_not_get_the_experts_of_others() -> None:
+    costly, cheap = [(2, 0.8), (4, 0.4), (8, 0.0)], [(2, 0.02), (4, 0.01), (8, 0.0)]
+    costs = [costly, cheap, cheap, cheap]
+    assert allocate_experts(costs, top_k=4, least=2) == [8, 4, 2, 2]
+    assert allocate_alike(costs, [64, 64, 16, 16], top_k=4, least=2) == [6, 2, 4, 4]
 
 
 def test_cost_falls_evenly_between_two_points() -> None:

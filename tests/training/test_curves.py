@@ -35,7 +35,10 @@ SSD: dict[str, dict[str, Any]] = {
     },
 }
 # By name of a curve: what of the model is not the default.
-MODELS: dict[str, dict[str, Any]] = {"bert": {"family": "bert"}}
+MODELS: dict[str, dict[str, Any]] = {
+    "bert": {"family": "bert"},
+    "t5": {"family": "t5", "decoder_seq_length": 6},
+}
 CURVES = {name: (name, {}) for name in SSD} | {name: ("ssd", model) for name, model in MODELS.items()}
 
 
@@ -81,6 +84,8 @@ def test_a_run_gives_the_stored_curve(name: str, tmp_path: Path) -> None:
 def test_the_stored_curves_learn_and_differ_once_a_run_is_sparse() -> None:
     curves = {name: json.loads((STORED / f"{name}.json").read_text())["losses"] for name in SSD}
     assert all(len(losses) == STEPS and losses[-1] < losses[0] - 1.5 for losses in curves.values())
+    t5 = json.loads((STORED / "t5.json").read_text())["losses"]
+    assert sum(t5[-20:]) < sum(t5[:20]) - 20 * 0.5
     bert = json.loads((STORED / "bert.json").read_text())["losses"]  # predicts 16 tokens a step, which is noisy
     assert sum(bert[-20:]) < sum(bert[:20]) - 20 * 0.2
     assert curves["ssd"][:25] == curves["dense"][:25] and curves["ssd"][25] != curves["dense"][25]

@@ -51,6 +51,7 @@ MODERN = (
     "model.add_bias=false",
 )
 BERT_PAIRS = ("model.family=bert", "model.num_token_types=2", "model.sentence_objective=next")
+T5 = ("model.family=t5", "model.decoder_seq_length=6")
 # Without effect, and so refused, where one rank has all neurons.
 GATHERED_ONCE, REBALANCED = "parallel.dense_gather=step", "ssd.rebalance_limit=1.001"
 # What differs from the default: 2 layers, hidden 32, 2 heads, 64 ReLU neurons in 8 experts, biases, layernorm, learned
@@ -80,6 +81,12 @@ MODELS: dict[str, tuple[str, ...]] = {
     "bert": ("model.family=bert",),
     "bert with sentences": (*BERT_PAIRS, "model.tie_embeddings=false"),
     "pre-norm bert": ("model.family=bert", "model.norm_position=pre", "model.activation=gelu"),
+    # Two layers of the encoder, two of the decoder, with fewer tokens; ReLU, RMSNorm, no biases, tied.
+    "t5": T5,
+    "t5, gated, untied": (*T5, "model.activation=reglu", "model.tie_embeddings=false"),
+    # A stage that has layers of both.
+    "t5, one decoder layer": (*T5, "model.num_layers=3", "model.num_decoder_layers=1"),
+    "t5, recompute": (*T5, "training.recompute=full"),
     "post-norm": ("model.norm_position=post",),
     "rebalanced": (REBALANCED, "ssd.check_interval=4"),
 }
@@ -96,6 +103,7 @@ FEW: list[Case] = [
     ("3 probe samples", DP2),
     ("bert", PP2_EP2),
     ("bert with sentences", TP2_PP2),
+    ("t5", TP2_PP2_EP2),
 ]
 
 
@@ -131,6 +139,10 @@ MATRIX: list[Case] = [
     *cases("bert", DP2, zero2(TP2), PP2, zero2(EP2_DP2), TP2_PP2_EP2, PP2_EP2_DP2),
     *cases("bert with sentences", DP4, zero2(TP2_EP2), PP2_EP2, TP2_PP2_DP2),
     *cases("pre-norm bert", TP2_PP2_EP2),
+    *cases("t5", DP2, zero2(TP2), PP2, zero2(EP2_DP2), Layout(pipeline=4), TP2_PP2_DP2, PP2_EP2_DP2),
+    *cases("t5, gated, untied", zero2(TP2_EP2), TP2_PP2_EP2),
+    *cases("t5, one decoder layer", PP2_EP2, Layout(pipeline=4, data=2)),
+    *cases("t5, recompute", TP2_PP2_EP2),
     *cases("post-norm", TP2_PP2_EP2),
     *cases("rebalanced", TP2, zero2(EP2), zero2(TP2_EP2), PP2_EP2_DP2),
 ]
