@@ -13,6 +13,7 @@ from ssd_megatron.training.checkpoint_checks import check_tensors
 from ssd_megatron.training.saved_model import SavedModel, Settings, open_model
 
 ROUTER = ".mlp.router."
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load(
@@ -94,6 +95,18 @@ def scale_top_k(saved: Sequence[int], mean: float, num_experts: int) -> list[int
         open_layers = [layer for layer, number in enumerate(scaled) if number < num_experts]
         scaled[max(open_layers, key=lambda layer: shares[layer] - scaled[layer])] += 1
     return scaled
+
+
+def tokenizer_path(saved: SavedModel, given: Path | None) -> Path:
+    """The tokenizer that a user gave, or the one that made the model's training data.
+
+    Raises:
+        ConfigError: neither is known.
+    """
+    path = given or saved.settings.tokenizer
+    if path is None:
+        raise ConfigError(f"{saved.folder} names no tokenizer: give one with --tokenizer")
+    return path
 
 
 def _check_can_run(saved: SavedModel, mode: str, top_k: object) -> None:
