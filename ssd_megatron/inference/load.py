@@ -1,5 +1,6 @@
 """Checkpoints as models to use: any layout's onto one device."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,6 +8,7 @@ import torch
 
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.kernels import choose_backend
+from ssd_megatron.ffn.kernels.trial import trial
 from ssd_megatron.inference.ffn import MODES, Experts, Mode
 from ssd_megatron.inference.model import CausalModel
 from ssd_megatron.training.checkpoint_checks import check_tensors
@@ -49,7 +51,7 @@ def from_saved(
     _check_can_run(saved, mode, top_k)
     experts = None
     if settings.has_experts:
-        backend, _ = choose_backend("auto", device, dtype)
+        backend = _choose_kernels(device, dtype, settings.model.activation)
         experts = Experts(settings.ssd.num_experts, settings.ssd.router_update, backend)
     model = CausalModel(settings.model, experts, dtype=dtype, device=device)
     targets = model.logical_parameters()
@@ -107,6 +109,16 @@ def tokenizer_path(saved: SavedModel, given: Path | None) -> Path:
     if path is None:
         raise ConfigError(f"{saved.folder} names no tokenizer: give one with --tokenizer")
     return path
+
+
+def _choose_kernels(device: torch.device, dtype: torch.dtype, activation: str) -> str:
+    """The backend of sparse mode for many tokens; Triton's only if it shows that it is right here."""
+    backend, _ = choose_backend("auto", device, dtype)
+    wrong = trial(backend, device, dtype, activation) if backend == "triton" else None
+    if wrong is None:
+        return backend
+    warnings.warn(f"sparse kernels: torch (triton, which should be faster, fails its trial: {wrong})", stacklevel=4)
+    return "torch"
 
 
 def _check_can_run(saved: SavedModel, mode: str, top_k: object) -> None:

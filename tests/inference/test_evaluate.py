@@ -56,7 +56,10 @@ def test_intervals_hold_the_mean_in_95_of_100_draws() -> None:
     assert math.isnan(half_interval(torch.ones(1), torch.ones(1)))
 
 
-def test_the_tool_compares_modes_and_top_k(tmp_path: Path, corpus: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_tool_compares_modes_and_top_k(
+    tmp_path: Path, corpus: Corpus, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("COLUMNS", "160")
     s = replace(trained().settings, tokenizer=corpus.tokenizer)
     folder = write_model(tmp_path / "saved", s, trained().tensors.items())
     text = tmp_path / "text.txt"

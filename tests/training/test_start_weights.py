@@ -16,7 +16,8 @@ PHASES = [(1, "dense"), (4, "sparse")]
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
-    return oracle_config(tmp_path_factory.mktemp("corpus"), PHASES, 6)
+    optimizer = {"type": "AdamW", "params": {"lr": 0.01}}  # learns in six steps
+    return oracle_config(tmp_path_factory.mktemp("corpus"), PHASES, 6) | {"optimizer": optimizer}
 
 
 @pytest.fixture(scope="module")
@@ -43,7 +44,7 @@ def test_training_starts_with_the_imported_weights_loss(tmp_path: Path, config: 
     # Also after the switch to sparse, which makes experts of the dense model.
     assert from_import == pytest.approx(from_run, rel=1e-5) and len(from_import) == 6
     last = records(imported.parent / "dense" / "run", "train")[-1]["loss"]
-    assert abs(from_import[0] / last - 1) < 0.05 < abs(anew[0] / last - 1)
+    assert abs(from_import[0] - last) < 0.25 * (anew[0] - last)
     model = load(tmp_path / "b" / "run", mode="sparse")
     assert all(ffn.router is not None for ffn in model.ffns)
 
