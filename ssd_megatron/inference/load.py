@@ -76,14 +76,14 @@ def layer_top_k(settings: Settings, top_k: float | Sequence[int] | None) -> list
     experts, layers = settings.ssd.num_experts, settings.model.num_layers
     if top_k is None:
         return settings.top_k
-    numbers = [top_k] if isinstance(top_k, int | float) else list(top_k)
-    if not all(1 <= number <= experts for number in numbers):
+    means: Sequence[float] = [top_k] if isinstance(top_k, int | float) else top_k
+    if not all(1 <= number <= experts for number in means):
         raise ConfigError(f"top_k ({top_k}) must be between 1 and the model's {experts} experts")
     if isinstance(top_k, int | float):
         return scale_top_k(settings.top_k, top_k, experts)
-    if len(numbers) != layers:
+    if len(top_k) != layers:
         raise ConfigError(f"top_k ({top_k}) must be one number, or one for each of the {layers} layers")
-    return numbers
+    return list(top_k)
 
 
 def scale_top_k(saved: Sequence[int], mean: float, num_experts: int) -> list[int]:

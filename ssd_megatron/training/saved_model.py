@@ -125,7 +125,7 @@ def _parts(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]
 
 def _values(settings: Settings) -> dict[str, Any]:
     """What a run that has not begun would save with its state."""
-    identity = {"training.train_steps": 0}
+    identity: dict[str, Any] = {"training.train_steps": 0}
     identity |= {f"model.{field}": value for field, value in settings.model.model_dump(mode="json").items()}
     identity |= {f"ssd.{field}": value for field, value in settings.ssd.model_dump(mode="json").items()}
     if settings.tokenizer is not None:
