@@ -12,9 +12,8 @@ from ssd_megatron.ffn.kernels.trial import trial
 from ssd_megatron.inference.ffn import MODES, Experts, Mode
 from ssd_megatron.inference.model import CausalModel
 from ssd_megatron.training.checkpoint_checks import check_tensors
-from ssd_megatron.training.saved_model import SavedModel, Settings, open_model
+from ssd_megatron.training.saved_model import SavedModel, Settings, is_router, open_model
 
-ROUTER = ".mlp.router."
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -56,7 +55,7 @@ def from_saved(
     model = CausalModel(settings.model, experts, dtype=dtype, device=device)
     targets = model.logical_parameters()
     # Of a run that has never formed experts, the routers say nothing.
-    wanted = {name: shape for name, shape in saved.shapes.items() if settings.has_experts or ROUTER not in name}
+    wanted = {name: shape for name, shape in saved.shapes.items() if settings.has_experts or not is_router(name)}
     check_tensors(saved.folder, wanted, {name: tuple(target.shape) for name, target in targets.items()})
     for name, target in targets.items():
         target.copy_(saved.tensor(name))

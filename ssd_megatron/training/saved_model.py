@@ -89,6 +89,11 @@ def open_model(path: Path) -> SavedModel:
     return SavedModel(folder, index, settings)
 
 
+def is_router(name: str) -> bool:
+    """Whether a logical tensor belongs to a router: dense mode has no use for it, and a switch sets it anew."""
+    return ".mlp.router." in name
+
+
 def write_model(root: Path, settings: Settings, tensors: Iterable[tuple[str, Tensor]]) -> Path:
     """Write a checkpoint of step 0 that holds weights alone: what the tools read and a run can start from.
 
