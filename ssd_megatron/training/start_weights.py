@@ -8,6 +8,7 @@ from ssd_megatron.parallel.zero import MASTER
 from ssd_megatron.training import checkpoint_files as files
 from ssd_megatron.training.checkpoint_checks import check_tensors
 from ssd_megatron.training.checkpoint_files import CheckpointError, key_of
+from ssd_megatron.training.run_folder import RunFolder
 from ssd_megatron.training.saved_model import SavedModel, is_router, open_model
 
 # What changes no tensor's meaning, or shows in the tensors' shapes.
@@ -15,13 +16,13 @@ FREE = frozenset({"dropout", "init_std", "seq_length", "vocab_size", "make_vocab
 
 
 def check_start(config: RunConfig) -> None:
-    """Open the checkpoint that a run is to start from, if it names one; needs no process group.
+    """Open the checkpoint that a run is to start from, if it names one and has none of its own; needs no process group.
 
     Raises:
         ConfigError: there is none, or it is of another model.
     """
-    path = config.ssd_megatron.checkpoint.start_from
-    if path is None:
+    path, run_dir = config.ssd_megatron.checkpoint.start_from, config.ssd_megatron.run_dir
+    if path is None or files.checkpoints(RunFolder(run_dir).checkpoints):
         return
     try:
         saved = open_model(path)
