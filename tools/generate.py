@@ -15,21 +15,17 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from ssd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from ssd_megatron.errors import ConfigError, DataError
 from ssd_megatron.files import write_atomically
 from ssd_megatron.inference.ffn import MODES
-from ssd_megatron.inference.load import from_saved
+from ssd_megatron.inference.load import DTYPES, from_saved, tokenizer_path
 from ssd_megatron.inference.model import CausalModel
 from ssd_megatron.inference.sampling import Sampling
 from ssd_megatron.inference.text import complete
 from ssd_megatron.parallel.device import detect_hardware, local_device
 from ssd_megatron.training.checkpoint_files import CheckpointError
-from ssd_megatron.training.saved_model import SavedModel, open_model
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+from ssd_megatron.training.saved_model import open_model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -38,7 +34,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     try:
         sampling = _sampling(arguments)
         saved = open_model(arguments.checkpoint)
-        tokenizer = load_tokenizer(_tokenizer_path(saved, arguments.tokenizer))
+        tokenizer = load_tokenizer(tokenizer_path(saved, arguments.tokenizer))
         dtype = DTYPES[arguments.dtype or ("bf16" if detect_hardware().bf16 else "fp32")]
         model = from_saved(saved, local_device(), dtype, arguments.mode, arguments.top_k)
         records = []
@@ -116,14 +112,6 @@ def _sampling(arguments: argparse.Namespace) -> Sampling:
         repetition_penalty=arguments.repetition_penalty,
         seed=arguments.seed,
     )
-
-
-def _tokenizer_path(saved: SavedModel, given: Path | None) -> Path:
-    if given is not None:
-        return given
-    if saved.settings.tokenizer is None:
-        raise ConfigError(f"{saved.folder} names no tokenizer: give one with --tokenizer")
-    return saved.settings.tokenizer
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -18,11 +18,10 @@ from ssd_megatron.export.hf_folder import SHARD_BYTES, read_json, read_tensors, 
 from ssd_megatron.export.hf_tokenizer import find_tokenizer, write_tokenizer
 from ssd_megatron.export.model_card import model_card
 from ssd_megatron.files import write_atomically
-from ssd_megatron.training.saved_model import SavedModel, Settings, write_model
+from ssd_megatron.training.saved_model import SavedModel, Settings, is_router, write_model
 
 ExportMode = Literal["dense", "sparse"]
 STOCK = {"OPT": opt, "Llama": llama}
-ROUTER = ".mlp.router."
 MODELING = "modeling_ssd.py"
 VOCABULARY_MULTIPLE = 128
 
@@ -119,7 +118,7 @@ def _exported(saved: SavedModel, mode: ExportMode) -> Exported:
     conflicts = {name: module.conflicts(model) for name, module in STOCK.items()}
     for name, module in STOCK.items():
         if not conflicts[name]:
-            dense = [tensor for tensor in saved.shapes if ROUTER not in tensor]
+            dense = [tensor for tensor in saved.shapes if not is_router(tensor)]
             return Exported(module.config_of(model), module.to_hf(_tensors(saved, dense), model))
     needs = "; ".join(f"{name} needs {', '.join(found)}" for name, found in conflicts.items())
     has = {entry.split()[0] for found in conflicts.values() for entry in found}

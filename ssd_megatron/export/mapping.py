@@ -12,8 +12,7 @@ from torch import Tensor
 
 from ssd_megatron.config.schema import ModelConfig
 from ssd_megatron.errors import ConfigError
-
-NAMES_SHOWN = 5
+from ssd_megatron.training.checkpoint_checks import listed
 
 Change = Callable[[Sequence[Tensor]], Sequence[Tensor]]
 
@@ -93,11 +92,6 @@ def _check(tensors: Mapping[str, Tensor], wanted: Sequence[str]) -> None:
         "missing": [name for name in wanted if name not in tensors],
         "unused": sorted(tensors.keys() - set(wanted)),
     }
-    found = [f"{what}: {_listed(names)}" for what, names in differing.items() if names]
+    found = [f"{what}: {listed(names)}" for what, names in differing.items() if names]
     if found:
         raise ConfigError(f"these are not the tensors of a model with such settings; {'; '.join(found)}")
-
-
-def _listed(names: Sequence[str]) -> str:
-    more = len(names) - NAMES_SHOWN
-    return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

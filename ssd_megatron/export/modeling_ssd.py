@@ -8,6 +8,8 @@ Needs torch and transformers alone. Source: Exploring the Benefit of Activation 
 neurons per expert, K experts per token, g key/value heads, r query heads of each, d head size.
 """
 
+from collections.abc import Callable
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,7 +17,7 @@ from transformers import GenerationMixin, PreTrainedConfig, PreTrainedModel
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 
-ACTIVATIONS = {
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "relu": F.relu,
     "squared_relu": lambda x: F.relu(x).square(),
     "reglu": F.relu,
@@ -239,8 +241,9 @@ class SsdForCausalLM(SsdPreTrainedModel, GenerationMixin):
         if mode not in ("dense", "sparse"):
             raise ValueError(f"mode ({mode}) must be dense or sparse")
         self.config.mode = mode
-        for layer in self.model.layers:
-            layer.ffn.mode = mode
+        for module in self.modules():
+            if isinstance(module, FeedForward):
+                module.mode = mode
 
     def forward(
         self,

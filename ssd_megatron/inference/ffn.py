@@ -83,7 +83,7 @@ class FeedForward(nn.Module):
 
     def _dense(self, x_TH: Tensor) -> Tensor:
         tensors, activation = self.bank.tensors(), self.bank.activation
-        if _is_decoding(x_TH):
+        if len(x_TH) <= MOST_TOKENS and x_TH.device.type == "cpu":
             return few_tokens_ffn(x_TH, None, tensors, activation, 1)
         return tensors.hidden(activation.act(F.linear(x_TH, *tensors.firing)), x_TH) @ tensors.w_out
 
@@ -93,10 +93,10 @@ class FeedForward(nn.Module):
             self._means_EH = self.bank.expert_means(self.experts.count)
         ids_TK = self.router.route(x_TH, self._means_EH).expert_ids_TK
         tensors, activation, count = self.bank.tensors(), self.bank.activation, self.experts.count
-        if _is_decoding(x_TH):
+        if len(x_TH) <= MOST_TOKENS and x_TH.device.type == "cpu":
             return few_tokens_ffn(x_TH, ids_TK, tensors, activation, count)
+        if len(x_TH) <= MOST_TOKENS and self.experts.backend == "triton":
+            from ssd_megatron.ffn.kernels import triton_decode  # where it is used: the package triton need not be there
+
+            return triton_decode.few_tokens_ffn(x_TH, ids_TK, tensors, activation, count)
         return sparse_ffn(x_TH, ids_TK, None, tensors, activation, count, self.experts.backend)
-
-
-def _is_decoding(x_TH: Tensor) -> bool:
-    return x_TH.device.type == "cpu" and len(x_TH) <= MOST_TOKENS

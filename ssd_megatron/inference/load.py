@@ -1,5 +1,6 @@
 """Checkpoints as models to use: any layout's onto one device."""
 
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,12 +8,13 @@ import torch
 
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.kernels import choose_backend
+from ssd_megatron.ffn.kernels.trial import trial
 from ssd_megatron.inference.ffn import MODES, Experts, Mode
 from ssd_megatron.inference.model import CausalModel
 from ssd_megatron.training.checkpoint_checks import check_tensors
-from ssd_megatron.training.saved_model import SavedModel, Settings, open_model
+from ssd_megatron.training.saved_model import SavedModel, Settings, is_router, open_model
 
-ROUTER = ".mlp.router."
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
 def load(
@@ -48,12 +50,12 @@ def from_saved(
     _check_can_run(saved, mode, top_k)
     experts = None
     if settings.has_experts:
-        backend, _ = choose_backend("auto", device, dtype)
+        backend = _choose_kernels(device, dtype, settings.model.activation)
         experts = Experts(settings.ssd.num_experts, settings.ssd.router_update, backend)
     model = CausalModel(settings.model, experts, dtype=dtype, device=device)
     targets = model.logical_parameters()
     # Of a run that has never formed experts, the routers say nothing.
-    wanted = {name: shape for name, shape in saved.shapes.items() if settings.has_experts or ROUTER not in name}
+    wanted = {name: shape for name, shape in saved.shapes.items() if settings.has_experts or not is_router(name)}
     check_tensors(saved.folder, wanted, {name: tuple(target.shape) for name, target in targets.items()})
     for name, target in targets.items():
         target.copy_(saved.tensor(name))
@@ -73,14 +75,14 @@ def layer_top_k(settings: Settings, top_k: float | Sequence[int] | None) -> list
     experts, layers = settings.ssd.num_experts, settings.model.num_layers
     if top_k is None:
         return settings.top_k
-    numbers = [top_k] if isinstance(top_k, int | float) else list(top_k)
-    if not all(1 <= number <= experts for number in numbers):
+    means: Sequence[float] = [top_k] if isinstance(top_k, int | float) else top_k
+    if not all(1 <= number <= experts for number in means):
         raise ConfigError(f"top_k ({top_k}) must be between 1 and the model's {experts} experts")
     if isinstance(top_k, int | float):
         return scale_top_k(settings.top_k, top_k, experts)
-    if len(numbers) != layers:
+    if len(top_k) != layers:
         raise ConfigError(f"top_k ({top_k}) must be one number, or one for each of the {layers} layers")
-    return numbers
+    return list(top_k)
 
 
 def scale_top_k(saved: Sequence[int], mean: float, num_experts: int) -> list[int]:
@@ -94,6 +96,28 @@ def scale_top_k(saved: Sequence[int], mean: float, num_experts: int) -> list[int
         open_layers = [layer for layer, number in enumerate(scaled) if number < num_experts]
         scaled[max(open_layers, key=lambda layer: shares[layer] - scaled[layer])] += 1
     return scaled
+
+
+def tokenizer_path(saved: SavedModel, given: Path | None) -> Path:
+    """The tokenizer that a user gave, or the one that made the model's training data.
+
+    Raises:
+        ConfigError: neither is known.
+    """
+    path = given or saved.settings.tokenizer
+    if path is None:
+        raise ConfigError(f"{saved.folder} names no tokenizer: give one with --tokenizer")
+    return path
+
+
+def _choose_kernels(device: torch.device, dtype: torch.dtype, activation: str) -> str:
+    """The backend of sparse mode for many tokens; Triton's only if it shows that it is right here."""
+    backend, _ = choose_backend("auto", device, dtype)
+    wrong = trial(backend, device, dtype, activation) if backend == "triton" else None
+    if wrong is None:
+        return backend
+    warnings.warn(f"sparse kernels: torch (triton, which should be faster, fails its trial: {wrong})", stacklevel=4)
+    return "torch"
 
 
 def _check_can_run(saved: SavedModel, mode: str, top_k: object) -> None:

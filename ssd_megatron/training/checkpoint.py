@@ -167,7 +167,7 @@ class Checkpointer:
             read_start_weights(saved, state, shapes)
             return saved.folder
 
-        folder = self._agree("started from weights for", read)[0]
+        folder = self._agree("read to start the run of", read)[0]
         state.publish()
         return folder
 

@@ -36,12 +36,12 @@ def check_tensors(folder: Path, saved: Mapping[str, Sequence[int]], model: Mappi
             if name in saved and saved[name] != model[name]
         ],
     }
-    found = [f"{what}: {_listed(names)}" for what, names in differing.items() if names]
+    found = [f"{what}: {listed(names)}" for what, names in differing.items() if names]
     if found:
         raise CheckpointError(f"{folder} does not hold the tensors of this model; {'; '.join(found)}")
 
 
-def _listed(names: list[str]) -> str:
+def listed(names: list[str]) -> str:
     """The first few of many names."""
     more = len(names) - NAMES_SHOWN
     return ", ".join(names[:NAMES_SHOWN]) + (f" and {more} more" if more > 0 else "")

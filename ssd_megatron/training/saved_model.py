@@ -89,6 +89,11 @@ def open_model(path: Path) -> SavedModel:
     return SavedModel(folder, index, settings)
 
 
+def is_router(name: str) -> bool:
+    """Whether a logical tensor belongs to a router: dense mode has no use for it, and a switch sets it anew."""
+    return ".mlp.router." in name
+
+
 def write_model(root: Path, settings: Settings, tensors: Iterable[tuple[str, Tensor]]) -> Path:
     """Write a checkpoint of step 0 that holds weights alone: what the tools read and a run can start from.
 
@@ -125,7 +130,7 @@ def _parts(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]
 
 def _values(settings: Settings) -> dict[str, Any]:
     """What a run that has not begun would save with its state."""
-    identity = {"training.train_steps": 0}
+    identity: dict[str, Any] = {"training.train_steps": 0}
     identity |= {f"model.{field}": value for field, value in settings.model.model_dump(mode="json").items()}
     identity |= {f"ssd.{field}": value for field, value in settings.ssd.model_dump(mode="json").items()}
     if settings.tokenizer is not None:

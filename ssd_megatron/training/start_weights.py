@@ -8,21 +8,21 @@ from ssd_megatron.parallel.zero import MASTER
 from ssd_megatron.training import checkpoint_files as files
 from ssd_megatron.training.checkpoint_checks import check_tensors
 from ssd_megatron.training.checkpoint_files import CheckpointError, key_of
-from ssd_megatron.training.saved_model import SavedModel, open_model
+from ssd_megatron.training.run_folder import RunFolder
+from ssd_megatron.training.saved_model import SavedModel, is_router, open_model
 
-ROUTER = ".mlp.router."  # routers start anew: a switch sets them
 # What changes no tensor's meaning, or shows in the tensors' shapes.
 FREE = frozenset({"dropout", "init_std", "seq_length", "vocab_size", "make_vocab_size_divisible_by"})
 
 
 def check_start(config: RunConfig) -> None:
-    """Open the checkpoint that a run is to start from, if it names one; needs no process group.
+    """Open the checkpoint that a run is to start from, if it names one and has none of its own; needs no process group.
 
     Raises:
         ConfigError: there is none, or it is of another model.
     """
-    path = config.ssd_megatron.checkpoint.start_from
-    if path is None:
+    path, run_dir = config.ssd_megatron.checkpoint.start_from, config.ssd_megatron.run_dir
+    if path is None or files.checkpoints(RunFolder(run_dir).checkpoints):
         return
     try:
         saved = open_model(path)
@@ -48,11 +48,11 @@ def read_start_weights(saved: SavedModel, state: LogicalState, shapes: dict[str,
     Raises:
         CheckpointError: the checkpoint has not exactly the tensors of the model.
     """
-    theirs, mine = ({n: s for n, s in all_shapes.items() if ROUTER not in n} for all_shapes in (saved.shapes, shapes))
+    theirs, mine = ({n: s for n, s in all_shapes.items() if not is_router(n)} for all_shapes in (saved.shapes, shapes))
     check_tensors(saved.folder, theirs, mine)
     held = {
         key_of(name, kind): (part.start, part.values)
         for name, kind, part in state.held()
-        if kind == MASTER and ROUTER not in name
+        if kind == MASTER and not is_router(name)
     }
     files.read_intervals(saved.folder, saved.index, held)

@@ -42,6 +42,9 @@ def test_every_program_of_readme_is_looked_at_here() -> None:
         "pretrain_ssd.py",
         "tools/plan.py",
         "tools/checkpoint.py",
+        "tools/generate.py",
+        "tools/evaluate.py",
+        "tools/convert_checkpoint.py",
         "examples/selfcheck/selfcheck.py",
         "tools/train_tokenizer.py",
         "tools/preprocess_data.py",
@@ -82,13 +85,25 @@ def test_plans_of_readme_can_be_made(
     assert "memory of the fullest rank" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("arguments", arguments_of("tools/checkpoint.py"), ids=" ".join)
-def test_checkpoints_of_readme_are_asked_for_as_the_tool_wants(
-    arguments: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+TOOLS = ("tools/checkpoint.py", "tools/generate.py", "tools/evaluate.py", "tools/convert_checkpoint.py")
+
+
+@pytest.mark.parametrize(("program", "arguments"), [command for command in COMMANDS if command[0] in TOOLS])
+def test_models_of_readme_are_asked_for_as_the_tools_want(
+    program: str,
+    arguments: list[str],
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(tmp_path)
-    assert load("tools/checkpoint.py").main(arguments) == 2  # 2 of its own, where there is no run yet
-    assert "runs/gpt-13b" in capsys.readouterr().err
+    assert load(program).main(arguments) == 2  # 2 of its own, where there is no run yet
+    message = capsys.readouterr().err
+    assert (
+        "runs/gpt-13b is no folder" in message
+        or "runs/quickstart is no folder" in message
+        or "opt-125m has no" in message
+    )
 
 
 @pytest.mark.parametrize("program", ["tools/train_tokenizer.py", "tools/preprocess_data.py"])

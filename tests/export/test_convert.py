@@ -18,6 +18,8 @@ from ssd_megatron.export.convert import export_model, import_model
 from ssd_megatron.inference.generate import generate
 from ssd_megatron.inference.load import load
 from ssd_megatron.inference.sampling import Sampling
+from ssd_megatron.training.checkpoint_files import CheckpointError
+from ssd_megatron.training.checkpoint_tools import consolidate, describe, verify
 from ssd_megatron.training.saved_model import Settings, open_model, write_model
 from tests.layouts import TP2_PP2, run_layout
 from tests.saved_models import LEARNED, ROPE, TOP_K, Trained, trained
@@ -67,6 +69,9 @@ def test_dense_models_are_stock_ones_and_come_back(tmp_path: Path, name: str) ->
     assert json.loads((exported / "config.json").read_text())["model_type"] == kind.MODEL_TYPE
     torch.testing.assert_close(hf_logits(exported, expected.tokens), expected.dense, rtol=1e-4, atol=1e-4)
     saved = open_model(import_model(exported, imported))
+    assert verify(saved.folder) == [] and len(describe(saved.folder)) == 4
+    with pytest.raises(CheckpointError, match="holds no exp_avg, only master"):
+        consolidate(saved.folder, tmp_path / "out.safetensors", "exp_avg")
     assert saved.shapes.keys() == back.keys()
     assert all(saved.tensor(name).equal(tensor) for name, tensor in back.items())
     torch.testing.assert_close(load(imported)(expected.tokens), expected.dense, rtol=1e-4, atol=1e-4)

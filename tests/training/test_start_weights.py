@@ -6,9 +6,8 @@ from typing import Any
 import pytest
 
 from ssd_megatron.export.convert import export_model, import_model
-from ssd_megatron.inference.load import load
 from ssd_megatron.training.saved_model import open_model
-from tests.layouts import ONE, TP2_PP2, Layout, oracle_config, run_layout
+from tests.layouts import ONE, TP2_PP2, oracle_config, run_layout
 from tests.small_run import Ranks, records, write_config
 
 PHASES = [(1, "dense"), (4, "sparse")]
@@ -24,28 +23,28 @@ def imported(config: dict[str, Any], tmp_path_factory: pytest.TempPathFactory) -
     """A dense run's model, exported as OPT and imported; and the run itself beside it."""
     folder = tmp_path_factory.mktemp("start")
     section = config["ssd_megatron"]
-    dense = config | {"ssd_megatron": section | {"ssd": {"schedule": "dense"}}}
+    dense = with_rate(config, 0.01) | {"ssd_megatron": section | {"ssd": {"schedule": "dense"}}}
     export_model(open_model(run_layout(folder / "dense", ONE, dense)), folder / "hf", "dense")
     import_model(folder / "hf", folder / "imported")
     return folder / "imported"
 
 
-def losses(folder: Path, config: dict[str, Any], start_from: Path | None, layout: Layout = ONE) -> list[float]:
-    section = config["ssd_megatron"] | {"checkpoint": {"start_from": None if start_from is None else str(start_from)}}
-    run_dir = run_layout(folder, layout, config | {"ssd_megatron": section})
-    return [record["loss"] for record in records(run_dir, "train")]
+def with_rate(config: dict[str, Any], rate: float) -> dict[str, Any]:
+    return config | {"optimizer": {"type": "AdamW", "params": {"lr": rate}}}
 
 
 def test_training_starts_with_the_imported_weights_loss(tmp_path: Path, config: dict[str, Any], imported: Path) -> None:
-    from_run = losses(tmp_path / "a", config, imported.parent / "dense" / "run")
-    from_import = losses(tmp_path / "b", config, imported, TP2_PP2)
-    anew = losses(tmp_path / "c", config, None)
-    # Also after the switch to sparse, which makes experts of the dense model.
-    assert from_import == pytest.approx(from_run, rel=1e-5) and len(from_import) == 6
-    last = records(imported.parent / "dense" / "run", "train")[-1]["loss"]
-    assert abs(from_import[0] / last - 1) < 0.05 < abs(anew[0] / last - 1)
-    model = load(tmp_path / "b" / "run", mode="sparse")
-    assert all(ffn.router is not None for ffn in model.ffns)
+    """At next to no learning rate, so that weights stay; then a switch makes experts of the dense model."""
+    found = {}
+    for name, start_from, layout in (("run", imported.parent / "dense" / "run", ONE), ("import", imported, TP2_PP2)):
+        section = config["ssd_megatron"] | {"checkpoint": {"start_from": str(start_from)}}
+        run_dir = run_layout(tmp_path / name, layout, with_rate(config, 1e-12) | {"ssd_megatron": section})
+        found[name] = [record["loss"] for record in records(run_dir, "train")]
+        evaluations = records(run_dir, "eval")
+        expected = records(imported.parent / "dense" / "run", "eval")[-1]["loss_dense"]
+        assert [record["loss_dense"] for record in evaluations] == pytest.approx([expected] * 2, rel=1e-5)
+        assert evaluations[1]["loss_sparse"] != pytest.approx(expected, rel=1e-5)
+    assert found["import"] == pytest.approx(found["run"], rel=1e-5) and len(found["run"]) == 6
 
 
 @pytest.mark.parametrize(

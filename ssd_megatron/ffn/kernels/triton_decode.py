@@ -1,0 +1,89 @@
+"""The sparse feed-forward network for one or two tokens on a GPU: two matrix times vector kernels.
+
+Shapes: T tokens, H hidden, F neurons, E experts of N neurons, K experts per token.
+
+A token's time is what its experts' weights take to come from memory, so the rows are read once, where they lie, by as
+many programs as the device has room for; nothing is sorted, padded or added up atomically. Both launches have sizes
+that follow from the shapes alone, so that a CUDA graph can hold them.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from ssd_megatron.ffn.activations import Activation
+from ssd_megatron.ffn.bank import NeuronTensors
+from ssd_megatron.ffn.kernels.triton_kernels import _act
+
+UP_TILE = {"BN": 16, "BH": 256}
+DOWN_TILE = {"BN": 128, "BH": 16}
+
+
+@triton.jit
+def _row_sums(w, b, x, row, live, H: tl.constexpr, BH: tl.constexpr):
+    """x . w[row] + b[row] of some rows, fp32."""
+    sums = tl.zeros(row.shape, dtype=tl.float32)
+    for h0 in range(0, H, BH):
+        h = h0 + tl.arange(0, BH)
+        weights = tl.load(w + row[:, None] * H + h[None, :], mask=live[:, None] & (h < H)[None, :], other=0.0)
+        inputs = tl.load(x + h, mask=h < H, other=0.0)
+        sums += tl.sum(weights.to(tl.float32) * inputs.to(tl.float32)[None, :], axis=1)
+    if b is not None:
+        sums += tl.load(b + row, mask=live, other=0.0).to(tl.float32)
+    return sums
+
+
+@triton.jit
+def up(
+    x, ids, w, b, w_up, b_up, hidden, H: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ACT: tl.constexpr,
+    BN: tl.constexpr, BH: tl.constexpr,
+):  # fmt: skip
+    """hidden[t, k] = phi(x[t] w^T + b) (x[t] w_up^T + b_up) for the k-th expert of token t; BN of its neurons."""
+    copy = tl.program_id(0)
+    n = tl.program_id(1) * BN + tl.arange(0, BN)
+    row, live = tl.load(ids + copy) * N + n, n < N
+    token = x + (copy // K) * H
+    out = _act(_row_sums(w, b, token, row, live, H, BH), ACT)
+    if w_up is not None:
+        out *= _row_sums(w_up, b_up, token, row, live, H, BH)
+    tl.store(hidden + copy * N + n, out.to(hidden.dtype.element_ty), mask=live)
+
+
+@triton.jit
+def down(
+    hidden, ids, w_out, out, H: tl.constexpr, N: tl.constexpr, K: tl.constexpr, BN: tl.constexpr, BH: tl.constexpr
+):
+    """out[t] = sum over the experts of token t of hidden[t, k] w_out; BH of its columns."""
+    token = tl.program_id(0)
+    h = tl.program_id(1) * BH + tl.arange(0, BH)
+    sums = tl.zeros((BH,), dtype=tl.float32)
+    for k in range(K):
+        copy = token * K + k
+        first = tl.load(ids + copy) * N
+        for n0 in range(0, N, BN):
+            n = n0 + tl.arange(0, BN)
+            fired = tl.load(hidden + copy * N + n, mask=n < N, other=0.0).to(tl.float32)
+            # Of a neuron that does not fire nothing is read.
+            mask = (fired != 0.0)[:, None] & (h < H)[None, :]
+            weights = tl.load(w_out + (first + n)[:, None] * H + h[None, :], mask=mask, other=0.0)
+            sums += tl.sum(weights.to(tl.float32) * fired[:, None], axis=0)
+    tl.store(out + token * H + h, sums.to(out.dtype.element_ty), mask=h < H)
+
+
+def few_tokens_ffn(
+    x_TH: Tensor, expert_ids_TK: Tensor, bank: NeuronTensors, activation: Activation, num_experts: int
+) -> Tensor:
+    """As `ssd_megatron.ffn.kernels.sparse_ffn`, without gradients; the bank in bf16, fp16 or fp32."""
+    (tokens, top_k), width = expert_ids_TK.shape, x_TH.shape[1]
+    size = len(bank.w_in) // num_experts
+    hidden_TKN = x_TH.new_empty(tokens, top_k, size)
+    out_TH = torch.empty_like(x_TH)
+    x_TH, ids_TK = x_TH.contiguous(), expert_ids_TK.contiguous()
+    sizes = {"H": width, "N": size, "K": top_k}
+    gate = (None, None) if bank.w_gate is None else (bank.w_in, bank.b_in)
+    grid = (tokens * top_k, triton.cdiv(size, UP_TILE["BN"]))
+    up[grid](x_TH, ids_TK, *bank.firing, *gate, hidden_TKN, **sizes, ACT=activation.phi, **UP_TILE)
+    grid = (tokens, triton.cdiv(width, DOWN_TILE["BH"]))
+    down[grid](hidden_TKN, ids_TK, bank.w_out, out_TH, **sizes, **DOWN_TILE)
+    return out_TH

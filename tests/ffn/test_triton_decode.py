@@ -1,0 +1,27 @@
+"""The GPU's kernels for one or two tokens: on a GPU if there is one, else in Triton's interpreter."""
+
+import pytest
+import torch
+
+from ssd_megatron.ffn.activations import ACTIVATIONS
+from ssd_megatron.ffn.kernels import reference
+from ssd_megatron.ffn.kernels.triton_decode import few_tokens_ffn
+from tests.ffn.helpers import choose, make_bank
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+TOLERANCE = {torch.float32: 1e-5, torch.float16: 4e-3, torch.bfloat16: 2e-2}
+
+
+@pytest.mark.parametrize("dtype", TOLERANCE)
+@pytest.mark.parametrize("activation", ACTIVATIONS)
+@torch.no_grad()
+def test_few_tokens_give_what_the_reference_gives(activation: str, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    for tokens, hidden, size, add_bias in ((1, 40, 24, True), (2, 272, 20, False)):  # no multiples of the tiles
+        bank = make_bank(hidden, 8 * size, activation, add_bias, dtype).to(DEVICE)
+        exact = bank.tensors().each(lambda t: t.float())
+        x, ids = torch.randn(tokens, hidden).to(DEVICE, dtype), choose(tokens, 8, 3).to(DEVICE)
+        y = few_tokens_ffn(x, ids, bank.tensors(), bank.activation, 8)
+        expected = reference.sparse_ffn(x.float(), ids, None, exact, bank.activation, 8)
+        assert y.dtype == dtype
+        assert float((y - expected).norm() / expected.norm()) < TOLERANCE[dtype]

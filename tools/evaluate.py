@@ -1,0 +1,184 @@
+"""Loss, perplexity and bits per byte of a trained model on texts, in one pass dense, sparse and with several top_k.
+
+    python tools/evaluate.py --checkpoint DIR --text FILE [--mode dense,sparse] [--top_k 2,4,8] [--json FILE]
+    python tools/evaluate.py --checkpoint DIR --data PREFIX
+
+DIR is a run_dir, of which the newest checkpoint is taken, or the folder of one checkpoint. Texts are files or folders
+as tools/preprocess_data.py reads them; PREFIX is what it has written. Intervals are of 95 %, with windows taken as
+independent; one window alone has none.
+"""
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from megatron.core.datasets.indexed_dataset import IndexedDataset
+from rich.console import Console
+from rich.table import Table
+
+from ssd_megatron.data.corpus import open_corpus
+from ssd_megatron.data.documents import DocumentReader, find_inputs
+from ssd_megatron.data.tokenizers import Tokenizer, load_tokenizer
+from ssd_megatron.errors import ConfigError, DataError
+from ssd_megatron.files import write_atomically
+from ssd_megatron.inference.evaluate import Score, Variant, Window, evaluate, windows
+from ssd_megatron.inference.load import DTYPES, from_saved, layer_top_k, tokenizer_path
+from ssd_megatron.parallel.device import local_device
+from ssd_megatron.training.checkpoint_files import CheckpointError
+from ssd_megatron.training.saved_model import Settings, open_model
+
+
+class Text(NamedTuple):
+    """Token ids of one document, and the bytes that they stand for."""
+
+    ids: list[int]
+    bytes: int
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; returns the exit status: 0 done, 1 the checkpoint is damaged, 2 it cannot be used so."""
+    arguments = _parse(argv)
+    try:
+        saved = open_model(arguments.checkpoint)
+        tokenizer = load_tokenizer(tokenizer_path(saved, arguments.tokenizer))
+        variants = _variants(saved.settings, arguments)
+        length = (arguments.window or saved.settings.model.seq_length) + 1
+        stride = arguments.stride or (length - 1) // 2
+        if not 1 <= stride < length:
+            raise ConfigError(f"stride ({stride}) must be at least 1 and at most the window's {length - 1} tokens")
+        model = from_saved(saved, local_device(), DTYPES[arguments.dtype], variants[0].mode)
+        size, parts = 0, list[Window]()
+        for text in _texts(arguments, tokenizer):
+            # A document begins after the end of another.
+            parts += windows([tokenizer.eod, *text.ids], length, stride)
+            size += text.bytes
+        if not parts:
+            raise DataError("there is no text to evaluate on")
+        scores = evaluate(model, parts, variants)
+        records = [_record(score, scores[0], size) for score in scores]
+        Console().print(_table(records, scores[0].variant.label))
+        if arguments.json is not None:
+            about = {"checkpoint": str(saved.folder), "step": saved.index.step, "bytes": size}
+            about |= {
+                "tokens": int(scores[0].counts.sum()),
+                "windows": len(parts),
+                "window": length - 1,
+                "stride": stride,
+            }
+            content = json.dumps(about | {"results": records}, indent=1) + "\n"
+            write_atomically(arguments.json, content.encode())
+    except (ConfigError, DataError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _variants(settings: Settings, arguments: argparse.Namespace) -> list[Variant]:
+    modes = arguments.mode.split(",") if arguments.mode else ["dense", "sparse"] if settings.has_experts else ["dense"]
+    unknown = [mode for mode in modes if mode not in ("dense", "sparse")]
+    if unknown:
+        raise ConfigError(f"mode ({unknown[0]}) must be dense or sparse")
+    if "sparse" not in modes and arguments.top_k:
+        raise ConfigError(f"top_k ({arguments.top_k}) has no effect without mode sparse")
+    if "sparse" in modes and not settings.has_experts:
+        raise ConfigError("mode (sparse) needs experts, which this model never formed: use dense")
+    found = [Variant("dense", [], "dense")] if "dense" in modes else []
+    if "sparse" in modes:
+        means = [float(number) for number in arguments.top_k.split(",")] if arguments.top_k else [None]
+        for mean in means:
+            top_k = layer_top_k(settings, mean)
+            found.append(Variant("sparse", top_k, f"sparse, top_k {sum(top_k) / len(top_k):g}"))
+    return found
+
+
+def _texts(arguments: argparse.Namespace, tokenizer: Tokenizer) -> Iterator[Text]:
+    """Documents, until they have the tokens that were asked for."""
+    left = arguments.max_tokens or sys.maxsize
+    documents = _corpus(arguments.data, tokenizer) if arguments.data else _documents(arguments.text, tokenizer)
+    for ids in documents:
+        kept = list(islice(ids, left))
+        left -= len(kept)
+        if kept:
+            yield Text(kept, len(tokenizer.decode(kept).encode()))
+        if left == 0:
+            return
+
+
+def _documents(paths: list[Path], tokenizer: Tokenizer) -> Iterator[list[int]]:
+    for document in DocumentReader(find_inputs(paths)):
+        yield tokenizer.encode(document.text)
+
+
+def _corpus(prefix: str, tokenizer: Tokenizer) -> Iterator[list[int]]:
+    dataset = IndexedDataset(open_corpus(prefix).prefix)
+    for number in range(len(dataset)):
+        ids = dataset[number].tolist()
+        yield ids[:-1] if ids and ids[-1] == tokenizer.eod else ids
+
+
+def _record(score: Score, first: Score, size: int) -> dict[str, Any]:
+    """A variant's line of the JSON file; errors are half of an interval, null where there is none."""
+    bits = float(score.counts.sum()) / size / math.log(2)  # a nat per token in bits per byte
+    above, above_error = score.difference(first)
+    known = not math.isnan(score.error)
+    return {
+        "mode": score.variant.mode,
+        "name": score.variant.label,
+        "top_k": list(score.variant.top_k),
+        "loss": score.loss,
+        "loss_error": score.error if known else None,
+        "perplexity": math.exp(score.loss),
+        "perplexity_interval": [math.exp(score.loss + sign * score.error) for sign in (-1, 1)] if known else None,
+        "bits_per_byte": score.loss * bits,
+        "bits_per_byte_error": score.error * bits if known else None,
+        "loss_above_first": above,
+        "loss_above_first_error": above_error if known else None,
+    }
+
+
+def _table(records: list[dict[str, Any]], first: str) -> Table:
+    table = Table("variant", "loss", "perplexity", "bits per byte", f"loss above {first}")
+    for r in records:
+        interval = r["perplexity_interval"]
+        table.add_row(
+            r["name"],
+            _with_error(r, "loss", ".4f"),
+            f"{r['perplexity']:.3f}" + (f" ({interval[0]:.3f} - {interval[1]:.3f})" if interval else ""),
+            _with_error(r, "bits_per_byte", ".4f"),
+            "" if r["name"] == first else _with_error(r, "loss_above_first", "+.4f"),
+        )
+    return table
+
+
+def _with_error(record: dict[str, Any], name: str, form: str) -> str:
+    error = record[f"{name}_error"]
+    return format(record[name], form) + ("" if error is None else f" ± {error:.4f}")
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--checkpoint", type=Path, required=True, metavar="DIR")
+    source = parser.add_mutually_exclusive_group(required=True)
+    source.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="files or folders of text")
+    source.add_argument("--data", metavar="PREFIX", help="a corpus, by its path without .bin and .idx")
+    parser.add_argument("--mode", help="dense, sparse, or both with a comma (default: what the model can)")
+    parser.add_argument("--top_k", help="experts per token, means over layers with commas (default: as trained)")
+    parser.add_argument("--window", type=int, help="tokens of a window (default: the model's seq_length)")
+    parser.add_argument("--stride", type=int, help="tokens between windows (default: half a window)")
+    parser.add_argument("--max_tokens", type=int, help="stop after so many tokens")
+    parser.add_argument("--tokenizer", type=Path, help="default: the one the model was trained with")
+    parser.add_argument("--dtype", choices=DTYPES, default="fp32")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write the results to this file as well")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
