@@ -86,9 +86,8 @@ class Trainer:
         self._counters = counters
         self._done = done_steps
         self._peak_flops = peak_flops
-        model, ssd = self._section.model, self._section.ssd
-        self._flops = flops_per_token(model, ssd, self._section.live_weights)
-        self._flops_dense = flops_per_token(model, ssd).dense
+        self._flops = flops_per_token(self._section.model, self._section.ssd, self._section.live_weights)
+        self._flops_dense = flops_per_token(self._section.model, self._section.ssd).dense
         self._tokens_per_step = config.train_batch_size * self._section.model.seq_length
 
     @property
