@@ -73,7 +73,7 @@ class MaskedWeights:
         self._masks = {name: self._first_mask(name) for name in names}
         self._dead: dict[str, Tensor] = {}  # this rank's rows of each tensor, on its device
         self._gradients: dict[str, Tensor] | None = None  # of dead weights too, summed over microbatches, when needed
-        self._zero_dead({name: mask.live for name, mask in self._masks.items()})
+        self._zero_dead(self.live)
         for name in names:
             state.parameter(name).register_hook(partial(self._mask_gradient, name))
 
@@ -119,7 +119,7 @@ class MaskedWeights:
         """The masks of all stages, eight blocks a byte, on each pipeline's first rank (collective)."""
         mine = {_key(part, name): packed(vars(mask)[part]) for name, mask in self._masks.items() for part in PARTS}
         stages = self._topology.pipeline.objects_to_first("masks", mine)
-        return {key: packed for stage in stages for key, packed in stage.items()}
+        return {key: bits for stage in stages for key, bits in stage.items()}
 
     def load_state_dict(self, tensors: Mapping[str, Tensor]) -> None:
         """Take this stage's masks over; masters and moments come from the same checkpoint."""

@@ -7,10 +7,11 @@ import torch
 from torch import Tensor
 
 from ssd_megatron.config.schema import ModelConfig
-from ssd_megatron.model.cost import flops_per_token, parameter_counts
+from ssd_megatron.model.cost import flops_per_token, layers_of, masked_weights, parameter_counts
 from ssd_megatron.model.init import named_normal
 from ssd_megatron.model.language_model import LanguageModel
 from ssd_megatron.parallel.topology import Topology
+from ssd_megatron.sparse_weights.masked_weights import masked_tensors
 from tests.ranks import run_ranks
 from tests.small_engine import random_batch, run_config
 
@@ -83,6 +84,33 @@ def test_flops_of_gpt2_small_are_the_published_estimate() -> None:
     ffn = 6 * 12 * 8 * 768**2
     saved = ffn * (1 - ssd.top_k / ssd.num_experts) - 6 * 12 * 768 * ssd.num_experts
     assert flops_per_token(model, ssd).dense - flops_per_token(model, ssd).sparse == pytest.approx(saved)
+
+
+def masked_sizes(topology: Topology) -> dict[str, int]:
+    sizes = {}
+    for name, settings in SETTINGS.items():
+        model = LanguageModel(run_config(**settings).ssd_megatron, "torch", topology)
+        parameters = model.logical_parameters()
+        sizes[name] = sum(parameters[masked].numel() for masked in masked_tensors(parameters))
+    return sizes
+
+
+def test_masks_cover_the_matrices_of_attention_and_networks() -> None:
+    models = {name: run_config(**settings).ssd_megatron.model for name, settings in SETTINGS.items()}
+    expected = {
+        name: sum(sum(masked_weights(model, layer)) for layer in layers_of(model)) for name, model in models.items()
+    }
+    assert run_ranks(1, masked_sizes) == [expected]
+    assert expected["plain"] == 2 * (4 * 32 * 32 + 2 * 32 * 64)
+
+
+def test_masked_weights_cost_nothing() -> None:
+    """6 FLOPs a token for each live weight of attention and feed-forward networks; what remains is dense."""
+    model = ModelConfig(num_layers=12, hidden_size=768, num_attention_heads=12, seq_length=1024, vocab_size=50257)
+    ssd = run_config().ssd_megatron.ssd
+    weights = 12 * (4 * 768**2 + 8 * 768**2)
+    dense = flops_per_token(model, ssd).dense
+    assert flops_per_token(model, ssd, live=0.1).dense == pytest.approx(dense - 6 * 0.9 * weights)
 
 
 def first_values(topology: Topology, layers: int) -> dict[str, float]:

@@ -197,11 +197,12 @@ def test_memory_is_that_of_the_fullest_stage_and_mode() -> None:
 
 
 def test_the_peak_is_in_backward_or_in_the_update() -> None:
+    resident = {"masks": 3, "kept_weights": 0}
     memory = Memory(
-        1, 2, 4, kept_weights=0, kept_gradients=0, buckets=10, activations=20, logits=5, gathered=2, working=4, update=7
+        1, 2, 4, **resident, kept_gradients=0, buckets=10, activations=20, logits=5, gathered=2, working=4, update=7
     )
-    assert memory.resident == 7 and memory.total == 7 + 10 + 20 + 6
-    assert replace(memory, update=100).total == 107
+    assert memory.resident == 10 and memory.total == 10 + 10 + 20 + 6
+    assert replace(memory, update=100).total == 110
 
 
 def test_a_scheduled_mode_is_the_only_one() -> None:

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from ssd_megatron.config.load import RunConfig
+from ssd_megatron.model.memory import layout_of, memory_per_rank
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.parallel.zero import EXP_AVG, EXP_AVG_SQ, KINDS, MASTER
 from ssd_megatron.sparse_weights.masked_weights import MaskedWeights, MaskReport
@@ -116,6 +117,19 @@ def norm_of_live(topology: Topology) -> tuple[float, float]:
 def test_the_gradient_norm_counts_live_weights() -> None:
     reported, expected = run_ranks(1, norm_of_live)[0]
     assert reported == pytest.approx(expected, rel=1e-5)
+
+
+def mask_bytes(topology: Topology) -> tuple[int, int]:
+    """Bytes of masks that this rank keeps beside its parameters, and what is predicted."""
+    config, _, masks = masked(topology, TP2_EP2, sparsity=0.5, block_size=4, updates=5)
+    section, layout = config.ssd_megatron, layout_of(config)
+    predicted = memory_per_rank(section.model, section.ssd, layout, dtype="float32", reduce_bucket_size=2)
+    return sum(dead.nbytes for dead in vars(masks)["_dead"].values()), predicted.masks
+
+
+def test_masks_take_a_byte_for_each_weight_of_the_rank() -> None:
+    for held, predicted in run_ranks(4, mask_bytes, parallel=TP2_EP2.parallel):
+        assert held == predicted == 2 * (4 * 32 * 32 // 2 + 2 * 32 * 64 // 4)
 
 
 def reports(topology: Topology) -> list[MaskReport]:

@@ -16,6 +16,8 @@ from ssd_megatron.model.cost import flops_per_token
 from ssd_megatron.parallel.zero import KINDS
 from ssd_megatron.training import checkpoint_files as files
 from ssd_megatron.training.checkpoint_tools import find_checkpoint
+from ssd_megatron.training.dry_run import print_dry_run
+from ssd_megatron.training.monitor import scalars_of
 from tests.checkpoints import model_by_identity
 from tests.layouts import (
     DP2,
@@ -33,6 +35,7 @@ from tests.layouts import (
     run_layout,
     zero2,
 )
+from tests.small_engine import run_config
 from tests.small_run import curve, records, train, write_config
 
 Reference = Callable[[str], Path]
@@ -126,6 +129,8 @@ def test_a_run_says_what_its_masks_did(one: Reference) -> None:
     assert [(r["step"], r["update"]) for r in masks] == [(2, 1), (4, 2), (6, 3), (8, 4), (10, 5)]
     assert [r["live"] for r in masks] == pytest.approx([0.25] * 5, abs=1e-3)
     assert masks[0]["regrown_pruned"] is None and all(0 <= r["regrown_pruned"] <= 1 for r in masks[1:])
+    tags = {"mask/share", "mask/live", "mask/ever"}
+    assert [scalars_of("mask", record).keys() for record in masks[:2]] == [tags, tags | {"mask/regrown_pruned"}]
     summary = json.loads((run_dir / "summary.json").read_text())
     assert summary["masks"]["update"] == 5 and summary["masks"]["ever"] == masks[-1]["ever"]
     section = json.loads((run_dir / "config.json").read_text())["ssd_megatron"]
@@ -135,6 +140,12 @@ def test_a_run_says_what_its_masks_did(one: Reference) -> None:
     saved = 3 * 2 * tokens * weights * 0.75 * STEPS
     assert summary["flops_dense"] == pytest.approx(flops_per_token(model, ssd).dense * tokens * STEPS)
     assert summary["flops_dense"] - summary["flops"] == pytest.approx(saved)
+
+
+def test_a_dry_run_counts_live_weights(capsys: pytest.CaptureFixture[str]) -> None:
+    print_dry_run(run_config(weight_sparsity=MASKS, steps=50))
+    out = capsys.readouterr().out
+    assert "FLOPs per token: 2.089e+05 dense, 1.352e+05 with masked weights (64.7%)" in out
 
 
 def test_a_checkpoint_of_dense_weights_is_refused(tmp_path: Path) -> None:
