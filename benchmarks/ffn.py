@@ -124,7 +124,7 @@ def plain_dense(ffn: SwitchableFFN, x: Tensor) -> Tensor:
 def plain_sparse(ffn: SwitchableFFN, x: Tensor) -> Tensor:
     """What one would write first: tokens sorted by expert, a matmul on a slice of the weights for each."""
     bank, x_TH = ffn.bank, x.flatten(0, 1)
-    expert_ids_TK, _ = ffn.router.route(x_TH)
+    expert_ids_TK, *_ = ffn.router.route(x_TH)
     token_C = expert_ids_TK.flatten().argsort(stable=True) // ffn.settings.top_k
     counts = expert_ids_TK.flatten().bincount(minlength=ffn.settings.num_experts).tolist()
     size = len(bank.w_in) // ffn.settings.num_experts
@@ -212,7 +212,7 @@ def overhead(case: Case, turns: int) -> Row:
     for _ in range(turns):
         x = inputs(case)
         started = time.perf_counter()
-        expert_ids_TK, _ = ffn.router.route(x.flatten(0, 1))
+        expert_ids_TK, *_ = ffn.router.route(x.flatten(0, 1))
         dispatch(expert_ids_TK, case.experts, case.hidden * x.element_size())
         routing.append(time.perf_counter() - started)
         whole.append(seconds(in_mode("sparse"), ffn, x, dy))

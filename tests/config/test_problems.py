@@ -268,7 +268,7 @@ LAYOUTS: list[tuple[dict[str, Any], int, str]] = [
     (
         {f"{PARALLEL}.pipeline_parallel_size": 2, f"{SSD}.router": "hash"},
         2,
-        'parallel.pipeline_parallel_size (2) does not work with ssd.router "hash": only the first stage knows the token',
+        'parallel.pipeline_parallel_size (2) does not work with ssd.router "hash": only the first stage knows',
     ),
     (
         {f"{PARALLEL}.pipeline_parallel_size": 2, "zero_optimization.stage": 2},
