@@ -127,7 +127,7 @@ def plain_dense(ffn: SwitchableFFN, x: Tensor) -> Tensor:
 def plain_sparse(ffn: SwitchableFFN, x: Tensor) -> Tensor:
     """What one would write first: tokens sorted by expert, a matmul on a slice of the weights for each."""
     bank, x_TH = ffn.bank, x.flatten(0, 1)
-    expert_ids_TK, _ = ffn.router.route(x_TH)
+    expert_ids_TK, *_ = ffn.router.route(x_TH)
     token_C = expert_ids_TK.flatten().argsort(stable=True) // ffn.settings.top_k
     counts = expert_ids_TK.flatten().bincount(minlength=ffn.settings.num_experts).tolist()
     size = len(bank.w_in) // ffn.settings.num_experts
@@ -220,7 +220,7 @@ def overhead(case: Case, turns: int) -> Row:
     for _ in range(turns):
         x = inputs(case)
         started = time.perf_counter()
-        expert_ids_TK, _ = ffn.router.route(x.flatten(0, 1))
+        expert_ids_TK, *_ = ffn.router.route(x.flatten(0, 1))
         if ffn.settings.backend == "cpp":
             sort_copies(expert_ids_TK, case.experts)
         else:

@@ -84,7 +84,7 @@ class Network:
     def sparse(self, backend: str) -> Callable[[Tensor], Tensor]:
         def run(x: Tensor) -> Tensor:
             routing, bank = self.router.route(x), self.bank
-            return sparse_ffn(x, *routing, bank.tensors(), bank.activation, self.case.experts, backend)
+            return sparse_ffn(x, *routing[:2], bank.tensors(), bank.activation, self.case.experts, backend)
 
         return run
 
@@ -96,7 +96,7 @@ class Network:
 
     def grouped_mm(self, x: Tensor) -> Tensor:
         """What PyTorch offers, well put together: sorted copies, grouped matmuls, sums without atomics."""
-        ids, _ = self.router.route(x)
+        ids, *_ = self.router.route(x)
         sorted_ids, order = ids.flatten().sort(stable=True)
         ends = torch.searchsorted(sorted_ids, torch.arange(self.case.experts, device=DEVICE), right=True).int()
         row_of_copy = torch.empty_like(order).scatter_(0, order, torch.arange(len(order), device=DEVICE))

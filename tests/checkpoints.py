@@ -20,14 +20,16 @@ def model_by_identity(folder: Path, out: Path, kind: str = MASTER) -> dict[str, 
     """All logical tensors, consolidated into `out`: banks by the identity of their neurons, and routers by the first
     neuron of their experts."""
     consolidate(folder, out, kind)
-    model = load_file(out)
+    model, identity = load_file(out), files.read_index(folder).values["identity"]
     for bank, ids in [(n.removesuffix(NEURON_IDS), model.pop(n)) for n in list(model) if n.endswith(NEURON_IDS)]:
         for name in model:
             if name.startswith(bank) and not name.endswith("b_out"):
                 model[name] = model[name][ids.argsort()]
-        router = bank.replace(".bank.", ".router.weight")
-        first_ids = ids.view(len(model[router]), -1).min(1).values
-        model[router] = model[router][first_ids.argsort()]
+        if identity["ssd.router"] not in ("centroid", "switch"):
+            continue  # it knows experts by number, or has no weights
+        first_ids = ids.view(identity["ssd.num_experts"], -1).min(1).values
+        for name in (name for name in model if name.startswith(bank.replace(".bank.", ".router."))):
+            model[name] = model[name][first_ids.argsort()]
     return model
 
 

@@ -66,7 +66,7 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"ssd_megatron.parallel.context_parallel_size": 2}, "sequence and context parallelism are not supported yet"),
     ({"ssd_megatron.ffn_expansion": 4}, "ssd_megatron.ffn_expansion (4) is not in this version"),
     ({f"{DATA}.reset_attention_mask": True}, "data.reset_attention_mask (true) is not supported yet: use false"),
-    ({f"{SSD}.router": "mlp"}, 'ssd.router ("mlp") must be "centroid"'),
+    ({f"{SSD}.router": "nearest"}, 'ssd.router ("nearest") must be "centroid", "avg_k", "switch"'),
     (
         {"fp16": {"enabled": True}},
         "fp16.enabled (true) needs a device that computes in fp16; plain CPU does not: use bf16",
@@ -122,6 +122,29 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
         {f"{SSD}.routing_granularity": 129},
         "ssd.routing_granularity (129) must be at most model.seq_length (128), where a sequence is one tile: try 32",
     ),
+    ({f"{SSD}.router": "pkm", f"{SSD}.top_k": 1}, 'ssd.top_k (1) gives ssd.router "pkm" no gradient: try 2'),
+    (
+        {f"{SSD}.router": "pkm", f"{SSD}.num_experts": 32},
+        'ssd.num_experts (32) must be a square with ssd.router "pkm": try 25 or 36',
+    ),
+    (
+        {f"{SSD}.router": "vanilla"},
+        'ssd.router ("vanilla") chooses single neurons, and ssd.num_experts is 16: set it to model.ffn_hidden_size',
+    ),
+    (
+        {f"{SSD}.router": "hash", f"{SSD}.routing_granularity": 8},
+        'ssd.routing_granularity (8) needs a router that scores inputs, and "hash" does not: use 1',
+    ),
+    (
+        {f"{SSD}.router_update": "frozen", f"{SSD}.balance_bias": True},
+        'ssd.balance_bias (true) needs a router of one row per expert that learns, not ssd.router "centroid" with '
+        'router_update "frozen": use switch',
+    ),
+    (
+        {f"{SSD}.router": "switch", f"{SSD}.router_update": "frozen"},
+        'ssd.router_update ("frozen") has no effect: leave it out, or set ssd.router "centroid"',
+    ),
+    ({f"{SSD}.load_balance": 0.1}, 'ssd.load_balance (0.1) has no effect: leave it out, or set ssd.router "switch"'),
     ({f"{SSD}.check_layers": 3}, "ssd.check_layers (3) must be at most the number of layers (2)"),
     # Schedules.
     (
@@ -286,6 +309,11 @@ LAYOUTS: list[tuple[dict[str, Any], int, str]] = [
         {f"{PARALLEL}.expert_parallel_size": 32},
         32,
         "parallel.expert_parallel_size (32) * parallel.tensor_parallel_size (1) must divide ssd.num_experts (16): try",
+    ),
+    (
+        {f"{PARALLEL}.pipeline_parallel_size": 2, f"{SSD}.router": "hash"},
+        2,
+        'parallel.pipeline_parallel_size (2) does not work with ssd.router "hash": only the first stage knows',
     ),
     (
         {f"{PARALLEL}.pipeline_parallel_size": 2, "zero_optimization.stage": 2},
