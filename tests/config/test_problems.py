@@ -194,8 +194,8 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {f"{MODEL}.family": "t5", f"{MODEL}.seq_length": 512, f"{MODEL}.decoder_seq_length": 100},
-        "model.decoder_seq_length (100) is too short for the spans of model.seq_length (512), data.mask_fraction (0.15) "
-        "and data.mean_span_length (3.0): try 114",
+        "model.decoder_seq_length (100) is too short for the spans of model.seq_length (512), data.mask_fraction "
+        "(0.15) and data.mean_span_length (3.0): try 114",
     ),
     (
         {f"{MODEL}.family": "t5", f"{DATA}.mask_fraction": 0.9, f"{MODEL}.decoder_seq_length": 5000},
