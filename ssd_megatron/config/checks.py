@@ -392,8 +392,16 @@ def _room_for_spans(family: str, length: int, decoder_length: int, fraction: flo
     if length < 4:
         yield problem("model.seq_length", length, "must be at least 4 with t5")
         return
-    needed = span_sizes(length, fraction, mean).targets
-    if decoder_length < needed:
+    sizes = span_sizes(length, fraction, mean)
+    needed = sizes.targets
+    if sizes.inputs != length:
+        yield problem(
+            "data.mask_fraction",
+            fraction,
+            f"with data.mean_span_length ({mean}) makes no samples of exactly model.seq_length ({length}) tokens: try "
+            "a smaller fraction or longer spans",
+        )
+    elif decoder_length < needed:
         yield problem(
             "model.decoder_seq_length",
             decoder_length,

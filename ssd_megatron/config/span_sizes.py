@@ -29,8 +29,8 @@ class SpanSizes:
 
 
 def span_sizes(seq_length: int, fraction: float, mean_length: float) -> SpanSizes:
-    """The most text whose inputs are `seq_length` tokens, which is at least 4: one token more of text is at most one
-    more of input."""
+    """The most text whose inputs are at most `seq_length` tokens, which is at least 4. They are exactly as many, but
+    where spans are many and short: then one token more of text may be two more of input."""
     text = 2
     while _sizes(text + 1, fraction, mean_length).inputs <= seq_length:
         text += 1

@@ -23,7 +23,7 @@ Outputs = Tensor | tuple[Tensor, Tensor]
 
 class LanguageModelHead(nn.Module):
     """Final normalisation (before the blocks' networks, not after them), output projection, and what BERT adds: a
-    transform before the projection, a bias after it, and a second head for pairs of sentences.
+    transform before the projection, a bias after it, and a second head for pairs of sentences. T5 has dropout there.
 
     Args:
         word_embedding: the word embedding's weight [v, h] if this stage has it; it is the head's if they are tied.
@@ -41,6 +41,7 @@ class LanguageModelHead(nn.Module):
         self.loss_chunk_tokens = loss_chunk_tokens
         self.norm = make_norm(model) if model.norm_position == "pre" else None
         self.transform = Transform(model) if model.family == "bert" else None
+        self.dropout = model.dropout if model.family == "t5" else 0.0
         self.tensor = topology.tensor
         rows = model.padded_vocab_size // self.tensor.size
         if model.tie_embeddings and word_embedding is not None:
@@ -57,6 +58,8 @@ class LanguageModelHead(nn.Module):
     def forward(self, x_sbh: Tensor) -> Outputs:
         if self.norm is not None:
             x_sbh = self.norm(x_sbh)
+        if self.dropout and self.training:
+            x_sbh = F.dropout(x_sbh, self.dropout)
         y_sbh = x_sbh if self.transform is None else self.transform(x_sbh)
         y_sbh = enter_region(y_sbh, self.tensor.handle)
         return y_sbh if self.sentence is None else (y_sbh, self.sentence(x_sbh[0]))

@@ -222,6 +222,29 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
         {f"{MODEL}.family": "bert", f"{DATA}.random_token_fraction": 0.3},
         "data.random_token_fraction (0.3) + data.mask_token_fraction (0.8) must be at most 1: try 0.2",
     ),
+    (
+        {f"{MODEL}.family": "t5", f"{MODEL}.seq_length": 512, f"{MODEL}.decoder_seq_length": 100},
+        "model.decoder_seq_length (100) is too short for the spans of model.seq_length (512), data.mask_fraction "
+        "(0.15) and data.mean_span_length (3.0): try 114",
+    ),
+    (
+        {f"{MODEL}.family": "t5", f"{DATA}.mask_fraction": 0.9, f"{MODEL}.decoder_seq_length": 5000},
+        "data.mask_fraction (0.9) with data.mean_span_length (3.0) makes no samples of exactly model.seq_length",
+    ),
+    ({f"{MODEL}.family": "t5", f"{MODEL}.add_bias": True}, "model.add_bias (true) does not go with t5: use false"),
+    (
+        {f"{MODEL}.position_embedding": "relative"},
+        'model.position_embedding ("relative") does not go with gpt: use learned or rope',
+    ),
+    (
+        {f"{MODEL}.family": "t5", f"{MODEL}.num_query_groups": 2},
+        "model.num_query_groups (2) must be model.num_attention_heads (4) with t5: leave it out",
+    ),
+    ({f"{MODEL}.decoder_seq_length": 9}, "model.decoder_seq_length (9) has no effect: leave it out, or set model.fam"),
+    (
+        {f"{MODEL}.family": "t5", f"{MODEL}.relative_attention_max_distance": 16},
+        "model.relative_attention_max_distance (16) must be above half of model.relative_attention_num_buckets (32)",
+    ),
     ({f"{MODEL}.family": "bert", f"{MODEL}.seq_length": 7}, "model.seq_length (7) must be at least 8 with bert"),
     # Sparse weights.
     ({MASKS: {}}, 'ssd.schedule ("adaptive") cannot go with weight_sparsity: a switch moves neurons, and masks lie on'),

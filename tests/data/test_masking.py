@@ -104,7 +104,8 @@ def test_pairs_of_segments(sentences: str) -> None:
         elif sentences == "order":
             assert second + first == text
         else:
-            assert first == text[: len(first)] and second != text[len(first) :]
+            assert first == text[: len(first)]
+            same += second == text[len(first) :]
         changed += int(sample["sentence_labels"])
     assert 80 < changed < 120 and same < 10  # of texts that repeat every 48
 

@@ -21,8 +21,7 @@ def test_sizes_are_those_of_t5() -> None:
     assert (sizes.text, sizes.inputs, sizes.targets) == (568, 512, 114)
 
 
-@pytest.mark.parametrize("fraction", [0.05, 0.15, 0.5, 0.9])
-@pytest.mark.parametrize("mean", [1.0, 3.0, 8.0])
+@pytest.mark.parametrize(("fraction", "mean"), [(0.05, 1.0), (0.15, 1.0), (0.15, 3.0), (0.5, 3.0), (0.5, 8.0)])
 def test_inputs_fill_the_sample(fraction: float, mean: float) -> None:
     for length in (8, 17, 64, 333):
         sizes = span_sizes(length, fraction, mean)
