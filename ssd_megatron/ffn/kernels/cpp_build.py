@@ -21,10 +21,10 @@ SOURCES = Path(__file__).with_name("csrc")
 FEATURES = ("fma", "avx512f", "avx512bw", "avx512dq", "avx512vl", "avx512bf16", "amx-tile", "amx-bf16")
 FLAGS = ("-std=c++17", "-O3", "-fPIC", "-shared", "-fopenmp", *(f"-m{feature}" for feature in FEATURES))
 DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # as the functions' names end
-COMPILE_SECONDS = 300  # that a compiler may take on a busy machine; 3 are usual
+COMPILE_SECONDS = 600  # that a compiler may take on a busy machine; 4 are usual
 
 # Arguments of the functions: p a pointer, i a whole number. Those of a dtype are in the second table.
-_COMMON = {"tiles_allowed": "", "sort_copies_of": "piiippp", "top_k_of": "piiiiipp"}
+_COMMON = {"sort_copies_of": "piiippp", "top_k_of": "piiiiipp"}
 _BY_DTYPE = {
     "up": "ppppipppp",
     "down": "pppppp",
@@ -41,8 +41,8 @@ def lacking(dtype: torch.dtype) -> str | None:
         return f"fp32 or bf16, not {str(dtype).removeprefix('torch.')}"
     if (platform.system(), platform.machine()) != ("Linux", "x86_64") or not torch.cpu._is_avx512_supported():
         return "a Linux machine with AVX-512"
-    if dtype == torch.bfloat16 and not torch.cpu._is_amx_tile_supported():
-        return "a CPU with AMX for bf16"
+    if dtype == torch.bfloat16 and not _may_use_amx():
+        return "AMX for bf16, which this CPU has not, or its system does not allow"
     if not _library_path().exists() and shutil.which(_compiler()) is None:
         return f"a C++ compiler ({_compiler()}, or what CXX names)"
     return None
@@ -73,7 +73,7 @@ def library() -> tuple[ctypes.CDLL, float]:
         function = getattr(kernels, name)
         function.argtypes = [{"p": ctypes.c_void_p, "i": ctypes.c_int64}[kind] for kind in kinds]
         function.restype = ctypes.c_int64
-    kernels.tiles_allowed()  # asks the system; on a CPU without AMX nothing is there to be allowed
+    _may_use_amx()
     return kernels, seconds
 
 
@@ -81,6 +81,11 @@ def spent(backend: str) -> str:
     """For the log: what compiling has cost this start, if it has."""
     seconds = library()[1] if backend == "cpp" else 0.0
     return f", compiled in {seconds:.0f} s, once per machine" if seconds else ""
+
+
+def _may_use_amx() -> bool:
+    """Asks the system for AMX, which each process must do before it uses it."""
+    return torch.cpu._is_amx_tile_supported() and torch.cpu._init_amx()
 
 
 def _compiler() -> str:

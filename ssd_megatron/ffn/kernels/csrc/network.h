@@ -32,6 +32,13 @@ inline Range rows_of(const Rows& rows, int64_t expert, int64_t token, int64_t to
   return {begin - rows.token, std::lower_bound(begin, end, token + tokens) - rows.token};
 }
 
+// How many experts as full as the fullest would have all rows: tasks by expert are that many at the most at once.
+inline int64_t full_experts(const Rows& rows) {
+  int64_t most = 1;
+  for (int64_t e = 0; e < rows.experts; e++) most = std::max<int64_t>(most, rows.first[e + 1] - rows.first[e]);
+  return std::max<int64_t>(1, rows.first[rows.experts] / most);
+}
+
 // out[row] = source[its token] w^T + bias, then ReLU if `relu`. With `outputs` of ReLU instead, out is a gradient: it
 // is 0 where they are, and dgates[copy of the row] = sum over the neurons of gradient * output.
 template <class T, class Out>
@@ -39,7 +46,7 @@ void up(const Rows& rows, const T* source, const T* w, const T* bias, bool relu,
         const int32_t* copy, float* dgates, Out* out) {
   int64_t hidden = rows.hidden, depth = padded(hidden), width = rows.width;
   int64_t tile = std::max<int64_t>(256, 2 * CACHED_BYTES / (hidden * sizeof(T)));
-  while (tile > 256 && rows.tokens * rows.experts < 4 * rows.threads * tile) tile /= 2;
+  while (tile > 256 && rows.tokens * full_experts(rows) < 4 * rows.threads * tile) tile /= 2;
   int64_t tiles = (rows.tokens + tile - 1) / tile;
   in_parallel<T>(tiles * rows.experts, rows.threads, [&](int64_t task) {
     int64_t expert = task % rows.experts;
@@ -150,7 +157,7 @@ void weight_grad(const Rows& rows, const T* a, const T* source, T* transposed, T
   });
   int64_t columns = CACHED_BYTES / (std::max<int64_t>(1, rows.tokens) * sizeof(T)) / BLOCK * BLOCK;
   columns = std::clamp(columns, BLOCK, std::min(MOST_COLUMNS, padded(hidden)));
-  while (columns > BLOCK && hidden * rows.experts < 2 * rows.threads * columns) columns = padded(columns / 2);
+  while (columns > BLOCK && hidden * full_experts(rows) < 2 * rows.threads * columns) columns = padded(columns / 2);
   in_parallel<T>((hidden + columns - 1) / columns * rows.experts, rows.threads, [&](int64_t task) {
     int64_t e = task % rows.experts, column = task / rows.experts * columns;
     int64_t count = rows.first[e + 1] - rows.first[e], depth = padded(count);

@@ -3,22 +3,7 @@
 #include "network.h"
 #include "routing.h"
 
-#ifdef __linux__
-#include <sys/syscall.h>
-#include <unistd.h>
-#endif
-
 extern "C" {
-
-// Whether the system lets this process use AMX.
-int tiles_allowed() {
-#if defined(__linux__) && defined(__x86_64__)
-  constexpr long REQUEST = 0x1023, TILE_DATA = 18;
-  return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0;
-#else
-  return 0;
-#endif
-}
 
 int64_t sort_copies_of(const int64_t* ids, int64_t tokens, int64_t top_k, int64_t experts, int32_t* first,
                        int32_t* token, int32_t* copy) {
