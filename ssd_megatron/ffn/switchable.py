@@ -98,7 +98,7 @@ class SwitchableFFN(nn.Module):
             y_TH = tensors.hidden(self.bank.activation.act(pre_TF), x_TH) @ tensors.w_out
         return self.homes.leave(y_TH)
 
-    @torch.compiler.disable  # sizes that depend on the data
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # its sizes depend on the data
     def _sparse(self, x_TH: Tensor) -> Tensor:
         num_experts, homes = self.settings.num_experts, self.homes
         expert_ids_TK, gates_TK = self.router.route(x_TH, self._expert_means())
