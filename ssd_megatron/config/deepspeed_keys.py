@@ -130,9 +130,7 @@ class ZeroKeys(Section):
     stage: Annotated[Literal[1, 2], refuse(_NO_ZERO)] = optional(
         1, "Split optimizer states (1), gradients too (2), over the data parallel ranks."
     )
-    contiguous_gradients: bool = optional(
-        True, "Copy gradients into one buffer as they come, if there are ranks to reduce over."
-    )
+    contiguous_gradients: bool = optional(True, "Copy gradients into one buffer as they come, where ranks reduce them.")
     reduce_scatter: bool = optional(True, "Reduce gradients to their owners instead of to all ranks.")
     reduce_bucket_size: Size = optional(500_000_000, "Elements reduced at a time.")
     use_multi_rank_bucket_allreduce: bool = optional(True, "One all-reduce for the buckets of several ranks.")

@@ -122,7 +122,7 @@ class SwitchableFFN(nn.Module):
             y_TH = tensors.hidden(self.bank.activation.act(pre_TF), x_TH) @ tensors.w_out
         return self.homes.leave(y_TH)
 
-    @torch.compiler.disable  # sizes that depend on the data
+    @torch.compiler.disable  # type: ignore[untyped-decorator]  # its sizes depend on the data
     def _sparse(self, x_sbH: Tensor) -> Tensor:
         num_experts, tile, homes = self.settings.num_experts, self.settings.routing_granularity, self.homes
         length, batch, width = x_sbH.shape

@@ -1,7 +1,7 @@
 """torch.compile of Transformer blocks: a graph for each mode, the same for all layers.
 
-What ranks exchange, and sparse mode, whose sizes depend on the data, stay as they are and part the graphs. Evaluation and
-probes are not compiled: their batches have other sizes.
+What ranks exchange, and sparse mode, whose sizes depend on the data, stay as they are and part the graphs. Evaluation
+and probes are not compiled: their batches have other sizes.
 """
 
 from collections.abc import Callable
@@ -21,6 +21,6 @@ def compile_block(
     torch._dynamo.config.fail_on_recompile_limit_hit = True
     parts = [layer.self_attention.linear_qkv, layer.self_attention.linear_proj] if topology.tensor.size > 1 else []
     for part in [*parts, *([layer.mlp] if topology.homes > 1 else [])]:
-        part.forward = torch.compiler.disable(part.forward)
+        part.forward = torch.compiler.disable(part.forward)  # type: ignore[no-untyped-call]
     compiled: Callable[[Tensor], Tensor] = torch.compile(forward)
     return compiled

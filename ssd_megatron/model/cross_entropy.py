@@ -53,7 +53,7 @@ class _ProjectedLosses(torch.autograd.Function):
         columns_T = labels_T - group.rank * len(weight_VH)
         ctx.chunk = chunk_tokens or max(1, len(x_TH))
         kept, statistics = [], []
-        for x, columns in zip(x_TH.split(ctx.chunk), columns_T.split(ctx.chunk), strict=True):
+        for x, columns in zip(torch.split(x_TH, ctx.chunk), torch.split(columns_T, ctx.chunk), strict=True):
             logits = F.linear(x, weight_VH, bias_V)
             statistics += [_statistics(*part) for part in _in_parts(logits, columns)]
             if chunk_tokens is None:
@@ -67,7 +67,8 @@ class _ProjectedLosses(torch.autograd.Function):
             exponentials_T, chosen_T = sums
         logarithms_T = exponentials_T.log()
         ctx.save_for_backward(x_TH, weight_VH, bias_V, columns_T, largest_T + logarithms_T, *kept)
-        return logarithms_T - (chosen_T - largest_T)
+        losses_T: Tensor = logarithms_T - (chosen_T - largest_T)
+        return losses_T
 
     @staticmethod
     @once_differentiable
@@ -76,7 +77,7 @@ class _ProjectedLosses(torch.autograd.Function):
         dx_TH, dweight_VH = torch.empty_like(x_TH), None
         dbias_V = None if bias_V is None else torch.zeros_like(bias_V, dtype=torch.float32)
         per_token = (columns_T, normalizers_T, dlosses_T)
-        chunks = zip(*(values.split(ctx.chunk) for values in (x_TH, dx_TH, *per_token)), strict=True)
+        chunks = zip(*(torch.split(values, ctx.chunk) for values in (x_TH, dx_TH, *per_token)), strict=True)
         for x, dx, *values in chunks:
             logits = kept.pop() if kept else F.linear(x, weight_VH, bias_V)
             for part in _in_parts(logits, *values):
@@ -95,7 +96,7 @@ class _ProjectedLosses(torch.autograd.Function):
 def _in_parts(logits_TV: Tensor, *per_token: Tensor) -> Iterator[tuple[Tensor, ...]]:
     """Views of the rows of some tokens at a time, and of what there is for each token."""
     rows = max(1, WORK_BYTES[logits_TV.device.type] // (4 * logits_TV.shape[1]))
-    return zip(*(values.split(rows) for values in (logits_TV, *per_token)), strict=True)
+    return zip(*(torch.split(values, rows) for values in (logits_TV, *per_token)), strict=True)
 
 
 def _statistics(logits_TV: Tensor, columns_T: Tensor) -> Tensor:

@@ -28,7 +28,7 @@ def test_one_bad_element_shows(value: float) -> None:
 
 
 def spoilt_step(topology: Topology, bf16: bool, stage: int) -> tuple[bool, bool, bool]:
-    """Whether a step with a bad gradient on the last rank was skipped, changed anything, and whether the next trains."""
+    """A step with a bad gradient on the last rank: was it skipped, did it change nothing, does the next one train?"""
     config = run_config(topology.world.size, bf16=bf16, stage=stage)
     model, engine = build(topology, config)
     train_steps(engine, config, range(1))
