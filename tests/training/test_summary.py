@@ -78,6 +78,7 @@ def test_the_summary_is_computed_from_the_metrics(tmp_path: Path) -> None:
             {"start_step": 5, "end_step": 8, "mode": "sparse"},
             {"start_step": 9, "end_step": 12, "mode": "dense"},
         ],
+        "masks": None,
         "flops": 960e9,
         "flops_dense": 1200e9,
         "seconds": 4 * 2.0 + 4 * 1.0 + 4 * 2.0,
