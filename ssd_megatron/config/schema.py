@@ -280,6 +280,11 @@ class SSDConfig(Section):
     )
 
     @property
+    def router_kind(self) -> Router:
+        """`router`, or what `router_update` makes of a centroid router."""
+        return "avg_k" if self.router == "centroid" and self.router_update == "avg_k" else self.router
+
+    @property
     def straight_through(self) -> bool:
         """The router learns by gates that are 1 in value."""
         return self.router == "pkm" or (self.router == "centroid" and self.router_update == "straight_through")
@@ -376,7 +381,8 @@ class SsdMegatronConfig(Section):
     logging: LoggingConfig = optional(LoggingConfig(), "Console, plots, utilisation.")
     weight_sparsity: WeightSparsityConfig | None = optional(None, "Sparse weights; null: dense ones.")
     ffn_expansion: Annotated[
-        None, only(None, f"{NOT_IN_THIS_VERSION} (larger sparse networks): leave it out and set model.ffn_hidden_size")
+        None,
+        only(None, f"{NOT_IN_THIS_VERSION} (larger networks): leave it out, set model.ffn_hidden_size and ssd.top_k"),
     ] = optional(None, "Feed-forward networks larger than the dense ones; not in this version.")
 
     @property

@@ -115,7 +115,8 @@ def neuron_scores(x_TH: Tensor, bank: NeuronTensors) -> Tensor:
 def activation_mass(x_TH: Tensor, bank: NeuronTensors, activation: Activation, num_experts: int) -> Tensor:
     """Sum over each expert's neurons of the size of their outputs, [T, E]; for ReLU, of the activations."""
     hidden_TF = bank.hidden(activation.act(F.linear(x_TH, *bank.firing)), x_TH)
-    return hidden_TF.abs().view(len(x_TH), num_experts, -1).sum(dim=2, dtype=torch.float32)
+    by_expert = hidden_TF.abs().view(len(x_TH), num_experts, hidden_TF.shape[1] // num_experts)
+    return by_expert.sum(dim=2, dtype=torch.float32)
 
 
 def hashed_experts(keys_T: Tensor, num_experts: int, top_k: int, salt: int) -> Tensor:

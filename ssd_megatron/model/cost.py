@@ -144,30 +144,24 @@ def head_flops(model: ModelConfig) -> int:
 
 def router_parameters(model: ModelConfig, ssd: SSDConfig) -> int:
     """Parameters of one router."""
-    h, experts = model.hidden_size, ssd.num_experts
-    bias = experts if ssd.balance_bias else 0
-    if ssd.router == "centroid" and ssd.router_update == "avg_k":
-        return 0
-    return {
-        "centroid": experts * h + bias,
-        "switch": experts * h + bias,
-        "pkm": 2 * math.isqrt(experts) * h,
-        "mlp": experts * h + experts * experts,
-    }.get(ssd.router, 0)
+    return _router_matrices(model, ssd) + (ssd.num_experts if ssd.balance_bias else 0)
 
 
 def router_flops(model: ModelConfig, ssd: SSDConfig) -> int:
-    """FLOPs by which one router chooses for one token (or tile): products with its matrices, or with the bank's."""
+    """FLOPs by which one router chooses for one token (or tile): products with its own matrices, or with the bank's."""
     h, neurons = model.hidden_size, model.ffn_hidden_size
-    read = {
+    of_bank = {
         "avg_k": ssd.num_experts * h,
         "vanilla": neurons * h,
         "oracle": (ffn_matrices(model) - 1) * neurons * h,
     }
-    if ssd.router == "centroid" and ssd.router_update == "avg_k":
-        return 2 * read["avg_k"]
-    bias = ssd.num_experts if ssd.balance_bias else 0
-    return 2 * (read.get(ssd.router, router_parameters(model, ssd) - bias))
+    return 2 * of_bank.get(ssd.router_kind, _router_matrices(model, ssd))
+
+
+def _router_matrices(model: ModelConfig, ssd: SSDConfig) -> int:
+    h, experts = model.hidden_size, ssd.num_experts
+    rows = {"centroid": experts, "switch": experts, "pkm": 2 * math.isqrt(experts), "mlp": experts}
+    return rows.get(ssd.router_kind, 0) * h + (experts * experts if ssd.router_kind == "mlp" else 0)
 
 
 def flops_per_token(model: ModelConfig, ssd: SSDConfig, live: float = 1.0) -> Flops:

@@ -106,9 +106,9 @@ def run(ffn: SwitchableFFN, mode: str, x: Tensor, dy: Tensor) -> tuple[Tensor, d
     """Output and gradients of x, bank and, where it learns, router."""
     ffn.mode = mode
     x = x.clone().requires_grad_()
+    ffn.token_ids = torch.arange(x.shape[0] * x.shape[1]).view(x.shape[1], x.shape[0])
     y, _ = ffn(x)
     wanted = {"x": x, **ffn.bank.neuron_parameters()}
-    ffn.token_ids = torch.arange(x.shape[0] * x.shape[1]).view(x.shape[1], x.shape[0])
     if mode == "sparse" and ffn.router.learns:
         wanted["router"] = ffn.router.weight
     return y.detach(), dict(zip(wanted, torch.autograd.grad(y, list(wanted.values()), dy), strict=True))

@@ -45,6 +45,17 @@ def test_every_kind_runs_in_one_network_and_has_the_parameters_it_needs(name: st
     assert got["x"].abs().sum() > 0
 
 
+@pytest.mark.parametrize("name", KINDS)
+def test_no_sequences_are_no_problem(name: str) -> None:
+    experts = 64 if name in ("rand_hash", "vanilla") else 16
+    ffn = sparse(name, num_experts=experts, top_k=4, balance_bias=name in ("centroid", "switch"), load_balance=0.1)
+    ffn.token_ids = TOKEN_IDS[:0]
+    x = torch.zeros(TOKENS, 0, 16, dtype=torch.float64, requires_grad=True)
+    y = ffn(x)[0]
+    y.sum().backward()
+    assert y.shape == x.shape and ffn.expert_load.sum() == 0
+
+
 @pytest.mark.parametrize("backend", PLAIN)
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_switch_scales_by_its_softmax_and_has_the_brute_force_gradient(top_k: int, backend: str) -> None:
