@@ -1,7 +1,6 @@
 """Figures of a report as plain data: Plotly's traces and layout, before the page gives them colours of text and grid.
 
-Every figure is drawn over the progress of a run. Wherever Plotly wants an x there is an object with one per axis of
-AXES; the page takes those of the axis that its reader has chosen (page.js).
+Every figure is drawn over the progress of a run, on any of its axes (traces.py).
 """
 
 from collections.abc import Mapping, Sequence
@@ -10,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from ssd_megatron.reporting.run import AXES, Run
+from ssd_megatron.reporting.run import Run
+from ssd_megatron.reporting.traces import Trace, heat_map, line, points, x_of
 from ssd_megatron.switching.schedule import PhaseSpan
 from ssd_megatron.training.series import (
     DENSE,
@@ -18,7 +18,6 @@ from ssd_megatron.training.series import (
     GREY,
     SPARSE,
     TRAIN,
-    as_array,
     phase_stretches,
     settled_range,
     similarity_threshold,
@@ -26,15 +25,8 @@ from ssd_megatron.training.series import (
     values_of,
 )
 
-RUN_COLORS = (DENSE, SPARSE, GREEN, "#CC79A7", "#E69F00", TRAIN, GREY, "#F0E442")
 _IN_THE_BACK = {"hoverinfo": "skip", "showlegend": False}
 _SHADE = "rgba(213, 94, 0, 0.13)"
-_MOST_POINTS = 1_500  # of a curve: more cannot be seen, and make the page slow
-_MOST_COLUMNS = 500  # of a heat map
-_MOST_MARKERS = 60
-_DIGITS = 7
-
-Trace = dict[str, Any]
 
 
 @dataclass(frozen=True)
@@ -89,52 +81,20 @@ def run_figures(run: Run) -> list[Figure]:
     return [figure for figure in drawn if figure is not None]
 
 
-def comparison_figures(runs: Sequence[Run]) -> list[Figure]:
-    """The same numbers of several runs in one figure each."""
-    losses, savings, speeds = [], [], []
-    curves = []
-    for number, run in enumerate(runs):
-        color = RUN_COLORS[number % len(RUN_COLORS)]
-        smooth = smoothed(values_of(run.train, "loss"))
-        curves.append((run.spent.axes["step"], smooth))
-        losses.append(_line(run, run.spent.axes["step"], smooth, name=run.name, color=color, legendgroup=run.name))
-        evals = run.of("eval")
-        if evals:
-            trace = _points(run, evals, "loss_dense", name=f"{run.name}, validation", color=color)
-            losses.append(trace | {"legendgroup": run.name, "showlegend": False})
-            curves.append((values_of(evals, "step"), values_of(evals, "loss_dense")))
-        savings.append(_line(run, run.spent.axes["step"], _flops_saved(run), name=run.name, color=color))
-        speed = np.nansum(list(_speeds(run).values()), axis=0)  # each step has one mode
-        speeds.append(_line(run, run.spent.axes["step"], speed, name=run.name, color=color))
-    ranges = [settled_range(y, [(x, y)]) for x, y in curves]
-    shown = [limits for limits in ranges if limits is not None]
-    vertical = {"range": [min(low for low, _ in shown), max(high for _, high in shown)]} if shown else {}
-    return [
-        Figure(
-            "Loss",
-            "Training loss, smoothed; markers: dense loss on the validation samples",
-            losses,
-            {"yaxis": {"title": "loss (nats per token)"} | vertical},
-        ),
-        Figure("FLOPs saved", "Against the same steps, all dense", savings, {"yaxis": {"tickformat": ".0%"}}),
-        Figure("Throughput", "Tokens per second, smoothed", speeds, {"yaxis": {"rangemode": "tozero"}}),
-    ]
-
-
 def _losses(run: Run) -> Figure:
     steps, losses = run.spent.axes["step"], values_of(run.train, "loss")
     smooth = smoothed(losses)
     curves = [(steps, smooth)]
     traces = [
-        _line(run, steps, losses, name="each step", color=TRAIN, width=0.7, opacity=0.5, **_IN_THE_BACK),
-        _line(run, steps, smooth, name="training", color=TRAIN, width=2.5),
+        line(run, steps, losses, name="each step", color=TRAIN, width=0.7, opacity=0.5, **_IN_THE_BACK),
+        line(run, steps, smooth, name="training", color=TRAIN, width=2.5),
     ]
     evals = run.of("eval")
     for mode, color, dash, symbol in (("dense", DENSE, "solid", "circle"), ("sparse", SPARSE, "dash", "square")):
         values = values_of(evals, f"loss_{mode}")
         if np.isfinite(values).any():
             curves.append((values_of(evals, "step"), values))
-            trace = _points(run, evals, f"loss_{mode}", name=f"validation, {mode}", color=color, dash=dash)
+            trace = points(run, evals, f"loss_{mode}", name=f"validation, {mode}", color=color, dash=dash)
             traces.append(trace | {"marker": {"symbol": symbol, "size": 6}})
     layout: dict[str, Any] = {"yaxis": {"title": "loss (nats per token)"}}
     limits = settled_range(losses, curves)
@@ -160,7 +120,7 @@ def _switch_marks(run: Run, switches: Sequence[Mapping[str, Any]]) -> Trace:
         "type": "scatter",
         "mode": "markers",
         "name": "switch",
-        "x": _x(run, values_of(switches, "step") - 1),
+        "x": x_of(run, values_of(switches, "step") - 1),
         "y": [0.97] * len(switches),
         "yaxis": "y2",
         "text": [f"to {switch['to']} in {switch['seconds']:.2f} s ({switch['reason']})" for switch in switches],
@@ -179,8 +139,8 @@ def _savings(run: Run) -> Figure | None:
         return None
     saved = run.spent.saved_seconds
     traces = [
-        _line(run, run.spent.axes["step"], _flops_saved(run), name="FLOPs", color=GREEN),
-        _line(run, run.spent.axes["step"], saved / (run.spent.axes["seconds"] + saved), name="time", color=SPARSE),
+        line(run, run.spent.axes["step"], run.flops_saved, name="FLOPs", color=GREEN),
+        line(run, run.spent.axes["step"], saved / (run.spent.axes["seconds"] + saved), name="time", color=SPARSE),
     ]
     return _figure(
         run,
@@ -196,13 +156,13 @@ def _structure(run: Run) -> Figure | None:
     if not checks:
         return None
     traces = [
-        _points(run, checks, "similarity", name="structure similarity", color=DENSE),
-        _points(run, checks, "overlap", name="expert overlap", color=GREEN),
+        points(run, checks, "similarity", name="structure similarity", color=DENSE),
+        points(run, checks, "overlap", name="expert overlap", color=GREEN),
     ]
     threshold = similarity_threshold(run.config)
     if threshold is not None:
         ends = run.spent.axes["step"][[0, -1]]
-        traces.append(_line(run, ends, np.full(2, threshold), name="threshold", color=SPARSE, dash="dash"))
+        traces.append(line(run, ends, np.full(2, threshold), name="threshold", color=SPARSE, dash="dash"))
     return _figure(
         run,
         "What the schedule watches",
@@ -237,39 +197,17 @@ def _home_loads(run: Run) -> Figure | None:
 def _heat_map(
     run: Run, steps: np.ndarray, rows: Sequence[Sequence[float]], title: str, note: str, colors: Mapping[str, Any]
 ) -> Figure:
-    """Rows by step; layers go up. A column reaches back to the one before, but not over a stretch without records."""
-    every = -(-len(rows) // _MOST_COLUMNS)
-    steps, columns = steps[::every], [as_array(row) for row in rows[::every]]
-    width = np.median(np.diff(steps)) if len(steps) > 1 else steps[0]
-    edges, cells = [max(0.0, steps[0] - width)], []
-    for step, column in zip(steps, columns, strict=True):
-        start = max(edges[-1], step - width)
-        if start > edges[-1]:
-            edges.append(start)
-            cells.append(np.full_like(column, np.nan))
-        edges.append(step)
-        cells.append(column)
-    values = np.stack(cells, axis=1)
-    trace = {
-        "type": "heatmap",
-        "x": _x(run, np.array(edges)),
-        "y": list(range(len(values))),
-        "z": [_numbers(layer) for layer in values],
-        "hovertemplate": "until %{x}, layer %{y}: %{z:.3f}<extra></extra>",
-        # Plotly heeds a lower bound only with an upper one.
-        "zmax": float(f"{np.nanmax(values):.{_DIGITS}g}"),
-        **colors,
-    }
-    layout = {"yaxis": {"title": "layer", "dtick": max(1, len(values) // 8)}, "hovermode": "closest"}
-    return _figure(run, title, note, [trace], layout)
+    layers = len(rows[0])
+    layout = {"yaxis": {"title": "layer", "dtick": max(1, layers // 8)}, "hovermode": "closest"}
+    return _figure(run, title, note, [heat_map(run, steps, rows, colors)], layout)
 
 
 def _throughput(run: Run) -> Figure:
     steps, speeds = run.spent.axes["step"], values_of(run.train, "tokens_per_second")
-    raw = _line(run, steps, speeds, name="each step", color=GREY, width=0.7, opacity=0.5, **_IN_THE_BACK)
+    raw = line(run, steps, speeds, name="each step", color=GREY, width=0.7, opacity=0.5, **_IN_THE_BACK)
     colors = {"dense": DENSE, "sparse": SPARSE}
     by_mode = [
-        _line(run, steps, smooth, name=mode, color=colors[mode], width=2.5) for mode, smooth in _speeds(run).items()
+        line(run, steps, smooth, name=mode, color=colors[mode], width=2.5) for mode, smooth in run.speeds.items()
     ]
     traces = [raw, *by_mode]
     layout = {"yaxis": {"title": "tokens/s", "rangemode": "tozero", "tickformat": "~s"}}
@@ -286,7 +224,7 @@ def _memory(run: Run) -> Figure | None:
     records = [record for record in run.train if record.get("peak_memory") is not None]
     if not records:
         return None
-    trace = _line(
+    trace = line(
         run, values_of(records, "step"), values_of(records, "peak_memory"), name="peak of rank 0", color="#CC79A7"
     )
     layout = {"yaxis": {"title": "bytes", "rangemode": "tozero", "tickformat": "~s"}}
@@ -297,8 +235,8 @@ def _memory(run: Run) -> Figure | None:
 def _gradients(run: Run) -> Figure:
     steps = run.spent.axes["step"]
     traces = [
-        _line(run, steps, values_of(run.train, "grad_norm"), name="gradient norm", color=TRAIN, width=1),
-        _line(run, steps, values_of(run.train, "lr"), name="learning rate", color=GREEN) | {"yaxis": "y2"},
+        line(run, steps, values_of(run.train, "grad_norm"), name="gradient norm", color=TRAIN, width=1),
+        line(run, steps, values_of(run.train, "lr"), name="learning rate", color=GREEN) | {"yaxis": "y2"},
     ]
     layout = {
         "yaxis": {"title": "gradient norm", "type": "log"},
@@ -321,76 +259,6 @@ def _figure(run: Run, title: str, note: str, traces: list[Trace], layout: dict[s
 
 
 def _stretch(run: Run, phase: PhaseSpan) -> dict[str, Any]:
-    ends = _x(run, np.array([phase.start_step, phase.end_step], dtype=np.float64))
+    ends = x_of(run, np.array([phase.start_step, phase.end_step], dtype=np.float64))
     start, end = ({axis: values[i] for axis, values in ends.items()} for i in (0, 1))
     return {"mode": phase.mode, "start": start, "end": end, "color": _SHADE if phase.mode == "sparse" else None}
-
-
-def _line(
-    run: Run,
-    steps: np.ndarray,
-    values: np.ndarray,
-    *,
-    name: str,
-    color: str,
-    width: float = 2,
-    dash: str = "solid",
-    **more: Any,
-) -> Trace:
-    steps, values = _thinned(steps, values)
-    line = {"color": color, "width": width, "dash": dash}
-    return {
-        "type": "scatter",
-        "mode": "lines",
-        "name": name,
-        "x": _x(run, steps),
-        "y": _numbers(values),
-        "line": line,
-        **more,
-    }
-
-
-def _points(run: Run, records: Sequence[Mapping[str, Any]], value: str, **style: Any) -> Trace:
-    """A line with a marker at each record, if they are not too many."""
-    trace = _line(run, values_of(records, "step"), values_of(records, value), **style)
-    return trace | {"mode": "lines+markers"} if len(records) <= _MOST_MARKERS else trace
-
-
-def _x(run: Run, steps: np.ndarray) -> dict[str, list[float | None]]:
-    found = run.spent.at(steps)
-    return {axis: _numbers(found[axis]) for axis in AXES}
-
-
-def _flops_saved(run: Run) -> np.ndarray:
-    saved: np.ndarray = 1 - values_of(run.train, "flops") / values_of(run.train, "flops_dense")
-    return saved
-
-
-def _speeds(run: Run) -> dict[str, np.ndarray]:
-    """Tokens per second by mode, smoothed over steps of the same mode; nan where the run was in the other."""
-    speeds = values_of(run.train, "tokens_per_second")
-    is_sparse = np.array([record["mode"] == "sparse" for record in run.train])
-    modes = {"dense": ~is_sparse, "sparse": is_sparse}
-    return {
-        mode: np.where(mine, smoothed(np.where(mine, speeds, np.nan)), np.nan)
-        for mode, mine in modes.items()
-        if mine.any()
-    }
-
-
-def _thinned(steps: np.ndarray, values: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Averages over neighbours, each at the last of their steps, where there are more than can be seen."""
-    size = -(-len(values) // _MOST_POINTS)
-    if size <= 1:
-        return steps, values
-    starts = np.arange(0, len(values), size)
-    known = np.isfinite(values)
-    count = np.add.reduceat(known.astype(np.float64), starts)
-    total = np.add.reduceat(np.where(known, values, 0.0), starts)
-    means = np.divide(total, count, out=np.full_like(total, np.nan), where=count > 0)
-    return steps[np.minimum(starts + size, len(steps)) - 1], means
-
-
-def _numbers(values: np.ndarray) -> list[float | None]:
-    """For JSON, with as many digits as can be seen; nan is null, a gap."""
-    return [float(f"{value:.{_DIGITS}g}") if np.isfinite(value) else None for value in values.tolist()]

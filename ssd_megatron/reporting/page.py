@@ -9,7 +9,8 @@ from typing import Any
 from plotly.offline import get_plotlyjs
 
 from ssd_megatron.reporting import tables
-from ssd_megatron.reporting.figures import Figure, comparison_figures, run_figures
+from ssd_megatron.reporting.comparison import comparison_figures
+from ssd_megatron.reporting.figures import Figure, run_figures
 from ssd_megatron.reporting.run import AXES, Run
 from ssd_megatron.reporting.tables import Table
 

@@ -11,7 +11,7 @@ import numpy as np
 from ssd_megatron.errors import DataError
 from ssd_megatron.training.metrics import Record, read_metrics
 from ssd_megatron.training.run_folder import read_written
-from ssd_megatron.training.series import of_kind, values_of
+from ssd_megatron.training.series import of_kind, smoothed, values_of
 
 AXES = {
     "step": "step",
@@ -46,6 +46,24 @@ class Run:
     @cached_property
     def spent(self) -> "Spent":
         return Spent.of(self.records)
+
+    @property
+    def flops_saved(self) -> np.ndarray:
+        """Share of the FLOPs that all steps up to each one would have taken, had they been dense."""
+        saved: np.ndarray = 1 - values_of(self.train, "flops") / values_of(self.train, "flops_dense")
+        return saved
+
+    @property
+    def speeds(self) -> dict[str, np.ndarray]:
+        """Tokens per second by mode, smoothed over steps of the same mode; nan where the run was in the other."""
+        speeds = values_of(self.train, "tokens_per_second")
+        is_sparse = np.array([record["mode"] == "sparse" for record in self.train])
+        modes = {"dense": ~is_sparse, "sparse": is_sparse}
+        return {
+            mode: np.where(mine, smoothed(np.where(mine, speeds, np.nan)), np.nan)
+            for mode, mine in modes.items()
+            if mine.any()
+        }
 
     @property
     def last_step(self) -> int:

@@ -8,6 +8,7 @@ Shapes: N neurons of a network, by identity; T probe tokens; E experts of which 
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from torch import Tensor
@@ -28,12 +29,15 @@ class LayerLook:
     Attributes:
         rates: [N] float64, share of the probe tokens on which each neuron fires.
         labels: [N] int64, experts of neurons that fire together: a co-activation partition.
+        repeat: structure similarity of these labels to those of a second clustering of the same weights that starts
+            elsewhere: what is below 1 is due to the clustering, not to a change of the weights.
         overlap: mean share of the experts of two tokens that they have in common, by how far apart they are in their
             sample (OTHER_SAMPLE: at the same place of different samples); K / E if they were chosen at random.
     """
 
     rates: Tensor
     labels: Tensor
+    repeat: float
     overlap: dict[int, float]
 
     @property
@@ -70,23 +74,22 @@ def look(subject: Subject, step: int, previous: Look | None) -> Look:
     fired = collect_statistics(ffns, subject.probe, {}, top_k)
     rates: dict[str, Tensor] = {}
     labels: dict[str, Tensor] = {}
+    repeats: dict[str, float] = {}
     centroids: dict[str, Tensor] = {}
     for number, (name, ffn) in enumerate(ffns.items()):
         by_identity = ffn.bank.neuron_ids.cpu().argsort()
         signatures = fired[name].signatures[by_identity]
         rates[name] = fired_tokens(signatures) / fired[name].tokens
         before = None if previous is None else previous.layers[number].labels
-        bits = signatures.shape[1] * 8
-        labels[name] = coactivation_partition(signatures, bits, ssd.num_experts, number, before).labels
+        cluster = partial(coactivation_partition, signatures, signatures.shape[1] * 8, ssd.num_experts)
+        labels[name] = cluster(number, before).labels
+        repeats[name] = structure_similarity(labels[name], cluster(number + len(ffns)).labels)
         rows = ffn.bank.rows().detach().float().cpu()[by_identity]
         order = partition_order(labels[name], ssd.num_experts)
         centroids[name] = router_weights_from_bank(rows[order], ssd.num_experts)
     chosen = collect_statistics(ffns, subject.probe, centroids, top_k, signatures=False)
-    layers = [
-        LayerLook(rates[name], labels[name], overlaps(chosen[name].expert_ids, subject.samples, ssd.num_experts))
-        for name in ffns
-    ]
-    return Look(step, layers)
+    shared = {name: overlaps(chosen[name].expert_ids, subject.samples, ssd.num_experts) for name in ffns}
+    return Look(step, [LayerLook(rates[name], labels[name], repeats[name], shared[name]) for name in ffns])
 
 
 def fired_tokens(signatures: Tensor) -> Tensor:
@@ -108,9 +111,10 @@ def overlaps(ids_TK: Tensor, samples: int, num_experts: int) -> dict[int, float]
 
 
 def similarities(looks: Sequence[Look], layer: int) -> list[list[float]]:
-    """Structure similarity (adjusted Rand index) of a layer's experts at each checkpoint to those at each other one."""
-    labels = [look.layers[layer].labels for look in looks]
-    return [[structure_similarity(a, b) for b in labels] for a in labels]
+    """Structure similarity (adjusted Rand index) of a layer's experts at each checkpoint to those at each other one; on
+    the diagonal to those of a second clustering at the same one."""
+    layers = [look.layers[layer] for look in looks]
+    return [[a.repeat if a is b else structure_similarity(a.labels, b.labels) for b in layers] for a in layers]
 
 
 def _overlap(ids_a: Tensor, ids_b: Tensor, num_experts: int) -> float:

@@ -112,7 +112,10 @@ def draw_structure(looks: Sequence[Look], matrices: Sequence[list[list[float]]])
     for axes in all_axes[len(named) :]:
         axes.set_visible(False)
     figure.colorbar(image, ax=all_axes, label="structure similarity (adjusted Rand index)", shrink=0.6)
-    figure.suptitle("Which neurons fire together: similarity between checkpoints (steps)")
+    figure.suptitle(
+        "Which neurons fire together: similarity between checkpoints (steps)\n"
+        "on the diagonal of two clusterings of the same weights: more cannot be reached"
+    )
     return figure
 
 

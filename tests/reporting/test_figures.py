@@ -7,7 +7,8 @@ import plotly.graph_objects
 import pytest
 
 from ssd_megatron.errors import DataError
-from ssd_megatron.reporting.figures import Figure, comparison_figures, run_figures
+from ssd_megatron.reporting.comparison import comparison_figures
+from ssd_megatron.reporting.figures import Figure, run_figures
 from ssd_megatron.reporting.run import AXES, Run, read_run, read_runs
 from ssd_megatron.training.metrics import MetricsLog
 from tests.reporting.runs import CHECK_SECONDS, SWITCH_SECONDS, TOKENS, loss_of, write_run
