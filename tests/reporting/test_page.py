@@ -112,7 +112,7 @@ def test_a_browser_draws_every_figure_without_an_error(tmp_path: Path, axis: str
     path = tmp_path / "page.html"
     path.write_text(render(read_runs([write_run(tmp_path / "run"), write_run(tmp_path / "b", steps=5)])))
     command = [BROWSER, "--headless", "--no-sandbox", "--disable-gpu", "--virtual-time-budget=20000", "--dump-dom"]
-    done = subprocess.run([*command, f"file://{path}#{axis}"], capture_output=True, text=True, timeout=120, check=True)
+    done = subprocess.run([*command, f"file://{path}#{axis}"], capture_output=True, text=True, timeout=300, check=True)
     assert re.findall(r'<p id="error"[^>]*>(.*?)</p>', done.stdout, re.DOTALL) == [""]
     assert done.stdout.count('class="plot-container') == len(data_of(path.read_text())["figures"])
     assert AXES[axis] in re.findall(r'<text class="xtitle"[^>]*>(.*?)</text>', done.stdout)
