@@ -47,7 +47,7 @@ _TRAINER, _SWITCH, _COORDINATOR, _FILES, _JOB = (
 
 MOMENTS = (
     Moment("any time", f"{_TRAINER}Trainer.run", "during", seconds=4.0),
-    Moment("making the engine", "ssd_megatron.training.assembly.make_engine", "during", seconds=0.3),
+    Moment("making the engine", "ssd_megatron.training.assembly:make_engine", "during", seconds=0.3),
     Moment("in a training step", f"{_TRAINER}Trainer._train_step", "during", calls=12, seconds=0.1),
     Moment(
         "before Adam's step",
