@@ -59,6 +59,8 @@ def export_model(
         raise ConfigError(f"model.family ({saved.settings.model.family}) cannot be exported: only gpt can")
     if mode == "sparse" and not saved.settings.has_experts:
         raise ConfigError(f"{saved.folder} is of a model that never formed experts: export it with --mode dense")
+    if mode == "sparse" and saved.settings.only_in_training is not None:
+        raise ConfigError(f"{saved.settings.only_in_training} cannot be exported: export the model with --mode dense")
     exported = _exported(saved, mode)
     folder.mkdir(parents=True, exist_ok=True)
     model, dtype_name = saved.settings.model, str(dtype).removeprefix("torch.")
@@ -96,7 +98,7 @@ def import_model(folder: Path, root: Path, tokenizer: Path | None = None) -> Pat
     if kind is None:
         raise ConfigError(f"model_type ({config.get('model_type')}) cannot be imported: {', '.join(kinds)} can")
     try:
-        model = ModelConfig(**kind.settings_of(config), **_vocabulary(config["vocab_size"]))
+        model = ModelConfig.model_validate(kind.settings_of(config) | _vocabulary(config["vocab_size"]))
         settings = _settings(config, model, tokenizer or find_tokenizer(folder))
     except KeyError as error:
         raise ConfigError(f"{folder / 'config.json'} has no {error}") from error

@@ -2,7 +2,7 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -77,7 +77,7 @@ def _facts(saved: SavedModel, mode: str) -> Iterator[str]:
         yield f"* validation loss at step {record['step']}: {', '.join(losses)} (nats per token)"
 
 
-def _last_evaluation(folder: Path, step: int) -> list[Mapping[str, Any]]:
+def _last_evaluation(folder: Path, step: int) -> Sequence[Mapping[str, Any]]:
     """The last one up to `step`, where the checkpoint still lies in its run_dir."""
     run_dir = folder.parent.parent
     if not (run_dir / "metrics.jsonl").exists():

@@ -89,7 +89,7 @@ class FeedForward(nn.Module):
 
     def choose(self, x_TH):
         """Experts of each token, int64 [T, K]. Scores are fp32: bf16 ones would tie."""
-        router_EH = self.router
+        router_EH = self.router.data
         if self.scores_from_bank:
             rows_FH = self.w_in if self.w_gate is None else self.w_gate
             router_EH = rows_FH.view(self.num_experts, -1, rows_FH.shape[1]).float().mean(dim=1)

@@ -74,7 +74,7 @@ def projections(ours: str, theirs: Sequence[str], model: ModelConfig) -> Rule:
 
     def split(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         (whole,) = tensors
-        parts = whole.view(groups, sum(rows), *whole.shape[1:]).split(rows, dim=1)
+        parts = torch.split(whole.view(groups, sum(rows), *whole.shape[1:]), rows, dim=1)
         return [part.flatten(0, 1).contiguous() for part in parts]
 
     def join(tensors: Sequence[Tensor]) -> Sequence[Tensor]:

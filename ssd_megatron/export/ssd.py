@@ -57,7 +57,7 @@ def config_of(settings: Settings) -> dict[str, Any]:
         "initializer_range": model.init_std,
         "num_experts": settings.ssd.num_experts,
         "experts_per_token": settings.top_k,
-        "router_update": settings.ssd.router_update,
+        "router_update": settings.router_update,
         "mode": "sparse",
     }
 

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from ssd_megatron.ffn.bank import NeuronBank
 from ssd_megatron.ffn.kernels import sparse_ffn
 from ssd_megatron.ffn.kernels.decode import MOST_TOKENS, few_tokens_ffn
-from ssd_megatron.ffn.routers import Router
+from ssd_megatron.ffn.routers import Router, Seen
 
 Mode = Literal["dense", "sparse", "auto"]
 MODES: tuple[Mode, ...] = ("dense", "sparse", "auto")
@@ -89,9 +89,9 @@ class FeedForward(nn.Module):
 
     def _sparse(self, x_TH: Tensor) -> Tensor:
         assert self.router is not None and self.experts is not None
-        if self.router.reads_bank and self._means_EH is None:
+        if self.router.kind.reads == "means" and self._means_EH is None:
             self._means_EH = self.bank.expert_means(self.experts.count)
-        ids_TK = self.router.route(x_TH, self._means_EH).expert_ids_TK
+        ids_TK = self.router.route(x_TH, Seen(means_EH=self._means_EH)).expert_ids_TK
         tensors, activation, count = self.bank.tensors(), self.bank.activation, self.experts.count
         if len(x_TH) <= MOST_TOKENS and x_TH.device.type == "cpu":
             return few_tokens_ffn(x_TH, ids_TK, tensors, activation, count)

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 
 from ssd_megatron.errors import ConfigError
-from ssd_megatron.ffn.kernels import choose_backend
+from ssd_megatron.ffn.kernels import SPECIAL, choose_backend
 from ssd_megatron.ffn.kernels.trial import trial
 from ssd_megatron.inference.ffn import MODES, Experts, Mode
 from ssd_megatron.inference.model import CausalModel
@@ -48,18 +48,18 @@ def from_saved(
     """See `load`."""
     device, settings = torch.device(device), saved.settings
     _check_can_run(saved, mode, top_k)
-    experts = None
-    if settings.has_experts:
+    experts, runs_sparse = None, settings.has_experts and settings.only_in_training is None
+    if runs_sparse:
         backend = _choose_kernels(device, dtype, settings.model.activation)
-        experts = Experts(settings.ssd.num_experts, settings.ssd.router_update, backend)
+        experts = Experts(settings.ssd.num_experts, settings.router_update, backend)
     model = CausalModel(settings.model, experts, dtype=dtype, device=device)
     targets = model.logical_parameters()
     # Of a run that has never formed experts, the routers say nothing.
-    wanted = {name: shape for name, shape in saved.shapes.items() if settings.has_experts or not is_router(name)}
+    wanted = {name: shape for name, shape in saved.shapes.items() if runs_sparse or not is_router(name)}
     check_tensors(saved.folder, wanted, {name: tuple(target.shape) for name, target in targets.items()})
     for name, target in targets.items():
         target.copy_(saved.tensor(name))
-    if settings.has_experts:
+    if runs_sparse:
         for ffn, number in zip(model.ffns, layer_top_k(settings, top_k), strict=True):
             ffn.top_k = number
     model.set_mode(mode)
@@ -111,12 +111,12 @@ def tokenizer_path(saved: SavedModel, given: Path | None) -> Path:
 
 
 def _choose_kernels(device: torch.device, dtype: torch.dtype, activation: str) -> str:
-    """The backend of sparse mode for many tokens; Triton's only if it shows that it is right here."""
+    """The backend of sparse mode for many tokens; torch unless the faster one shows that it is right here."""
     backend, _ = choose_backend("auto", device, dtype)
-    wrong = trial(backend, device, dtype, activation) if backend == "triton" else None
+    wrong = trial(backend, device, dtype, activation) if backend in SPECIAL else None
     if wrong is None:
         return backend
-    warnings.warn(f"sparse kernels: torch (triton, which should be faster, fails its trial: {wrong})", stacklevel=4)
+    warnings.warn(f"sparse kernels: torch ({backend}, which should be faster, fails its trial: {wrong})", stacklevel=4)
     return "torch"
 
 
@@ -126,6 +126,9 @@ def _check_can_run(saved: SavedModel, mode: str, top_k: object) -> None:
         raise ConfigError(f"model.family ({family}) cannot generate text: use a gpt")
     if mode not in MODES:
         raise ConfigError(f"mode ({mode}) is unknown: use one of {', '.join(MODES)}")
+    lacking = saved.settings.only_in_training
+    if lacking is not None and saved.settings.has_experts and mode != "dense":
+        raise ConfigError(f"mode ({mode}) cannot run this model's {lacking}: use dense")
     if saved.settings.has_experts:
         return
     if mode == "sparse":

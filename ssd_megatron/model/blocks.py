@@ -2,6 +2,7 @@
 feed-forward network and attention core."""
 
 from dataclasses import replace
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -167,8 +168,9 @@ class TransformerBlock(nn.Module):
 
     def _projections(self) -> list[nn.Module]:
         """Linear layers whose outputs are split over tensor-parallel ranks by heads."""
-        cross = self.layer.cross_attention if self.looks_at_context else None
-        return [self.layer.self_attention.linear_qkv, *((cross.linear_q, cross.linear_kv) if cross else ())]
+        attention: Any = self.layer.self_attention
+        cross: Any = self.layer.cross_attention if self.looks_at_context else None
+        return [attention.linear_qkv, *(() if cross is None else (cross.linear_q, cross.linear_kv))]
 
 
 class PostNormLayer(nn.Module):

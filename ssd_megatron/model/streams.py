@@ -111,7 +111,7 @@ class EncoderDecoder:
 
     def _unpack(self, packed: Tensor) -> _State:
         s, t = self._model.seq_length, self._model.decoder_seq_length
-        encoder_sbh, decoder_tbh, rows = packed.split([s, t, self._table_rows])
+        encoder_sbh, decoder_tbh, rows = torch.split(packed, [s, t, self._table_rows])
         size = self._table[0] * self._table[1]
         flat = rows[:, :1].sum(1).flatten()  # the first sample's; 0 where there is none
         return _State(encoder_sbh, decoder_tbh, flat[:size].view(self._table), flat[size : 2 * size].view(self._table))

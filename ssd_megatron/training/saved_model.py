@@ -40,6 +40,21 @@ class Settings:
     has_experts: bool
     tokenizer: Path | None
 
+    @property
+    def router_update(self) -> str:
+        """Of a router that scores each expert by one row, its own or the mean of the bank's (avg_k)."""
+        return "avg_k" if self.ssd.router == "avg_k" else self.ssd.router_update
+
+    @property
+    def only_in_training(self) -> str | None:
+        """A setting without which sparse mode cannot run, and that only training knows so far; None if there is none."""
+        ssd = self.ssd
+        if ssd.router not in ("centroid", "avg_k"):
+            return f"ssd.router ({ssd.router})"
+        if ssd.balance_bias:
+            return "ssd.balance_bias (true)"
+        return None if ssd.routing_granularity == 1 else f"ssd.routing_granularity ({ssd.routing_granularity})"
+
 
 @dataclass(frozen=True)
 class SavedModel:
