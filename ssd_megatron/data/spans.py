@@ -67,7 +67,8 @@ def corrupt(text: Ids, sizes: SpanSizes, sentinels: Ids, generator: np.random.Ge
 def random_parts(total: int, parts: int, generator: np.random.Generator) -> list[int]:
     """Positive lengths that add up to `total`."""
     cuts = np.sort(generator.choice(total - 1, parts - 1, replace=False)) + 1
-    return np.diff(np.concatenate([[0], cuts, [total]])).tolist()
+    lengths: list[int] = np.diff(np.concatenate([[0], cuts, [total]])).tolist()
+    return lengths
 
 
 def find_sentinels(tokenizer: Tokenizer, path: Path, vocab_size: int, count: int) -> Ids:

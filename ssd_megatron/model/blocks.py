@@ -1,6 +1,8 @@
 """The Transformer block: megatron-core's TransformerLayer, or the same with normalisation after its networks, with our
 feed-forward network and attention core."""
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from megatron.core.fusions.fused_bias_dropout import get_bias_dropout_add
@@ -89,7 +91,7 @@ class TransformerBlock(nn.Module):
     ) -> None:
         super().__init__()
         homes = Homes(topology, gather_again=not recompute, once_per_step=gather_once)
-        layer = TransformerLayer if model.norm_position == "pre" else PostNormLayer
+        layer: Any = TransformerLayer if model.norm_position == "pre" else PostNormLayer
         self.looks_at_context = layer_index >= model.num_layers
         submodules = _submodules(model, ffn, homes, self.looks_at_context)
         self.layer = layer(config, submodules, layer_number=layer_index + 1)
