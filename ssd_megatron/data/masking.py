@@ -5,7 +5,7 @@ Samples are full: a stretch of text without padding, which may cross documents (
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import numpy.typing as npt
@@ -104,7 +104,7 @@ class MaskedObjective:
         chosen = choose_words(
             self._word_starts(labels), self._may_be_masked(labels), self._masking.fraction * self.text_length, generator
         )
-        fields = {
+        fields: dict[str, npt.NDArray[Any]] = {
             "tokens": replace_tokens(labels, chosen, self._masking, generator),
             "labels": labels,
             "loss_mask": chosen.astype(np.float32),

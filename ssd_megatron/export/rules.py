@@ -33,7 +33,10 @@ class Rule:
 
 
 def same(ours: str, theirs: str) -> Rule:
-    return Rule((ours,), (theirs,), list, list)
+    def keep(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
+        return tensors
+
+    return Rule((ours,), (theirs,), keep, keep)
 
 
 def same_layer(ours: str, theirs: str, *leaves: str) -> list[Rule]:

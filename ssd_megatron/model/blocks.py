@@ -101,7 +101,7 @@ class TransformerBlock(nn.Module):
         super().__init__()
         ffn = replace(ffn, hash_salt=layer_index)
         homes = Homes(topology, gather_again=not recompute, once_per_step=gather_once)
-        layer = TransformerLayer if model.norm_position == "pre" else PostNormLayer
+        layer: Any = TransformerLayer if model.norm_position == "pre" else PostNormLayer
         self.looks_at_context = layer_index >= model.num_layers
         submodules = _submodules(model, ffn, homes, self.looks_at_context)
         self.layer = layer(config, submodules, layer_number=layer_index + 1)
