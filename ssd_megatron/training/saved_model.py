@@ -47,7 +47,7 @@ class Settings:
 
     @property
     def only_in_training(self) -> str | None:
-        """A setting without which sparse mode cannot run, and that only training knows so far; None if there is none."""
+        """A setting of sparse mode that only training knows so far; None if there is none."""
         ssd = self.ssd
         if ssd.router not in ("centroid", "avg_k"):
             return f"ssd.router ({ssd.router})"
