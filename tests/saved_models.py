@@ -75,5 +75,5 @@ def _compute(topology: Topology, settings: dict[str, Any]) -> tuple[dict[str, Te
     for mode in ("dense", "sparse"):
         for ffn in model.ffns.values():
             ffn.mode = "sparse" if mode == "sparse" else "dense"
-        logits[mode] = model.logits(tokens, positions).transpose(0, 1).contiguous()
+        logits[mode] = model.logits((tokens, positions)).transpose(0, 1).contiguous()
     return {name: p.clone() for name, p in parameters.items()}, tokens, logits["dense"], logits["sparse"]

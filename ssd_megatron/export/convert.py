@@ -57,6 +57,10 @@ def export_model(
         raise ConfigError(f"{folder} is not empty: give a folder that is not there yet")
     if saved.settings.model.family != "gpt":
         raise ConfigError(f"model.family ({saved.settings.model.family}) cannot be exported: only gpt can")
+    if saved.settings.model.norm_position != "pre":
+        raise ConfigError(
+            f"model.norm_position ({saved.settings.model.norm_position}) cannot be exported: only pre can"
+        )
     if mode == "sparse" and not saved.settings.has_experts:
         raise ConfigError(f"{saved.folder} is of a model that never formed experts: export it with --mode dense")
     if mode == "sparse" and saved.settings.only_in_training is not None:

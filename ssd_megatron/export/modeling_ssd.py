@@ -73,14 +73,14 @@ class FeedForward(nn.Module):
         gated = config.activation in GATED
         self.act = ACTIVATIONS[config.activation]
         self.num_experts, self.top_k, self.mode = config.num_experts, config.experts_per_token[layer], config.mode
-        self.scores_from_bank = config.router_update == "avg_k"
         self.w_in = nn.Parameter(torch.empty(neurons, hidden))
         self.w_gate = nn.Parameter(torch.empty(neurons, hidden)) if gated else None
         self.b_in = nn.Parameter(torch.empty(neurons)) if config.add_bias else None
         self.b_gate = nn.Parameter(torch.empty(neurons)) if gated and config.add_bias else None
         self.w_out = nn.Parameter(torch.empty(neurons, hidden))
         self.b_out = nn.Parameter(torch.empty(hidden)) if config.add_bias else None
-        self.router = nn.Parameter(torch.empty(config.num_experts, hidden))
+        scores_by_bank = config.router_update == "avg_k"
+        self.router = None if scores_by_bank else nn.Parameter(torch.empty(config.num_experts, hidden))
 
     def forward(self, x):
         x_TH = x.flatten(0, 1)
@@ -89,11 +89,12 @@ class FeedForward(nn.Module):
 
     def choose(self, x_TH):
         """Experts of each token, int64 [T, K]. Scores are fp32: bf16 ones would tie."""
-        router_EH = self.router.data
-        if self.scores_from_bank:
+        if self.router is None:
             rows_FH = self.w_in if self.w_gate is None else self.w_gate
             router_EH = rows_FH.view(self.num_experts, -1, rows_FH.shape[1]).float().mean(dim=1)
-        return F.linear(x_TH.float(), router_EH.float()).topk(self.top_k, dim=1).indices
+        else:
+            router_EH = self.router.float()
+        return F.linear(x_TH.float(), router_EH).topk(self.top_k, dim=1).indices
 
     def _experts(self, x_TH):
         chosen_TK, size = self.choose(x_TH), len(self.w_in) // self.num_experts

@@ -33,12 +33,12 @@ def to_hf(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor
     Raises:
         ConfigError: tensors are missing or unused.
     """
-    return to_theirs(_table(model), tensors)
+    return to_theirs(_table(model, _has_routers(tensors)), tensors)
 
 
 def from_hf(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
     """The inverse of `to_hf`."""
-    return to_ours(_table(model), tensors)
+    return to_ours(_table(model, _has_routers(tensors)), tensors)
 
 
 def config_of(settings: Settings) -> dict[str, Any]:
@@ -67,17 +67,22 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     return {field: config[field] for field in MODEL_FIELDS} | {"tie_embeddings": config["tie_word_embeddings"]}
 
 
-def _table(model: ModelConfig) -> list[Entry]:
+def _has_routers(tensors: Mapping[str, Tensor]) -> bool:
+    """Routers that score by the bank (avg_k) have no tensors."""
+    return any(name.endswith((".router.weight", ".ffn.router")) for name in tensors)
+
+
+def _table(model: ModelConfig, routers: bool) -> list[Entry]:
     entries = [same("embedding.word.weight", "model.embed_tokens.weight")]
     if model.position_embedding == "learned":
         entries.append(same("embedding.position.weight", "model.embed_positions.weight"))
     entries += [same(f"head.norm.{part}", f"model.norm.{part}") for part in _norm_parts(model)]
     if not model.tie_embeddings:
         entries.append(same("head.weight", "lm_head.weight"))
-    return entries + [entry for layer in range(model.num_layers) for entry in _layer(layer, model)]
+    return entries + [entry for layer in range(model.num_layers) for entry in _layer(layer, model, routers)]
 
 
-def _layer(layer: int, model: ModelConfig) -> Iterator[Entry]:
+def _layer(layer: int, model: ModelConfig, routers: bool) -> Iterator[Entry]:
     ours, theirs = f"blocks.{layer}.layer.", f"model.layers.{layer}."
     for norm in ("input_layernorm", "pre_mlp_layernorm"):
         for part in _norm_parts(model):
@@ -92,7 +97,8 @@ def _layer(layer: int, model: ModelConfig) -> Iterator[Entry]:
     for name in (*NEURON_TENSORS, "b_out"):
         if name not in absent:
             yield same(f"{ours}mlp.bank.{name}", f"{theirs}ffn.{name}")
-    yield same(f"{ours}mlp.router.weight", f"{theirs}ffn.router")
+    if routers:
+        yield same(f"{ours}mlp.router.weight", f"{theirs}ffn.router")
 
 
 def _norm_parts(model: ModelConfig) -> tuple[str, ...]:

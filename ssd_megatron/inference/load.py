@@ -124,6 +124,8 @@ def _check_can_run(saved: SavedModel, mode: str, top_k: object) -> None:
     family = saved.settings.model.family
     if family != "gpt":
         raise ConfigError(f"model.family ({family}) cannot generate text: use a gpt")
+    if saved.settings.model.norm_position != "pre":
+        raise ConfigError(f"model.norm_position ({saved.settings.model.norm_position}) cannot generate text: use pre")
     if mode not in MODES:
         raise ConfigError(f"mode ({mode}) is unknown: use one of {', '.join(MODES)}")
     lacking = saved.settings.only_in_training

@@ -70,8 +70,8 @@ def prepare(run_dir: Path, topology: Topology, samples: int | None = None) -> Su
 
     @torch.no_grad()
     def forward(batches: Sequence[Batch]) -> float:
-        losses = [model(batch["tokens"], batch["position_ids"], batch["labels"]).mean() for batch in batches]
-        return float(torch.stack(losses).mean())
+        parts = [(batch[mask], losses) for batch in batches for mask, losses in model(batch).items()]
+        return sum(float((losses * mask).sum()) for mask, losses in parts) / sum(float(mask.sum()) for mask, _ in parts)
 
     return Subject(config, model, ProbeBatch(batches, forward, topology), section.ssd.probe_samples)
 
