@@ -30,7 +30,7 @@ from ssd_megatron.model.cost import flops_per_token
 from ssd_megatron.parallel.device import IS_CUDA
 from ssd_megatron.training.metrics import read_metrics
 
-HEADS = 4
+HEADS, SEQ_LENGTH = 4, 128
 # Loss of BERT-base at sparsity 0.9 by block size, of 2.350 of the dense model with as many FLOPs (the paper).
 PAPER = {1: 2.160, 4: 2.272, 8: 2.295, 16: 2.311}
 PAPER_SMALL = 2.350
@@ -109,7 +109,7 @@ def masked_arm(arguments: Any, sparsity: float, block: int, mask: str) -> Arm:
 def config_of(arguments: Any, out: Path, arm: Arm) -> dict[str, Any]:
     """The ds.json of one arm, in a folder of its own below `out`."""
     name, settings = arm
-    config = base_config(arguments.steps, arguments.seed, out / name)
+    config = base_config(arguments.steps, arguments.seed, out / name, SEQ_LENGTH)
     section = config["ssd_megatron"]
     section["model"] |= {"family": arguments.family} | _shape(arguments, arguments.hidden)
     section["ssd"] = {"schedule": "dense", "num_experts": 8, "check_interval": arguments.steps}
@@ -156,7 +156,7 @@ def _shape(arguments: Any, hidden: int) -> dict[str, int]:
 
 
 def _flops(arguments: Any, hidden: int, live: float = 1.0) -> float:
-    common = base_config(arguments.steps, arguments.seed, Path("run"))["ssd_megatron"]["model"]
+    common = base_config(arguments.steps, arguments.seed, Path("run"), SEQ_LENGTH)["ssd_megatron"]["model"]
     return flops_per_token(ModelConfig(**common | _shape(arguments, hidden)), SSDConfig(), live).dense
 
 

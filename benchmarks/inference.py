@@ -25,7 +25,7 @@ from ssd_megatron.inference.ffn import Experts, Mode
 from ssd_megatron.inference.generate import generate
 from ssd_megatron.inference.model import CausalModel
 from ssd_megatron.inference.sampling import Sampling
-from ssd_megatron.model.cost import ffn_matrices, forward_flops, parameter_counts
+from ssd_megatron.model.cost import Layer, ffn_matrices, forward_flops, parameter_counts
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 FFN_GOAL = {torch.float32: 0.32, torch.bfloat16: 0.40}
@@ -184,7 +184,7 @@ def prompt_row(size: Size, dtype: torch.dtype) -> Row:
     times = take_turns({"dense": reading("dense"), "sparse": reading("sparse")}, max(3, size.turns // 2), warm_up=1)
     rates = {f"{mode} tokens/s": size.prompt_tokens / min(seconds) for mode, seconds in times.items()}
     name = f"{NAMES[dtype]} h {config.hidden_size}, {config.num_layers} layers, prompt of {size.prompt_tokens} tokens"
-    flops = forward_flops(config.model_copy(update={"seq_length": size.prompt_tokens}), SSDConfig(num_experts=EXPERTS))
+    flops = forward_flops(config, SSDConfig(num_experts=EXPERTS), Layer(size.prompt_tokens))
     bound = (flops.attention + flops.ffn) / (flops.attention + flops.ffn / 4 + flops.router)
     return Row(f"{name}: sparse 0.25 / dense, speed", paired(times["dense"], times["sparse"]), 1.4, bound, True, rates)
 

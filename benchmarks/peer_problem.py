@@ -82,7 +82,7 @@ class Problem:
         weights = self.bank.tensors().each(lambda t: t.detach().float().requires_grad_())
         everything_TE = torch.arange(self.num_experts, device=x_TH.device).expand(len(x_TH), -1)
         ids = everything_TE if dense else work.ids_TK
-        y_TH = reference.sparse_ffn(x_TH, ids, None, weights, self.bank.activation, self.num_experts)
+        y_TH = reference.sparse_ffn(x_TH, ids, None, weights, self.bank.activation, self.num_experts, False)
         y_TH.backward(work.dy_TH.float())
         present = {name: t for name, t in weights._asdict().items() if t is not None}
         return _gradients(y_TH, x_TH, present)

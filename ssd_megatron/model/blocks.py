@@ -19,7 +19,7 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ssd_megatron.config.schema import ModelConfig, SSDConfig
+from ssd_megatron.config.schema import HASH_ROUTERS, ModelConfig, SSDConfig
 from ssd_megatron.ffn.homes import Homes
 from ssd_megatron.ffn.switchable import FFNSettings, SwitchableFFN
 from ssd_megatron.model.attention import OutputProjection, ScaledDotProductCore
@@ -100,6 +100,7 @@ class TransformerBlock(nn.Module):
     ) -> None:
         super().__init__()
         ffn = replace(ffn, hash_salt=layer_index)
+        self.router_reads_token_ids = ffn.router in HASH_ROUTERS
         homes = Homes(topology, gather_again=not recompute, once_per_step=gather_once)
         layer: Any = TransformerLayer if model.norm_position == "pre" else PostNormLayer
         self.looks_at_context = layer_index >= model.num_layers
@@ -153,8 +154,9 @@ class TransformerBlock(nn.Module):
     def _forward(
         self, x_sbh: Tensor, bias: Tensor | None, context_sbh: Tensor | None, token_ids_bs: Tensor | None
     ) -> Tensor:
-        # Here, so that a recomputed forward has them too; megatron-core's layer would not hand them on.
-        self.ffn.token_ids = token_ids_bs
+        if self.router_reads_token_ids:
+            # Here, so that a recomputed forward has them too; megatron-core's layer would not hand them on.
+            self.ffn.token_ids = token_ids_bs
         if x_sbh.size(1) == 0:
             # megatron-core's attention takes no empty batch; expert-parallel ranks meet in the network.
             nothing_sbh: Tensor = self.ffn(x_sbh)[0]

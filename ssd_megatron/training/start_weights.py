@@ -12,7 +12,9 @@ from ssd_megatron.training.run_folder import RunFolder
 from ssd_megatron.training.saved_model import SavedModel, is_router, open_model
 
 # What changes no tensor's meaning, or shows in the tensors' shapes.
-FREE = frozenset({"dropout", "init_std", "seq_length", "vocab_size", "make_vocab_size_divisible_by"})
+FREE = frozenset(
+    {"dropout", "init_std", "seq_length", "decoder_seq_length", "vocab_size", "make_vocab_size_divisible_by"}
+)
 
 
 def check_start(config: RunConfig) -> None:

@@ -26,7 +26,7 @@ PHASES = [
 ]
 # Records of metrics.jsonl that are the same in every run, without what depends on the clock.
 KINDS = ("train", "eval", "check", "switch", "load")
-TIMED = ("seconds", "tokens_per_second")
+TIMED = ("seconds", "tokens_per_second", "peak_memory")
 
 
 @dataclass(frozen=True)

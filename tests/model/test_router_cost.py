@@ -3,7 +3,7 @@ import pytest
 from ssd_megatron.config.schema import ModelConfig, SSDConfig
 from ssd_megatron.ffn.router_kinds import KINDS
 from ssd_megatron.ffn.routers import Router
-from ssd_megatron.model.cost import flops_per_token, forward_flops, parameter_counts
+from ssd_megatron.model.cost import Layer, flops_per_token, forward_flops, parameter_counts
 
 MODEL = ModelConfig(num_layers=2, hidden_size=8, num_attention_heads=2, seq_length=16, vocab_size=64)
 
@@ -20,7 +20,7 @@ def test_parameters_are_those_of_the_router(kind: str, balance_bias: bool) -> No
 
 
 def test_flops_of_choosing_are_those_of_the_products_it_takes() -> None:
-    flops = {kind: forward_flops(MODEL, SSDConfig(router=kind, num_experts=16)).router for kind in KINDS}
+    flops = {kind: forward_flops(MODEL, SSDConfig(router=kind, num_experts=16), Layer(16)).router for kind in KINDS}
     by_row, by_neuron = 2 * 8 * 16, 2 * 8 * 32
     assert flops["centroid"] == flops["switch"] == flops["avg_k"] == by_row
     assert flops["vanilla"] == flops["oracle"] == by_neuron
@@ -32,6 +32,6 @@ def test_flops_of_choosing_are_those_of_the_products_it_takes() -> None:
 
 def test_tiles_are_chosen_for_once() -> None:
     each, shared = (SSDConfig(routing_granularity=tokens) for tokens in (1, 8))
-    assert forward_flops(MODEL, each).router == 8 * forward_flops(MODEL, shared).router
+    assert forward_flops(MODEL, each, Layer(16)).router == 8 * forward_flops(MODEL, shared, Layer(16)).router
     saved = flops_per_token(MODEL, each).sparse - flops_per_token(MODEL, shared).sparse
-    assert saved == pytest.approx(3 * 2 * 7 / 8 * forward_flops(MODEL, each).router)
+    assert saved == pytest.approx(3 * 2 * 7 / 8 * forward_flops(MODEL, each, Layer(16)).router)

@@ -28,7 +28,7 @@ CPU = Hardware("cpu", False, "test")
 
 # As ssd_megatron/training/metrics.py documents them.
 KEYS = {
-    "train": "loss grad_norm lr mode tokens_per_second seconds flops flops_dense skipped loss_scale",
+    "train": "loss grad_norm lr mode tokens_per_second seconds flops flops_dense skipped loss_scale peak_memory",
     "eval": "loss_dense loss_sparse",
     "check": "similarity similarity_layers overlap active_fraction stable seconds",
     "switch": "from to seconds seconds_statistics seconds_cluster seconds_transfer seconds_verify bytes_moved "
