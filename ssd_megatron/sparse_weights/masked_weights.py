@@ -75,7 +75,7 @@ class MaskedWeights:
         self._gradients: dict[str, Tensor] | None = None  # of dead weights too, summed over microbatches, when needed
         self._zero_dead(self.live)
         for name in names:
-            state.parameter(name).register_hook(partial(self._mask_gradient, name))
+            state.parameter(name).register_hook(partial(self._mask_gradient, name))  # type: ignore[no-untyped-call]
 
     @property
     def live(self) -> dict[str, Tensor]:
