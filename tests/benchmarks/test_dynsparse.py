@@ -14,7 +14,7 @@ ARGUMENTS = Namespace(
 )
 
 
-@pytest.mark.parametrize(("sparsity", "share"), [(0.5, 0.69), (0.9, 0.44)])
+@pytest.mark.parametrize(("sparsity", "share"), [(0.5, 0.65), (0.9, 0.36)])
 def test_the_small_model_costs_what_the_masked_one_does(sparsity: float, share: float) -> None:
     """Attention and head are not masked: at this size half of what remains."""
     masked = _flops(ARGUMENTS, 256, 1 - sparsity)
