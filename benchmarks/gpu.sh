@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Checks and times everything that wants a GPU, on a machine with one, in under 8 minutes; needs torch and triton there,
+# Checks and times everything that wants a GPU, on a machine with one, in under 9 minutes; needs torch and triton there,
 # and the other packages in the environment or as wheels in .whl/. Results: the folder $OUT, default gpu_results/.
 # Of a copy without .git, COMMIT says which one it is.
 set -uo pipefail
@@ -20,6 +20,7 @@ timed 130 check_gpu benchmarks.check_gpu
 timed 130 ffn benchmarks.ffn_gpu --profile "$OUT/ffn_profile.txt"
 timed 50 peers benchmarks.peers --quick
 timed 90 step benchmarks.step --model gpt-124m --turns 5 --eager --profile "$OUT/step"
+timed 60 compiled benchmarks.step --model gpt-124m --layers 4 --turns 5 --compile
 timed 50 switch benchmarks.switch --model gpt-1.3b --layers 4 --tokens 16384
 timeout 30 python3 examples/selfcheck/selfcheck.py 2>&1 | tee "$OUT/selfcheck.log" || failed=1
 exit "$failed"

@@ -34,6 +34,7 @@ def job_config(
     bf16: bool | str = "auto",
     ssd: dict[str, Any] | None = None,
     parallel: dict[str, Any] | None = None,
+    training: dict[str, Any] | None = None,
     bucket: int = 50_000_000,
     steps: int = 1000,
 ) -> RunConfig:
@@ -45,6 +46,7 @@ def job_config(
         micro_batch: samples of a rank in one forward pass; as many as it has without it.
         ssd: the section `ssd_megatron.ssd`; always dense without it.
         parallel: the section `ssd_megatron.parallel`.
+        training: the section `ssd_megatron.training`, beside the number of steps.
         bucket: elements of ZeRO's reduction bucket.
     """
     raw: dict[str, Any] = {
@@ -60,7 +62,7 @@ def job_config(
             "data": {"paths": ["unused"], "tokenizer": "unused"},
             "parallel": parallel or {},
             "ssd": ssd or {"schedule": "dense"},
-            "training": {"train_steps": steps},
+            "training": {"train_steps": steps} | (training or {}),
         },
     }
     if micro_batch is not None:

@@ -1,6 +1,6 @@
 """A whole training step: dense and sparse, beside the same GPT with a plain network and beside Hugging Face's models.
 
-    python -m benchmarks.step [--quick] [--model NAME] [--json FILE] [--profile DIR]
+    python -m benchmarks.step [--quick] [--model NAME] [--json FILE] [--profile DIR] [--compile]
 
 A step is data, forward, backward, clipping and optimizer, on random tokens through the real engine. All models live in
 one process and take turns; a row compares medians. What the feed-forward network's speed-up implies for the step
@@ -12,7 +12,9 @@ import argparse
 import statistics
 import sys
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch.profiler import ProfilerActivity, profile
@@ -34,7 +36,7 @@ DENSE, SPARSE = "dense step", "sparse step"
 CARD_TFLOPS = 790.0  # what an H200 gives for bf16 products of random numbers
 
 
-def configured(arguments: argparse.Namespace) -> RunConfig:
+def configured(arguments: argparse.Namespace, training: dict[str, Any] | None = None) -> RunConfig:
     """The job of a model by name, with what the arguments say otherwise."""
     model = {"vocab_size": 50257} | MODELS[arguments.model]
     if arguments.layers is not None:
@@ -44,7 +46,12 @@ def configured(arguments: argparse.Namespace) -> RunConfig:
     samples = max(1, arguments.tokens // model["seq_length"])
     micro = max(1, min(samples, arguments.micro_tokens // model["seq_length"]))
     return job_config(
-        model, samples=samples, micro_batch=micro, bf16=arguments.dtype == "bf16", ssd=sparse_settings(experts)
+        model,
+        samples=samples,
+        micro_batch=micro,
+        bf16=arguments.dtype == "bf16",
+        ssd=sparse_settings(experts),
+        training=training,
     )
 
 
@@ -119,6 +126,26 @@ def _sparse_rows(ours: Ours, times: dict[str, list[float]], tokens: int) -> Iter
     )
 
 
+def compiled_rows(config: RunConfig, compiled: RunConfig, topology: Topology, turns: int) -> Iterator[Row]:
+    """What `training.compile` gains in each mode."""
+    modes: tuple[Mode, ...] = ("dense", "sparse")
+    variants: dict[str, Callable[[int], object]] = {}
+    for name, run in (("plain", config), ("compiled", compiled)):
+        ours = Ours(run, topology)
+        ours.step("dense")
+        ours.job.switch(1)
+        variants |= {f"{name} {mode}": partial(_step_in, ours, mode) for mode in modes}
+    times = take_turns(variants, turns)
+    for mode in modes:
+        plain, faster = times[f"plain {mode}"], times[f"compiled {mode}"]
+        details = {"compiled s": statistics.median(faster), "plain s": statistics.median(plain)}
+        yield Row(f"{mode} step, compiled blocks / plain", paired(faster, plain), 1.0, 0.0, details=details)
+
+
+def _step_in(ours: Ours, mode: Mode, _turn: int) -> None:
+    ours.step(mode)
+
+
 def _mfu_row(config: RunConfig, tokens_per_second: float) -> Row | Missing:
     name = f"MFU of dense steps against {CARD_TFLOPS:.0f} TFLOP/s"
     if not IS_CUDA:
@@ -167,9 +194,12 @@ def main(argv: list[str] | None = None) -> int:
     config = configured(arguments)
     topology = initialize_topology(config.ssd_megatron.parallel)
     families = ["opt"] if arguments.quick else ["opt", "gpt2"]
-    found = rows(
-        config, topology, arguments.turns, compiled=not arguments.quick and not arguments.eager, families=families
-    )
+    compiled = not arguments.quick and not arguments.eager
+    found: Iterator[Row | Missing]
+    if arguments.compile:
+        found = compiled_rows(config, configured(arguments, {"compile": "blocks"}), topology, arguments.turns)
+    else:
+        found = rows(config, topology, arguments.turns, compiled=compiled, families=families)
     model = config.ssd_megatron.model
     title = (
         f"{arguments.model}: {model.num_layers} layers, h {model.hidden_size}, d_ff {model.ffn_hidden_size}, "
@@ -193,6 +223,7 @@ def _arguments(argv: list[str] | None) -> argparse.Namespace:
     parser.add_argument("--turns", type=int, help="timed steps of each variant")
     parser.add_argument("--threads", type=int)
     parser.add_argument("--eager", action="store_true", help="leave torch.compile of Hugging Face's models out")
+    parser.add_argument("--compile", action="store_true", help="only compare training.compile with steps without it")
     parser.add_argument("--profile", type=Path, metavar="DIR", help="keep tables of operators and traces here")
     arguments = parser.parse_args(argv)
     if arguments.model is None:

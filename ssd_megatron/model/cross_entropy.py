@@ -101,21 +101,23 @@ def _in_parts(logits_TV: Tensor, *per_token: Tensor) -> Iterator[tuple[Tensor, .
 
 def _statistics(logits_TV: Tensor, columns_T: Tensor) -> Tensor:
     """Largest logit, sum of the exponentials of the differences to it, logit of the label or 0; fp32 [3, T]."""
-    largest_T = logits_TV.amax(1).float()
-    exponentials_T = (logits_TV - largest_T[:, None]).exp_().sum(1)
+    values_TV = logits_TV.float()
     inside_T, index_T1 = _inside(columns_T, logits_TV.shape[1])
-    chosen_T = logits_TV.gather(1, index_T1)[:, 0].float()
-    return torch.stack([largest_T, exponentials_T, chosen_T * inside_T])
+    chosen_T = values_TV.gather(1, index_T1)[:, 0] * inside_T
+    largest_T = values_TV.amax(1)
+    copy_TV = None if values_TV is logits_TV else values_TV
+    exponentials_T = torch.sub(values_TV, largest_T[:, None], out=copy_TV).exp_().sum(1)
+    return torch.stack([largest_T, exponentials_T, chosen_T])
 
 
 def _gradient_(logits_TV: Tensor, columns_T: Tensor, normalizers_T: Tensor, dlosses_T: Tensor) -> None:
     """Write the gradient over the logits."""
     inside_T, index_T1 = _inside(columns_T, logits_TV.shape[1])
-    out = logits_TV if logits_TV.dtype == torch.float32 else None
-    gradient_TV = torch.sub(logits_TV, normalizers_T[:, None], out=out).exp_().mul_(dlosses_T[:, None])
-    gradient_TV.scatter_add_(1, index_T1, -(dlosses_T * inside_T)[:, None])
-    if out is None:
-        logits_TV.copy_(gradient_TV)
+    values_TV = logits_TV.float()
+    values_TV.sub_(normalizers_T[:, None]).exp_().mul_(dlosses_T[:, None])
+    values_TV.scatter_add_(1, index_T1, -(dlosses_T * inside_T)[:, None])
+    if values_TV is not logits_TV:
+        logits_TV.copy_(values_TV)
 
 
 def _inside(columns_T: Tensor, size: int) -> tuple[Tensor, Tensor]:

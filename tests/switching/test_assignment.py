@@ -3,6 +3,7 @@
 import pytest
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from ssd_megatron.switching.assignment import balanced_assignment, expert_size, spread
 from tests.switching.exact import exact_assignment
@@ -139,3 +140,11 @@ def test_refuses_scores_that_are_not_finite(bad: float) -> None:
 def test_refuses_experts_of_unequal_size(num_neurons: int, num_experts: int) -> None:
     with pytest.raises(ValueError, match=f"{num_experts} experts cannot share {num_neurons} neurons evenly"):
         expert_size(num_neurons, num_experts)
+
+
+def test_newton_steps_stay_on_the_device_of_the_scores() -> None:
+    """On a GPU that is not there: fake tensors have a device and no values, and refuse to meet those of another one."""
+    with FakeTensorMode():
+        scores_NE = torch.empty(64, 4, device="cuda", dtype=torch.float64)
+        shares_NE, prices_E = spread(scores_NE, scores_NE.new_zeros(4), 0.5)
+    assert shares_NE.device.type == prices_E.device.type == "cuda"
