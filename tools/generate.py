@@ -64,8 +64,8 @@ def _continue(
         print(prompts[0], end="", flush=True)
     for piece in complete(model, tokenizer, prompts, sampling, arguments.max_new_tokens, arguments.stop):
         first = first or time.perf_counter()
-        texts[piece.index] += piece.text
-        counts[piece.index] = piece.tokens
+        texts[piece.number] += piece.text
+        counts[piece.number] = piece.tokens
         if streams:
             print(piece.text, end="", flush=True)
     seconds = time.perf_counter() - started

@@ -96,7 +96,7 @@ def import_model(folder: Path, root: Path, tokenizer: Path | None = None) -> Pat
     if kind is None:
         raise ConfigError(f"model_type ({config.get('model_type')}) cannot be imported: {', '.join(kinds)} can")
     try:
-        model = ModelConfig(**kind.settings_of(config), **_vocabulary(config["vocab_size"]))
+        model = ModelConfig.model_validate(kind.settings_of(config) | _vocabulary(config["vocab_size"]))
         settings = _settings(config, model, tokenizer or find_tokenizer(folder))
     except KeyError as error:
         raise ConfigError(f"{folder / 'config.json'} has no {error}") from error

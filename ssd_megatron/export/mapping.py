@@ -51,11 +51,11 @@ def queries_keys_values(ours: str, theirs: tuple[str, str, str], model: ModelCon
 
     def there(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         (qkv,) = tensors
-        parts = qkv.unflatten(0, (groups, per_group + 2, d)).split([per_group, 1, 1], dim=1)
+        parts = qkv.view(groups, per_group + 2, d, *qkv.shape[1:]).split([per_group, 1, 1], dim=1)
         return [part.flatten(0, 2) for part in parts]
 
     def back(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        parts = [part.unflatten(0, (groups, -1, d)) for part in tensors]
+        parts = [part.reshape(groups, -1, d, *part.shape[1:]) for part in tensors]
         return [torch.cat(parts, dim=1).flatten(0, 2)]
 
     return Entry((ours,), theirs, there, back)

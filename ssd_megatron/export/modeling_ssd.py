@@ -89,11 +89,12 @@ class FeedForward(nn.Module):
 
     def choose(self, x_TH):
         """Experts of each token, int64 [T, K]. Scores are fp32: bf16 ones would tie."""
-        router_EH = self.router
         if self.scores_from_bank:
             rows_FH = self.w_in if self.w_gate is None else self.w_gate
             router_EH = rows_FH.view(self.num_experts, -1, rows_FH.shape[1]).float().mean(dim=1)
-        return F.linear(x_TH.float(), router_EH.float()).topk(self.top_k, dim=1).indices
+        else:
+            router_EH = self.router.float()
+        return F.linear(x_TH.float(), router_EH).topk(self.top_k, dim=1).indices
 
     def _experts(self, x_TH):
         chosen_TK, size = self.choose(x_TH), len(self.w_in) // self.num_experts

@@ -130,7 +130,7 @@ class Block(nn.Module):
         self, x_bsh: Tensor, view: View, rotation: tuple[Tensor, Tensor] | None, cache: KeyValueCache | None
     ) -> Tensor:
         x_bsh = x_bsh + self.self_attention(self.input_layernorm(x_bsh), view, rotation, cache)
-        y_Th = self.mlp(self.pre_mlp_layernorm(x_bsh).flatten(0, 1))
+        y_Th: Tensor = self.mlp(self.pre_mlp_layernorm(x_bsh).flatten(0, 1))
         return x_bsh + y_Th.view_as(x_bsh)
 
 

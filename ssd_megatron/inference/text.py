@@ -14,7 +14,7 @@ UNFINISHED = "\ufffd"  # what tokenizers show for bytes that are no whole charac
 class Piece(NamedTuple):
     """Some text of one of several texts, after so many tokens of it; `ended`: its last one."""
 
-    index: int
+    number: int
     text: str
     tokens: int
     ended: bool

@@ -103,13 +103,13 @@ def test_stop_strings_end_the_text_and_are_never_shown_in_part(tokenizer: Tokeni
 def test_complete_gives_every_text_once(model: CausalModel, tokenizer: Tokenizer) -> None:
     prompts = ["def f(", "", "import os"]
     pieces = list(complete(model, tokenizer, prompts, GREEDY, 5))
-    assert sorted(piece.index for piece in pieces if piece.ended) == [0, 1, 2]
+    assert sorted(piece.number for piece in pieces if piece.ended) == [0, 1, 2]
     for index, prompt in enumerate(prompts):
         ids = tokenizer.encode(prompt) or [tokenizer.eod]
         tokens = [step[0] for step in generate(model, [ids], GREEDY, 5, eod=tokenizer.eod)]
         kept = [token for token in tokens if token is not None and token != tokenizer.eod]
         text = tokenizer.decode([*ids[-1:], *kept])[len(tokenizer.decode(ids[-1:])) :]
-        assert "".join(piece.text for piece in pieces if piece.index == index) == text
+        assert "".join(piece.text for piece in pieces if piece.number == index) == text
 
 
 def test_the_tool_streams_and_writes_json(
