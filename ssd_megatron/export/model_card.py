@@ -2,12 +2,11 @@
 
 import json
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
 
 from ssd_megatron.switching.schedule import Decision, phases_until
-from ssd_megatron.training.metrics import read_metrics
+from ssd_megatron.training.metrics import Record, read_metrics
 from ssd_megatron.training.saved_model import SavedModel
 
 USE = {
@@ -77,7 +76,7 @@ def _facts(saved: SavedModel, mode: str) -> Iterator[str]:
         yield f"* validation loss at step {record['step']}: {', '.join(losses)} (nats per token)"
 
 
-def _last_evaluation(folder: Path, step: int) -> Sequence[Mapping[str, Any]]:
+def _last_evaluation(folder: Path, step: int) -> list[Record]:
     """The last one up to `step`, where the checkpoint still lies in its run_dir."""
     run_dir = folder.parent.parent
     if not (run_dir / "metrics.jsonl").exists():

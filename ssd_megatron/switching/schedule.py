@@ -122,7 +122,9 @@ class Schedule:
 
 
 def phases_until(decisions: Sequence[Decision], until: int) -> list[PhaseSpan]:
-    """The phases of steps 1..until that decisions, in order, have made."""
+    """The phases of steps 1..until that decisions, in order, have made; none of a run that has not begun."""
     begun = [d for d in decisions if d.step <= until]
-    ends = [d.step - 1 for d in begun[1:]] + [until] * bool(begun)
+    if not begun:
+        return []
+    ends = [d.step - 1 for d in begun[1:]] + [until]
     return [PhaseSpan(d.step, end, d.mode) for d, end in zip(begun, ends, strict=True)]
