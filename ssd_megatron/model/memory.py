@@ -321,6 +321,7 @@ def working_bytes(model: ModelConfig, ssd: SSDConfig, layout: Layout, mode: str,
 
     Dense: gradients of the hidden values before and after the activation, and of the layer's input and output. Sparse
     (ffn/kernels/torch_bmm.py): a row of h for each token copy for x, dy and dx, and two gradients of hidden values.
+    Backend cpp has no such rows and needs less.
     """
     h, neurons = model.hidden_size, model.ffn_hidden_size / layout.tensor
     rows = 4 * h if layout.pipeline > 1 else 2 * h
