@@ -25,7 +25,7 @@ from ssd_megatron.training.series import (
     values_of,
 )
 
-_IN_THE_BACK = {"hoverinfo": "skip", "showlegend": False}
+_IN_THE_BACK: dict[str, Any] = {"hoverinfo": "skip", "showlegend": False}
 _SHADE = "rgba(213, 94, 0, 0.13)"
 
 

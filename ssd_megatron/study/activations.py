@@ -103,7 +103,7 @@ def overlaps(ids_TK: Tensor, samples: int, num_experts: int) -> dict[int, float]
     Args:
         ids_TK: experts of all tokens, sample after sample.
     """
-    ids_SPK = ids_TK.unflatten(0, (samples, -1))
+    ids_SPK = ids_TK.view(samples, -1, ids_TK.shape[1])
     positions = ids_SPK.shape[1]
     distances = [2**i for i in range(positions.bit_length()) if 2**i < positions]
     found = {distance: _overlap(ids_SPK[:, :-distance], ids_SPK[:, distance:], num_experts) for distance in distances}

@@ -19,7 +19,7 @@ def of_kind(records: Sequence[Record], kind: str) -> list[Record]:
     return [record for record in records if record["kind"] == kind]
 
 
-def values_of(records: Sequence[Record], name: str) -> np.ndarray:
+def values_of(records: Sequence[Mapping[str, Any]], name: str) -> np.ndarray:
     return as_array([record[name] for record in records])
 
 
