@@ -114,7 +114,7 @@ def draw_structure(looks: Sequence[Look], matrices: Sequence[list[list[float]]])
     figure.colorbar(image, ax=all_axes, label="structure similarity (adjusted Rand index)", shrink=0.6)
     figure.suptitle(
         "Which neurons fire together: similarity between checkpoints (steps)\n"
-        "on the diagonal of two clusterings of the same weights: more cannot be reached"
+        "on the diagonal: of two clusterings of the same weights"
     )
     return figure
 
