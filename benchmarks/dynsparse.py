@@ -5,10 +5,12 @@ the embedded corpus, same data and steps for each arm.
 
 Arms: `dense`; for each sparsity `small`, a dense model that is narrower until it costs as many FLOPs as the masked one,
 and for each block size `static` and `dynamic` masks. Masked products count as free, as in the paper, although they are
-computed. Masked arms have the paper's learning rate rule (--plain_rate: they do not). Runs that are finished are not
-made again. The last rows are what a block-sparse kernel would give on this device. loss.png goes to --out.
+computed. Each arm has the best of some learning rates; those of masked arms follow the paper's rule besides (unless
+--plain_rate). Runs that are finished are not made again. The last rows are what a block-sparse kernel would give on
+this device. loss.png goes to --out.
 """
 
+import math
 import os
 import sys
 from collections.abc import Iterator, Sequence
@@ -48,7 +50,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--updates", type=int, default=50)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--plain_rate", action="store_true", help="the same learning rate for all arms")
+    parser.add_argument("--rates", type=float, nargs="+", default=[1.0], help="multiples of 1e-3 that each arm tries")
+    parser.add_argument("--plain_rate", action="store_true", help="leave out the paper's rule")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=Path("runs/dynsparse"))
     arguments = parser.parse_args(argv)
@@ -62,7 +65,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 def rows(arguments: Any) -> Iterator[Row | Missing]:
     """Run what is missing, and compare."""
     out = arguments.out.resolve()
-    run = partial(_run, arguments, out)
+    run = partial(_best, arguments, out)
     dense = run(("dense", {}))
     for sparsity in arguments.sparsities:
         small = run(small_arm(arguments, sparsity))
@@ -73,6 +76,7 @@ def rows(arguments: Any) -> Iterator[Row | Missing]:
                 "static": static["loss_dense"],
                 "small": small["loss_dense"],
                 "dense": dense["loss_dense"],
+                "best rates": ", ".join(f"{of['rate']:g}" for of in (dynamic, static, small, dense)),
                 "FLOPs / dense": dynamic["flops"] / dense["flops"],
                 "small's": small["flops"] / dense["flops"],
                 "ever live": dynamic["masks"]["ever"],
@@ -106,10 +110,12 @@ def masked_arm(arguments: Any, sparsity: float, block: int, mask: str) -> Arm:
     return f"{mask}-{block}-at-{sparsity:g}{rate}", {"weight_sparsity": settings | updates}
 
 
-def config_of(arguments: Any, out: Path, arm: Arm) -> dict[str, Any]:
+def config_of(arguments: Any, out: Path, arm: Arm, rate: float = 1.0) -> dict[str, Any]:
     """The ds.json of one arm, in a folder of its own below `out`."""
     name, settings = arm
-    config = base_config(arguments.steps, arguments.seed, out / name, SEQ_LENGTH)
+    folder = out / (name if rate == 1 else f"{name}-rate-{rate:g}")
+    config = base_config(arguments.steps, arguments.seed, folder, SEQ_LENGTH)
+    config["optimizer"]["params"]["lr"] *= rate
     section = config["ssd_megatron"]
     section["model"] |= {"family": arguments.family} | _shape(arguments, arguments.hidden)
     section["ssd"] = {"schedule": "dense", "num_experts": 8, "check_interval": arguments.steps}
@@ -146,8 +152,12 @@ def kernel_rows(size: int) -> Iterator[Row | Missing]:
     yield Missing("16x16, bf16", "torch has no block-sparse product in bf16 for CPUs")
 
 
-def _run(arguments: Any, out: Path, arm: Arm) -> dict[str, Any]:
-    return finish_run(config_of(arguments, out, arm), arguments.threads)
+def _best(arguments: Any, out: Path, arm: Arm) -> dict[str, Any]:
+    """Summary of the arm's best run, and its `rate`."""
+    runs = [
+        finish_run(config_of(arguments, out, arm, rate), arguments.threads) | {"rate": rate} for rate in arguments.rates
+    ]
+    return min(runs, key=lambda summary: math.inf if summary["loss_dense"] is None else summary["loss_dense"])
 
 
 def _shape(arguments: Any, hidden: int) -> dict[str, int]:
