@@ -51,7 +51,7 @@ def queries_keys_values(ours: str, theirs: tuple[str, str, str], model: ModelCon
 
     def there(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         (qkv,) = tensors
-        parts = qkv.view(groups, per_group + 2, d, *qkv.shape[1:]).split([per_group, 1, 1], dim=1)
+        parts = torch.split(qkv.view(groups, per_group + 2, d, *qkv.shape[1:]), [per_group, 1, 1], dim=1)
         return [part.flatten(0, 2) for part in parts]
 
     def back(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
