@@ -29,7 +29,7 @@ from ssd_megatron.model.cost import Layer, ffn_matrices, forward_flops, paramete
 
 NAMES = {torch.float32: "fp32", torch.bfloat16: "bf16"}
 FFN_GOAL = {torch.float32: 0.32, torch.bfloat16: 0.40}
-EXPERTS = 32
+EXPERTS = 16
 SHARES = {0.25: 1.8, 0.125: 2.2}  # of the experts that a token computes, and the goal for the whole model's speed
 PROMPT = [1, 2, 3, 4]
 

@@ -19,7 +19,7 @@ Mode = Literal["dense", "sparse", "auto"]
 MODES: tuple[Mode, ...] = ("dense", "sparse", "auto")
 
 # From how many tokens on `auto` is sparse again: in between, nearly every expert has some token and few of them have
-# many. Estimates (docs/log.md, 2026-11-27).
+# many (docs/log.md, 2026-11-27; not measured on GPUs).
 SPARSE_FROM = {"cpu": 256, "cuda": 1024}
 
 

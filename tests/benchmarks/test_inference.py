@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from benchmarks.inference import Size, build, decode_rows, in_transformers, prompt_row, shape, weights_read
+from benchmarks.inference import EXPERTS, Size, build, decode_rows, in_transformers, prompt_row, shape, weights_read
 from ssd_megatron.config.schema import ModelConfig
 
 TINY = Size(shape(128, 1, 64), new_tokens=2, prompt_layers=1, prompt_tokens=32, turns=1)
@@ -30,4 +30,4 @@ def test_the_bound_counts_weights() -> None:
     )
     attention, networks, head = 2 * 4 * 64, 2 * 8 * 32 * 1.5, 128 * 8
     assert weights_read(model, 1.0) == pytest.approx(attention + networks + head)
-    assert weights_read(model, 0.25) == pytest.approx(attention + networks / 4 + head + 2 * 32 * 8)
+    assert weights_read(model, 0.25) == pytest.approx(attention + networks / 4 + head + 2 * EXPERTS * 8)
