@@ -89,7 +89,7 @@ TILED_CASES = (
 )
 
 
-def build(case: Case, tile: int = 1, backend: str = "auto") -> SwitchableFFN:
+def build(case: Case, tile: int = 1, *, backend: str = "auto") -> SwitchableFFN:
     torch.manual_seed(0)
     backend, _ = choose_backend(backend, torch.device("cpu"), case.dtype)
     settings = FFNSettings(
@@ -169,7 +169,7 @@ def seconds(run: Callable[[SwitchableFFN, Tensor], Tensor], ffn: SwitchableFFN, 
 
 
 def ratios(case: Case, turns: int) -> Iterator[Row]:
-    ffn, plain_backend = build(case), build(case, "torch")
+    ffn, plain_backend = build(case), build(case, backend="torch")
     dy = torch.randn(TOKENS, 1, case.hidden).to(case.dtype)
     times: dict[str, list[float]] = {
         name: [] for name in ("plain", "kernels", "dense", "sparse", "dense again", "torch")
@@ -196,7 +196,7 @@ def ratios(case: Case, turns: int) -> Iterator[Row]:
 
 def by_tiles(case: Case, turns: int) -> Iterator[Row]:
     """Tokens that share their experts beside tokens that choose for themselves."""
-    networks = {tile: build(case, tile, "torch") for tile in (1, *TILES)}
+    networks = {tile: build(case, tile, backend="torch") for tile in (1, *TILES)}
     dy = torch.randn(TOKENS, 1, case.hidden).to(case.dtype)
     times: dict[int, list[float]] = {0: [], **{tile: [] for tile in networks}}
     for turn in range(-WARM_UP, turns):
