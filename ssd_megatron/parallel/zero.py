@@ -134,8 +134,8 @@ class ZeroAdapter:
             return norm
 
         self._optimizer.get_grad_norm_direct = by_rows
-        if not self._optimizer.has_moe_layers:
-            # A norm that is not finite skips the update, too: no second look at every gradient.
+        if not self._optimizer.has_moe_layers and self._optimizer.model_parallel_world_size == 1:
+            # The norm is of every gradient here, and one that is not finite skips the update, too: no second look.
             self._optimizer.check_overflow = lambda *_, **__: None
 
     def _leave_gradients_where_they_are(self) -> None:
