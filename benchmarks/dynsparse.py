@@ -119,7 +119,7 @@ def config_of(arguments: Any, out: Path, arm: Arm, rate: float = 1.0) -> dict[st
     section = config["ssd_megatron"]
     section["model"] |= {"family": arguments.family} | _shape(arguments, arguments.hidden)
     section["ssd"] = {"schedule": "dense", "num_experts": 8, "check_interval": arguments.steps}
-    section["training"]["eval_interval"] = max(10, arguments.steps // 10)
+    section["training"]["eval_interval"] = max(10, arguments.steps // 5)
     section["logging"] = {"plots": False}
     for field, value in settings.items():
         section[field] = section.get(field, {}) | value
