@@ -7,7 +7,8 @@ from torch import Tensor
 
 from ssd_megatron.config.schema import GATED_ACTIVATIONS, ModelConfig
 from ssd_megatron.errors import ConfigError
-from ssd_megatron.export.mapping import Entry, queries_keys_values, same, to_ours, to_theirs, transposed
+from ssd_megatron.export.mapping import to_ours, to_theirs
+from ssd_megatron.export.rules import Rule, projections, same, transposed
 
 MODEL_TYPE = "llama"
 ACTIVATIONS = {"reglu": "relu", "geglu": "gelu", "swiglu": "silu"}
@@ -97,7 +98,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _table(model: ModelConfig) -> list[Entry]:
+def _table(model: ModelConfig) -> list[Rule]:
     entries = [
         same("embedding.word.weight", "model.embed_tokens.weight"),
         same("head.norm.weight", "model.norm.weight"),
@@ -107,13 +108,13 @@ def _table(model: ModelConfig) -> list[Entry]:
     return entries + [entry for layer in range(model.num_layers) for entry in _layer(layer, model)]
 
 
-def _layer(layer: int, model: ModelConfig) -> Iterator[Entry]:
+def _layer(layer: int, model: ModelConfig) -> Iterator[Rule]:
     ours, theirs = f"blocks.{layer}.layer.", f"model.layers.{layer}."
     yield same(f"{ours}input_layernorm.weight", f"{theirs}input_layernorm.weight")
     yield same(f"{ours}pre_mlp_layernorm.weight", f"{theirs}post_attention_layernorm.weight")
     for part in ("weight", "bias") if model.add_bias else ("weight",):
         q, k, v = (f"{theirs}self_attn.{name}_proj.{part}" for name in "qkv")
-        yield queries_keys_values(f"{ours}self_attention.linear_qkv.{part}", (q, k, v), model)
+        yield projections(f"{ours}self_attention.linear_qkv.{part}", (q, k, v), model)
     yield transposed(f"{ours}self_attention.linear_proj.weight", f"{theirs}self_attn.o_proj.weight")
     yield same(f"{ours}mlp.bank.w_gate", f"{theirs}mlp.gate_proj.weight")
     yield same(f"{ours}mlp.bank.w_in", f"{theirs}mlp.up_proj.weight")

@@ -8,7 +8,8 @@ from torch import Tensor
 
 from ssd_megatron.config.schema import ModelConfig
 from ssd_megatron.errors import ConfigError
-from ssd_megatron.export.mapping import Entry, queries_keys_values, same, to_ours, to_theirs, transposed
+from ssd_megatron.export.mapping import to_ours, to_theirs
+from ssd_megatron.export.rules import Rule, projections, same, transposed
 
 MODEL_TYPE = "opt"
 OFFSET = 2  # OPT counts positions from 2; the first rows are those of padding
@@ -97,10 +98,10 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def _table(model: ModelConfig) -> list[Entry]:
+def _table(model: ModelConfig) -> list[Rule]:
     entries = [
         same("embedding.word.weight", "model.decoder.embed_tokens.weight"),
-        Entry(("embedding.position.weight",), ("model.decoder.embed_positions.weight",), _with_offset, _without_offset),
+        Rule(("embedding.position.weight",), ("model.decoder.embed_positions.weight",), _with_offset, _without_offset),
         same("head.norm.weight", "model.decoder.final_layer_norm.weight"),
         same("head.norm.bias", "model.decoder.final_layer_norm.bias"),
     ]
@@ -109,14 +110,14 @@ def _table(model: ModelConfig) -> list[Entry]:
     return entries + [entry for layer in range(model.num_layers) for entry in _layer(layer, model)]
 
 
-def _layer(layer: int, model: ModelConfig) -> Iterator[Entry]:
+def _layer(layer: int, model: ModelConfig) -> Iterator[Rule]:
     ours, theirs = f"blocks.{layer}.layer.", f"model.decoder.layers.{layer}."
     for norm, their_norm in (("input_layernorm", "self_attn_layer_norm"), ("pre_mlp_layernorm", "final_layer_norm")):
         for part in ("weight", "bias"):
             yield same(f"{ours}{norm}.{part}", f"{theirs}{their_norm}.{part}")
     for part in ("weight", "bias") if model.add_bias else ("weight",):
         q, k, v = (f"{theirs}self_attn.{name}_proj.{part}" for name in "qkv")
-        yield queries_keys_values(f"{ours}self_attention.linear_qkv.{part}", (q, k, v), model)
+        yield projections(f"{ours}self_attention.linear_qkv.{part}", (q, k, v), model)
     yield transposed(f"{ours}self_attention.linear_proj.weight", f"{theirs}self_attn.out_proj.weight")
     yield same(f"{ours}mlp.bank.w_in", f"{theirs}fc1.weight")
     yield transposed(f"{ours}mlp.bank.w_out", f"{theirs}fc2.weight")

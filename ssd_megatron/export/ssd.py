@@ -6,7 +6,8 @@ from typing import Any
 from torch import Tensor
 
 from ssd_megatron.config.schema import ModelConfig
-from ssd_megatron.export.mapping import Entry, same, to_ours, to_theirs, transposed
+from ssd_megatron.export.mapping import to_ours, to_theirs
+from ssd_megatron.export.rules import Rule, same, transposed
 from ssd_megatron.ffn.bank import NEURON_TENSORS
 from ssd_megatron.training.saved_model import Settings
 
@@ -72,7 +73,7 @@ def _has_routers(tensors: Mapping[str, Tensor]) -> bool:
     return any(name.endswith((".router.weight", ".ffn.router")) for name in tensors)
 
 
-def _table(model: ModelConfig, routers: bool) -> list[Entry]:
+def _table(model: ModelConfig, routers: bool) -> list[Rule]:
     entries = [same("embedding.word.weight", "model.embed_tokens.weight")]
     if model.position_embedding == "learned":
         entries.append(same("embedding.position.weight", "model.embed_positions.weight"))
@@ -82,7 +83,7 @@ def _table(model: ModelConfig, routers: bool) -> list[Entry]:
     return entries + [entry for layer in range(model.num_layers) for entry in _layer(layer, model, routers)]
 
 
-def _layer(layer: int, model: ModelConfig, routers: bool) -> Iterator[Entry]:
+def _layer(layer: int, model: ModelConfig, routers: bool) -> Iterator[Rule]:
     ours, theirs = f"blocks.{layer}.layer.", f"model.layers.{layer}."
     for norm in ("input_layernorm", "pre_mlp_layernorm"):
         for part in _norm_parts(model):
