@@ -1,5 +1,6 @@
 """Checks of fields against each other, and what their messages suggest."""
 
+import json
 import math
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any
@@ -34,3 +35,8 @@ def divisors_near(number: int, wanted: int) -> str:
     divisors = sorted({*small, *(number // d for d in small)})
     below, above = [d for d in divisors if d <= wanted], [d for d in divisors if d > wanted]
     return " or ".join(str(d) for d in below[-1:] + above[:1])
+
+
+def choices(values: tuple[Any, ...]) -> str:
+    """Values as a message offers them."""
+    return " or ".join(f'"{value}"' if isinstance(value, str) else json.dumps(value) for value in values)

@@ -1,18 +1,18 @@
-"""What fields must be to each other: sizes of the model, phases, data, learning rate; layout_checks.py has the layouts.
+"""What fields must be to each other: sizes of the model, phases, data, learning rate; router_checks.py,
+family_checks.py and layout_checks.py have theirs.
 Each check names the fields it reads and yields the problems it sees.
 """
 
-import json
-import math
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from ssd_megatron.config.check_list import CheckList, divisors_near
+from ssd_megatron.config.check_list import CheckList, choices, divisors_near
+from ssd_megatron.config.family_checks import FAMILY_CHECKS
 from ssd_megatron.config.layout_checks import LAYOUT_CHECKS
 from ssd_megatron.config.report import problem
-from ssd_megatron.config.schema import NEURON_ROUTERS, TOKEN_ROUTERS, PhaseConfig
-from ssd_megatron.config.span_sizes import span_sizes
+from ssd_megatron.config.router_checks import ROUTER_CHECKS
+from ssd_megatron.config.schema import PhaseConfig
 
 CHECKS = CheckList()
 
@@ -60,11 +60,12 @@ ACTS_ONLY_IF: dict[str, tuple[str, tuple[Any, ...]]] = {
 def run_checks(values: Mapping[str, Any], given: Iterable[str]) -> list[str]:
     """All problems between usable `values`; `given` are the fields that the file or `--set` names."""
     problems = [
-        problem(path, values[path], f"has no effect: leave it out, or set {other} {_choices(wanted)}")
+        problem(path, values[path], f"has no effect: leave it out, or set {other} {choices(wanted)}")
         for path, (other, wanted) in without_effect(values).items()
         if path in set(given) and values[path] is not None
     ]
-    return [*problems, *CHECKS.run(values), *LAYOUT_CHECKS.run(values)]
+    lists = (CHECKS, ROUTER_CHECKS, FAMILY_CHECKS, LAYOUT_CHECKS)
+    return [*problems, *(found for checks in lists for found in checks.run(values))]
 
 
 def without_effect(values: Mapping[str, Any]) -> dict[str, tuple[str, tuple[Any, ...]]]:
@@ -74,10 +75,6 @@ def without_effect(values: Mapping[str, Any]) -> dict[str, tuple[str, tuple[Any,
         for path, (other, wanted) in ACTS_ONLY_IF.items()
         if path in values and other in values and values[other] not in wanted
     }
-
-
-def _choices(values: tuple[Any, ...]) -> str:
-    return " or ".join(f'"{value}"' if isinstance(value, str) else json.dumps(value) for value in values)
 
 
 @CHECKS("model.hidden_size", "model.num_attention_heads", "model.position_embedding")
@@ -106,77 +103,6 @@ def _experts(neurons: int, experts: int) -> Iterator[str]:
     if neurons % experts:
         hint = divisors_near(neurons, experts)
         yield problem("ssd.num_experts", experts, f"must divide model.ffn_hidden_size ({neurons}): try {hint}")
-
-
-@CHECKS("ssd.num_experts", "ssd.top_k", "ssd.router", "ssd.router_update")
-def _top_k(experts: int, top_k: int, router: str, router_update: str) -> Iterator[str]:
-    if top_k > experts:
-        hint = max(1, experts // 4)
-        yield problem("ssd.top_k", top_k, f"must be at most ssd.num_experts ({experts}): try {hint}")
-    if top_k == 1 and router == "pkm":
-        yield problem("ssd.top_k", top_k, 'gives ssd.router "pkm" no gradient: try 2')
-    if top_k == 1 and router == "centroid" and router_update == "straight_through":
-        yield problem(
-            "ssd.top_k",
-            top_k,
-            'gives the router no gradient with ssd.router_update "straight_through": try 2, or router_update "frozen" '
-            'or "avg_k"',
-        )
-
-
-@CHECKS("ssd.router", "ssd.num_experts", "model.ffn_hidden_size")
-def _router_sizes(router: str, experts: int, neurons: int) -> Iterator[str]:
-    if router in NEURON_ROUTERS and experts != neurons:
-        yield problem(
-            "ssd.router",
-            router,
-            f"chooses single neurons, and ssd.num_experts is {experts}: set it to model.ffn_hidden_size ({neurons})",
-        )
-    if router == "pkm" and math.isqrt(experts) ** 2 != experts:
-        side = math.isqrt(experts)
-        hint = f"{side**2} or {(side + 1) ** 2}"
-        yield problem("ssd.num_experts", experts, f'must be a square with ssd.router "pkm": try {hint}')
-
-
-@CHECKS("ssd.router", "ssd.router_update", "ssd.balance_bias")
-def _balance_bias(router: str, router_update: str, balance_bias: bool) -> Iterator[str]:
-    learns = router == "switch" or (router == "centroid" and router_update == "straight_through")
-    if balance_bias and not learns:
-        yield problem(
-            "ssd.balance_bias",
-            balance_bias,
-            f'needs a router of one row per expert that learns, not ssd.router "{router}"'
-            + f' with router_update "{router_update}"' * (router == "centroid")
-            + ": use switch or a straight-through centroid, or leave it out",
-        )
-
-
-@CHECKS("ssd.router", "ssd.routing", "ssd.record_routing")
-def _replayed_router(router: str, routing: str | Path, record: Path | None) -> Iterator[str]:
-    for name, value in (("routing", None if routing == "live" else routing), ("record_routing", record)):
-        if value is not None and router == "pkm":
-            yield problem(f"ssd.{name}", value, 'cannot go with ssd.router "pkm", which learns by its own choice')
-
-
-@CHECKS("ssd.router", "ssd.routing_granularity")
-def _router_of_tiles(router: str, granularity: int) -> Iterator[str]:
-    if granularity > 1 and router in TOKEN_ROUTERS:
-        yield problem(
-            "ssd.routing_granularity", granularity, f'needs a router that scores inputs, and "{router}" does not: use 1'
-        )
-
-
-@CHECKS("ssd.routing_granularity", "model.seq_length", "ssd.routing", "ssd.record_routing")
-def _granularity(granularity: int, length: int, routing: str | Path, record: Path | None) -> Iterator[str]:
-    for name, value in (("routing", None if routing == "live" else routing), ("record_routing", record)):
-        if value is not None and granularity > 1:
-            yield problem(f"ssd.{name}", value, "has experts of tokens, not of tiles: it needs routing_granularity 1")
-    if granularity > length:
-        yield problem(
-            "ssd.routing_granularity",
-            granularity,
-            f"must be at most model.seq_length ({length}), where a sequence is one tile: try {max(1, length // 4)}",
-        )
 
 
 @CHECKS("ssd.schedule", "ssd.sparse_fraction", "ssd.warmup_fraction", "ssd.final_dense_fraction")
@@ -330,81 +256,3 @@ def _torch_adam(torch_adam: bool | str) -> Iterator[str]:
 def _reset_positions(positions: str, reset: bool) -> Iterator[str]:
     if reset and positions == "rope":
         yield problem("data.reset_position_ids", reset, "has no effect with rope: use false, or learned positions")
-
-
-@CHECKS("data.mask_token_fraction", "data.random_token_fraction")
-def _masking(mask: float, random: float) -> Iterator[str]:
-    if mask + random > 1 + 1e-9:
-        yield problem(
-            "data.random_token_fraction",
-            random,
-            f"+ data.mask_token_fraction ({mask}) must be at most 1: try {max(0.0, 1 - mask):g}",
-        )
-
-
-@CHECKS("model.sentence_objective", "model.num_token_types")
-def _segments(objective: str, token_types: int) -> Iterator[str]:
-    if objective != "none" and token_types < 2:
-        wanted = f'must be at least 2 with model.sentence_objective "{objective}": try 2'
-        yield problem("model.num_token_types", token_types, wanted)
-
-
-@CHECKS("model.family", "model.seq_length")
-def _room_for_markers(family: str, length: int) -> Iterator[str]:
-    if family == "bert" and length < 8:
-        yield problem("model.seq_length", length, "must be at least 8 with bert, whose samples have up to 3 markers")
-
-
-_T5_HAS = {"position_embedding": "relative", "norm_position": "pre", "add_bias": False}
-
-
-@CHECKS("model.family", *(f"model.{name}" for name in _T5_HAS))
-def _what_t5_has(family: str, *values: Any) -> Iterator[str]:
-    for (name, wanted), value in zip(_T5_HAS.items(), values, strict=True):
-        if family == "t5" and value != wanted:
-            yield problem(f"model.{name}", value, f"does not go with t5: use {_choices((wanted,))}")
-    if family != "t5" and values[0] == "relative":
-        yield problem("model.position_embedding", "relative", f"does not go with {family}: use learned or rope")
-
-
-@CHECKS("model.family", "model.num_attention_heads", "model.num_query_groups")
-def _heads_of_t5(family: str, heads: int, groups: int) -> Iterator[str]:
-    if family == "t5" and groups != heads:
-        yield problem(
-            "model.num_query_groups", groups, f"must be model.num_attention_heads ({heads}) with t5: leave it out"
-        )
-
-
-@CHECKS("model.relative_attention_num_buckets", "model.relative_attention_max_distance")
-def _buckets(buckets: int, distance: int) -> Iterator[str]:
-    if distance <= buckets // 2:
-        yield problem(
-            "model.relative_attention_max_distance",
-            distance,
-            f"must be above half of model.relative_attention_num_buckets ({buckets}): try {4 * buckets}",
-        )
-
-
-@CHECKS("model.family", "model.seq_length", "model.decoder_seq_length", "data.mask_fraction", "data.mean_span_length")
-def _room_for_spans(family: str, length: int, decoder_length: int, fraction: float, mean: float) -> Iterator[str]:
-    if family != "t5":
-        return
-    if length < 4:
-        yield problem("model.seq_length", length, "must be at least 4 with t5")
-        return
-    sizes = span_sizes(length, fraction, mean)
-    needed = sizes.targets
-    if sizes.inputs != length:
-        yield problem(
-            "data.mask_fraction",
-            fraction,
-            f"with data.mean_span_length ({mean}) makes no samples of exactly model.seq_length ({length}) tokens: try "
-            "a smaller fraction or longer spans",
-        )
-    elif decoder_length < needed:
-        yield problem(
-            "model.decoder_seq_length",
-            decoder_length,
-            f"is too short for the spans of model.seq_length ({length}), data.mask_fraction ({fraction}) and "
-            f"data.mean_span_length ({mean}): try {needed}",
-        )
