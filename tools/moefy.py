@@ -44,6 +44,7 @@ from ssd_megatron.training.saved_model import SavedModel, open_model
 
 WORK = "work"  # below --to, while the tool works
 NEURONS = 32  # of an expert, by default, as in the paper
+LEAST_WIDTH = 100  # of the table, also where nobody says how wide lines may be
 SHARE = 0.2  # of the experts that a token computes, by default
 
 
@@ -76,7 +77,7 @@ def _moefy(arguments: argparse.Namespace) -> None:
         shutil.rmtree(arguments.to / WORK)
         for path in written:
             print(path)
-        console.print(table)
+        Console(width=max(LEAST_WIDTH, console.width)).print(table)
 
 
 def _source(arguments: argparse.Namespace) -> tuple[SavedModel, Conversion]:
@@ -118,6 +119,8 @@ def _convert(
             data,
             work / "data_cache",
             seed=arguments.seed,
+            tokens=arguments.tokens,
+            steps=max(arguments.calibrate_steps, arguments.relu_adapt_steps),
             batch_size=arguments.batch,
             held_out_tokens=arguments.eval_tokens,
         )

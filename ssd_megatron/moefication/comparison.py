@@ -7,6 +7,7 @@ from typing import Any
 
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
+from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
 from ssd_megatron.moefication.conversion import Workshop
@@ -70,7 +71,8 @@ def compared(dense: Quality, points: Sequence[Point]) -> Table:
     numbers = sorted({(point.share, point.top_k) for point in points})
     what = "loss" if dense.accuracy is None else "accuracy, share of the dense model's"
     columns = [f"{share:.0%}" for share, _ in numbers]
-    result = Table("split", "router", *columns, "recall at 20 %", title=f"{what} by share of neurons; {_shown(dense)}")
+    title = f"{what} by share of neurons; {_shown(dense)}"
+    result = Table("split", "router", *columns, "recall, 20 %", title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for split, router in dict.fromkeys((point.split, point.router) for point in points):
         row = {point.top_k: point for point in points if (point.split, point.router) == (split, router)}
         cells = [_cell(row[top_k], dense) for _, top_k in numbers]
@@ -83,6 +85,8 @@ def draw(dense: Quality, points: Sequence[Point]) -> Figure:
     """Quality and recall over the share of the neurons, a column for each split."""
     splits = list(dict.fromkeys(point.split for point in points))
     figure, axes = new_figure(2, len(splits), size=(4.6 * len(splits), 7.5))
+    shown = [_value(dense), *(_value(point) for point in points if point.router != "random")]
+    margin = 0.05 * (max(shown) - min(shown))
     for column, split in enumerate(splits):
         quality, recall = axes[column], axes[len(splits) + column]
         for router, color in COLORS.items():
@@ -92,6 +96,7 @@ def draw(dense: Quality, points: Sequence[Point]) -> Figure:
             recall.plot(shares, [point.recall for point in line], marker="o", ms=3, color=color)
         quality.axhline(_value(dense), color="black", lw=0.8, ls="--", label="dense")
         quality.set(title=split, ylabel="loss" if dense.accuracy is None else "accuracy")
+        quality.set_ylim(min(shown) - margin, max(shown) + margin)  # a random choice may lie outside
         recall.set(xlabel="share of the neurons", ylabel="share of the activation", ylim=(0, 1.02))
         for one in (quality, recall):
             one.xaxis.set_major_formatter(PercentFormatter(1))

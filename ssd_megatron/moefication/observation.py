@@ -25,6 +25,7 @@ class _Inputs:
         self._rows: np.memmap[Any, np.dtype[np.float32]] = np.lib.format.open_memmap(  # type: ignore[no-untyped-call]
             path, mode="w+", dtype=np.float32, shape=(tokens, hidden)
         )
+        self._path = path
         self.seen = 0
 
     def __call__(self, x_TH: Tensor, _pre_TF: Tensor) -> None:
@@ -37,15 +38,20 @@ class _Inputs:
         return self.seen == len(self._rows)
 
     def close(self) -> None:
-        self._rows.flush()
+        """Leave the file with no more rows than were seen."""
+        if not self.is_full:
+            np.save(self._path, np.array(self._rows[: self.seen]))
+        else:
+            self._rows.flush()
 
 
 @torch.no_grad()
 def observe(task: Task, folder: Path, tokens: int, progress: Progress) -> list[Path]:
-    """Run training data through the dense model until every network has seen `tokens` of them.
+    """Run training data through the dense model, once, until every network has seen `tokens` of them.
 
     Returns:
-        a file for each network, [T, H] float32, which `read_inputs` reads; there already if this was done before.
+        a file for each network, [T, H] float32, T at most `tokens`, which `read_inputs` reads; there already if this was
+        done before.
     """
     paths = [folder / f"inputs_{number}.npy" for number in range(len(task.ffns))]
     if (folder / DONE).exists():
@@ -55,7 +61,7 @@ def observe(task: Task, folder: Path, tokens: int, progress: Progress) -> list[P
     bar = progress.add_task("observing", total=tokens)
     with ExitStack() as within:
         within.enter_context(observed(task.ffns, files))
-        for batch in task.batches():
+        for batch in task.one_pass():
             task.loss(batch)
             progress.update(bar, completed=min(file.seen for file in files.values()))
             if all(file.is_full for file in files.values()):

@@ -4,7 +4,7 @@ import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -20,7 +20,6 @@ from ssd_megatron.training.data_loader import collate, to_device
 from ssd_megatron.training.saved_model import SavedModel
 
 Batch = Mapping[str, Tensor]
-TUNING_SAMPLES = 2**20  # more than anybody tunes on: the order of the first ones does not depend on how many are used
 
 
 @dataclass(frozen=True)
@@ -51,11 +50,15 @@ class Task(Protocol):
         """By logical name."""
         ...
 
-    def batches(self) -> Iterator[Batch]:
-        """Training batches without end, the same ones at every call."""
+    def batches(self) -> Iterator[Any]:
+        """Training batches without end, the same ones at every call; what one is only `loss` has to know."""
         ...
 
-    def loss(self, batch: Batch) -> Tensor:
+    def one_pass(self) -> Iterator[Any]:
+        """Every training batch once."""
+        ...
+
+    def loss(self, batch: Any) -> Tensor:
         """Mean loss, with gradients where they are enabled."""
         ...
 
@@ -84,6 +87,8 @@ class LanguageTask:
     """To predict tokens of a corpus, as the model's family does.
 
     Args:
+        tokens: on which networks are observed; of T5's decoder as well.
+        steps: of tuning.
         batch_size: samples of a training batch.
         held_out_tokens: at least so many, of the validation split.
     Raises:
@@ -98,18 +103,21 @@ class LanguageTask:
         cache_dir: Path,
         *,
         seed: int,
+        tokens: int,
+        steps: int,
         batch_size: int,
         held_out_tokens: int,
     ) -> None:
         self.model = model
-        self.name = f"{data.model_dump_json()} {seed} {batch_size}"
+        train_samples = max(math.ceil(tokens / config.predicted_tokens), steps * batch_size)
+        self.name = f"{data.model_dump_json()} {seed} {batch_size} {train_samples}"
         tokenizer = load_tokenizer(data.tokenizer)
         datasets = build_datasets(
             data,
             tokenizer=tokenizer,
             objective=make_objective(config, data, tokenizer, seed),
             seed=seed,
-            train_samples=TUNING_SAMPLES,
+            train_samples=train_samples,
             valid_samples=max(1, math.ceil(held_out_tokens / config.seq_length)),
             test_samples=0,
             cache_dir=cache_dir,
@@ -127,7 +135,10 @@ class LanguageTask:
 
     def batches(self) -> Iterator[Batch]:
         while True:
-            yield from self._batches(self._train)
+            yield from self.one_pass()
+
+    def one_pass(self) -> Iterator[Batch]:
+        return self._batches(self._train)
 
     def loss(self, batch: Batch) -> Tensor:
         total, weight = self._sums(batch)

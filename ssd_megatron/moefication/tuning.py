@@ -42,6 +42,6 @@ def tune(
         nn.utils.clip_grad_norm_(chosen, 1.0)
         optimizer.step()
         schedule.step()
-        progress.update(bar, advance=1, description=f"{name}, loss {float(loss):.4f}")
+        progress.update(bar, advance=1, description=f"{name}, loss {loss.item():.4f}")
     for parameter in everything:
         parameter.requires_grad_(True)

@@ -95,7 +95,7 @@ def test_the_figures_are_those_of_the_ladder_of_routers(moefied: Path) -> None:
         assert points[split, "mlp", 8]["loss"] == pytest.approx(found["dense"]["loss"], rel=1e-5)
         for few in (1, 2, 3):
             oracle, mlp, chance = (points[split, router, few]["recall"] for router in ("oracle", "mlp", "random"))
-            assert 1 > oracle > mlp > chance > 0
+            assert 1 > oracle >= mlp > chance > 0
     assert found["sparse"]["loss"] == pytest.approx(points["clustering", "mlp", 3]["loss"], rel=1e-5)
     assert found["calibrated"]["loss"] < found["sparse"]["loss"]
     assert imread(moefied / "comparison.png").std() > 0.05
