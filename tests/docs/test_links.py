@@ -14,7 +14,6 @@ PATH = re.compile(r"\b(?:ssd_megatron|tests|tools|benchmarks|examples|docs)/[\w.
 MODULE = re.compile(r"python -m ((?:benchmarks|tests)[\w.]*)")
 TARGET = re.compile(r"\bmake ((?:[a-z]+-)*[a-z]+)")
 HISTORY = {"log.md"}  # may name what is no longer there
-NOT_FILES = {"ssd_megatron/export", "docs/images"}  # folders are fine, too
 
 
 def names(document: Path) -> str:
