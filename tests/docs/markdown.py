@@ -8,8 +8,8 @@ ROOT = Path(__file__).parents[2]
 DOCUMENTS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
 
 _BLOCK = re.compile(r"(?:^<!-- (?P<remark>[^\n]*) -->\n)?^```(?P<language>\w*)\n(?P<text>.*?)^```$", re.M | re.S)
-_LINK = re.compile(r"\[[^\]\n]*\]\(([^)\s]+)\)")
-_CODE = re.compile(r"`([^`\n]+)`")
+_LINK = re.compile(r"\[[^\]]*\]\(([^)\s]+)\)")
+_CODE = re.compile(r"`((?:[^`\n]|\n(?!\n))+)`")  # may go over a line's end, not over a paragraph's
 _HEADING = re.compile(r"^#{1,6} (.+)$", re.M)
 
 
