@@ -196,7 +196,7 @@ class Router(nn.Module):
         """Choose experts for each token.
 
         Args:
-            x_TH: inputs of the feed-forward network, of the dtype of the router's parameters.
+            x_TH: inputs of the feed-forward network, any float dtype.
             seen: what a kind looks at beside them.
             chosen: gets the experts with the best scores and returns those to take instead.
         Returns:
