@@ -63,7 +63,7 @@ def tiny(config: dict[str, dict[str, object]]) -> dict[str, object]:
     section = {name: dict(part) if isinstance(part, dict) else part for name, part in config["ssd_megatron"].items()}
     section["model"] |= TINY
     section["ssd"] = {"schedule": "fixed", "phases": PHASES, "num_experts": 16, "top_k": 4, "check_interval": 3}
-    section["training"] = {"train_steps": 16, "eval_interval": 8, "eval_steps": 1}
+    section["training"] = {"train_steps": 24, "eval_interval": 12, "eval_steps": 1}
     return config | {"train_batch_size": 8, "ssd_megatron": section}
 
 
