@@ -13,6 +13,7 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from functools import partial
 from itertools import groupby
 from pathlib import Path
 
@@ -20,7 +21,7 @@ import pytest
 
 from tests.docs.markdown import DOCUMENTS, ROOT, Block, blocks
 from tests.launched import ENVIRONMENT
-from tests.small_run import PHASES, Corpus
+from tests.small_run import PHASES, Corpus, Ranks
 
 COMMANDS = {"sh": ["bash", "-euo", "pipefail"], "python": [sys.executable]}
 REMARK = re.compile(r"not run: \w.+|run by (tests/\S+\.py)")
@@ -55,8 +56,13 @@ def workplace(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
         shutil.copy(path, folder / "my_text")
     quickstart = folder / "examples" / "quickstart" / "ds.json"
     quickstart.write_text(json.dumps(tiny(json.loads(quickstart.read_text()))))
-    run(folder, ["python", "pretrain_ssd.py", "--ds_config", str(quickstart)])
+    ranks = Ranks(quickstart, prepare=partial(enter, folder))
+    assert ranks.wait() == [0], ranks.output()
     return folder
+
+
+def enter(folder: Path, _rank: int) -> None:
+    os.chdir(folder)
 
 
 def tiny(config: dict[str, dict[str, object]]) -> dict[str, object]:
@@ -67,12 +73,12 @@ def tiny(config: dict[str, dict[str, object]]) -> dict[str, object]:
     return config | {"train_batch_size": 8, "ssd_megatron": section}
 
 
-def run(folder: Path, command: list[str], where: str = "") -> None:
+def run(folder: Path, command: list[str], where: str) -> None:
     settings = {"HF_HOME": str(folder / ".huggingface"), "HF_HUB_OFFLINE": "1"}
     done = subprocess.run(
         command, cwd=folder, env=os.environ | ENVIRONMENT | settings, capture_output=True, text=True, check=False
     )
-    assert done.returncode == 0, f"{where or command} ends with {done.returncode}: {done.stdout}{done.stderr}"
+    assert done.returncode == 0, f"{where} ends with {done.returncode}: {done.stdout}{done.stderr}"
 
 
 @pytest.mark.parametrize("document", cases(RUN))
