@@ -2,6 +2,7 @@
 #                   (CONFIG=examples/bert/quickstart.json: a small BERT)
 # make test         set up everything and run the tests
 # make test-layouts   train on the whole matrix of layouts; takes many minutes
+# make test-docs    run the commands of the documents; a few minutes
 # make test-faults  kill ranks of small jobs 50 times and start the jobs again (about 15 minutes)
 # make test-triton-compile   compile the GPU kernels for a Hopper GPU, without one; several minutes
 # make test-mpi, make test-multinode, make test-slurm    real launchers; each says which Debian packages it needs
@@ -17,7 +18,7 @@ CONSTRAINTS := constraints.txt
 # Two files of tests at a time: many wait for one rank, or for each other's.
 IN_PARALLEL := -n 2 --dist loadfile
 
-.PHONY: quickstart test test-layouts test-faults test-triton-compile test-mpi test-multinode test-slurm lint docs clean
+.PHONY: quickstart test test-layouts test-docs test-faults test-triton-compile test-mpi test-multinode test-slurm lint docs clean
 
 quickstart: $(VENV)/.installed
 	$(BIN)/python tools/embedded_corpus.py --out data/embedded$(addprefix -,$(FAMILY)) $(addprefix --reserve ,$(FAMILY))
@@ -28,6 +29,9 @@ test: $(VENV)/.installed-dev
 
 test-layouts: $(VENV)/.installed-dev
 	PATH="$(BIN):$$PATH" pytest $(IN_PARALLEL) -m layouts
+
+test-docs: $(VENV)/.installed-dev
+	PATH="$(BIN):$$PATH" pytest -m docs
 
 test-faults: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.faults.kill --runs 50

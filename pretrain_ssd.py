@@ -12,8 +12,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssd_megatron.config.load import RunConfig, load_config
-from ssd_megatron.config.schema import ParallelConfig
 from ssd_megatron.errors import ConfigError, DataError
 
 EXIT_OK, EXIT_FAILED, EXIT_UNUSABLE = 0, 1, 2
@@ -46,14 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # After the arguments: importing torch and DeepSpeed takes seconds.
     from ssd_megatron.parallel.collectives import CollectiveError
     from ssd_megatron.parallel.launch import rank_of_launch
-    from ssd_megatron.parallel.meeting import Meeting
     from ssd_megatron.parallel.topology import initialize_topology, leave_topology
     from ssd_megatron.switching.switch import SwitchError
     from ssd_megatron.training.checkpoint_files import CheckpointError
     from ssd_megatron.training.dry_run import print_dry_run
     from ssd_megatron.training.job import run_job
     from ssd_megatron.training.rehearsal import print_rehearsal, rehearse
-    from ssd_megatron.training.start import prepare_job
+    from ssd_megatron.training.start import meet, prepare_job, read_config
     from ssd_megatron.training.trainer import TrainingError
 
     try:
@@ -67,7 +64,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         if is_first:
             print(text, file=sys.stderr, flush=True)
 
-    config = _read_config(arguments)
+    overrides = [assignment for group in arguments.set for assignment in group]
+    config = read_config(arguments.ds_config, overrides, arguments.world_size)
     if arguments.dry_run:
         if isinstance(config, ConfigError):
             tell(f"error: {config}")
@@ -82,9 +80,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             if rehearsal is not None:
                 print_rehearsal(rehearsal)
         return EXIT_OK
-    sizes = ParallelConfig() if isinstance(config, ConfigError) else config.ssd_megatron.parallel
     try:
-        meeting = Meeting(sizes.timeout_seconds)
+        meeting = meet(config)
         config, folder, tokenizer = prepare_job(meeting, config, tell)
     except ConfigError as error:
         tell(f"error: {error}")  # the same on every rank
@@ -93,7 +90,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
         return EXIT_FAILED
     try:
-        run_job(config, folder, tokenizer, initialize_topology(sizes, meeting))
+        run_job(config, folder, tokenizer, initialize_topology(config.ssd_megatron.parallel, meeting))
         leave_topology()
     except (ConfigError, DataError) as error:
         print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
@@ -106,18 +103,6 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rank {rank}: error: {error} ({where})", file=sys.stderr, flush=True)
         return EXIT_FAILED
     return EXIT_OK
-
-
-def _read_config(arguments: argparse.Namespace) -> RunConfig | ConfigError:
-    from ssd_megatron.parallel.device import detect_hardware
-    from ssd_megatron.parallel.launch import world_size_of_launch
-
-    overrides = [assignment for group in arguments.set for assignment in group]
-    try:
-        world_size = arguments.world_size or world_size_of_launch()
-        return load_config(arguments.ds_config, overrides, world_size=world_size, hardware=detect_hardware())
-    except ConfigError as error:
-        return error
 
 
 if __name__ == "__main__":

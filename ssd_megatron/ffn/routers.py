@@ -196,8 +196,11 @@ class Router(nn.Module):
         """Choose experts for each token.
 
         Args:
-            x_TH: inputs of the feed-forward network.
+            x_TH: inputs of the feed-forward network, any float dtype.
+            seen: what a kind looks at beside them.
             chosen: gets the experts with the best scores and returns those to take instead.
+        Returns:
+            ids [T, K] and gates [T, K] of the chosen experts.
         """
         if self.straight_through and self.name == "centroid":
             expert_ids_TK, gates_TK = _straight_through(x_TH, self.weight, self.bias, self.top_k, chosen, self.backend)

@@ -24,6 +24,7 @@ def generate(
 
     Args:
         prompts: token ids, at least one of each text.
+        max_new_tokens: most tokens of each text.
         eod: the token that ends a text; it is yielded, too.
         vocab_size: token ids from here on are never chosen; the model's without it.
         ended: numbers of texts that need no further tokens, to which the caller may add between steps.

@@ -83,6 +83,12 @@ def complete(
 ) -> Iterator[Piece]:
     """Continue texts; an empty prompt begins a document.
 
+    Args:
+        prompts: texts, continued together.
+        max_new_tokens: most tokens of each.
+        stop: a text ends before the first of these strings.
+    Returns:
+        pieces of all texts, as they come.
     Raises:
         ConfigError: see `generate`.
     """

@@ -2,18 +2,41 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
-from ssd_megatron.config.load import RunConfig
+from ssd_megatron.config.load import RunConfig, load_config
+from ssd_megatron.config.schema import ParallelConfig
 from ssd_megatron.data.tokenizers import Tokenizer
 from ssd_megatron.errors import ConfigError
-from ssd_megatron.parallel.device import local_device
+from ssd_megatron.parallel.device import detect_hardware, local_device
+from ssd_megatron.parallel.launch import world_size_of_launch
 from ssd_megatron.parallel.meeting import Meeting
 from ssd_megatron.training.job import check_run_data
 from ssd_megatron.training.run_folder import RunFolder, code_digest, package_versions
 
 SHOWN_DIFFERENCES = 5
+
+
+def read_config(ds_config: Path, overrides: Sequence[str], world_size: int | None = None) -> RunConfig | ConfigError:
+    """The configuration as this rank reads it, or why it has none, which is for all ranks to know (`prepare_job`).
+
+    Args:
+        overrides: "path=value", as after --set.
+        world_size: processes of the job; None: as many as were launched.
+    """
+    try:
+        world_size = world_size or world_size_of_launch()
+        return load_config(ds_config, overrides, world_size=world_size, hardware=detect_hardware())
+    except ConfigError as error:
+        return error
+
+
+def meet(read: RunConfig | ConfigError) -> Meeting:
+    """The meeting of all ranks of this launch. Raises as `Meeting`."""
+    sizes = ParallelConfig() if isinstance(read, ConfigError) else read.ssd_megatron.parallel
+    return Meeting(sizes.timeout_seconds)
 
 
 def prepare_job(

@@ -1,0 +1,36 @@
+"""A run in one call, for Python: what pretrain_ssd.py does for the command line."""
+
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ssd_megatron.parallel.topology import initialize_topology, leave_topology
+from ssd_megatron.training.job import run_job
+from ssd_megatron.training.start import meet, prepare_job, read_config
+
+
+def train(ds_config: Path | str, overrides: Sequence[str] = ()) -> Path:
+    """Train as configured, from the run's newest checkpoint if there is one (collective over the ranks of a launcher).
+
+    To be called in the main thread: signals stop the run. All processes of a launcher call it, or one process alone.
+
+    Args:
+        ds_config: a DeepSpeed config with a section "ssd_megatron".
+        overrides: "path=value", as after --set.
+    Returns:
+        the run's folder, once the run is finished or has saved and stopped on request.
+    Raises:
+        ConfigError, DataError: the configuration or the data cannot be used.
+        TrainingError, SwitchError, CheckpointError, CollectiveError: the run cannot go on.
+    """
+    read = read_config(Path(ds_config), overrides)
+    meeting = meet(read)
+
+    def tell(text: str) -> None:
+        if meeting.rank == 0:
+            print(text, file=sys.stderr, flush=True)
+
+    config, folder, tokenizer = prepare_job(meeting, read, tell)
+    run_job(config, folder, tokenizer, initialize_topology(config.ssd_megatron.parallel, meeting))
+    leave_topology()
+    return folder.path
