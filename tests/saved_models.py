@@ -1,5 +1,6 @@
 """Models of any settings with random weights, as the training module computes them and as a checkpoint holds them."""
 
+import itertools
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -8,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ssd_megatron.config.schema import ModelConfig
 from ssd_megatron.ffn.routers import router_weights_from_bank
 from ssd_megatron.model.init import named_normal
 from ssd_megatron.model.language_model import LanguageModel
@@ -27,17 +29,24 @@ ROPE = {
     "tie_embeddings": False,
     "add_bias": False,
 }
+BERT: dict[str, Any] = {"family": "bert", "vocab_size": 500}
+T5: dict[str, Any] = {"family": "t5", "vocab_size": 500, "decoder_seq_length": 8}
+EXACT_T5 = T5 | {"hidden_size": 64, "num_attention_heads": 4}  # whose constants are powers of 2
 
 
 @dataclass(frozen=True)
 class Trained:
-    """Settings, weights by logical name, tokens [b, s], and their logits [b, s, v] in both modes."""
+    """Settings, weights by logical name, what the family reads of two samples, and logits [b, s, v] in both modes."""
 
     settings: Settings
     tensors: dict[str, Tensor]
-    tokens: Tensor
+    inputs: dict[str, Tensor]
     dense: Tensor
     sparse: Tensor
+
+    @property
+    def tokens(self) -> Tensor:
+        return self.inputs["tokens"]
 
     def write(self, root: Path) -> Path:
         """As a checkpoint in `root`."""
@@ -45,35 +54,48 @@ class Trained:
 
 
 def trained(**model: Any) -> Trained:
-    """A model of the small run's settings but for some, as it computes in training; two samples of its tokens."""
+    """A model of the small run's settings but for some, as it computes in training."""
     return _trained(tuple(sorted(model.items())))
 
 
 @cache
 def _trained(items: tuple[tuple[str, Any], ...]) -> Trained:
     model = dict(items)
-    (tensors, tokens, dense, sparse) = run_ranks(1, _compute, model)[0]
+    (tensors, inputs, dense, sparse) = run_ranks(1, _compute, model)[0]
     section = run_config(**model).ssd_megatron
-    settings = Settings(section.model, section.ssd, TOP_K, has_experts=True, tokenizer=None)
-    return Trained(settings, tensors, tokens, dense, sparse)
+    top_k = TOP_K * (section.model.total_layers // 2)
+    return Trained(Settings(section.model, section.ssd, top_k, True, None), tensors, inputs, dense, sparse)
 
 
 @torch.no_grad()
-def _compute(topology: Topology, settings: dict[str, Any]) -> tuple[dict[str, Tensor], Tensor, Tensor, Tensor]:
-    model = LanguageModel(run_config(**settings).ssd_megatron, "torch", topology).eval()
+def _compute(
+    topology: Topology, settings: dict[str, Any]
+) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, Tensor]:
+    config = run_config(**settings).ssd_megatron
+    model = LanguageModel(config, "torch", topology).eval()
     parameters = model.logical_parameters()
     for name, parameter in parameters.items():
         # Not initial values, which hide what they leave at 0 or 1; attention must look at something, too.
         noise = named_normal(f"noise {name}", tuple(parameter.shape), 0)
         parameter.add_(noise, alpha=0.3 if "linear_qkv" in name else 0.1)
-    for ffn, top_k in zip(model.ffns.values(), TOP_K, strict=True):
+    for ffn, top_k in zip(model.ffns.values(), itertools.cycle(TOP_K)):
         ffn.router.weight.copy_(router_weights_from_bank(ffn.bank.rows(), ffn.settings.num_experts))
         ffn.router.top_k = top_k
-    tokens = torch.randint(0, 512, (2, 16), generator=torch.Generator().manual_seed(1))
-    positions = torch.arange(16).expand(2, -1)
+    fields = _random_fields(config.model)
+    inputs = {name: fields[name] for name in model.fields.inputs}
     logits = {}
     for mode in ("dense", "sparse"):
         for ffn in model.ffns.values():
             ffn.mode = "sparse" if mode == "sparse" else "dense"
-        logits[mode] = model.logits((tokens, positions)).transpose(0, 1).contiguous()
-    return {name: p.clone() for name, p in parameters.items()}, tokens, logits["dense"], logits["sparse"]
+        logits[mode] = model.logits(tuple(inputs.values())).transpose(0, 1).contiguous()
+    return {name: p.clone() for name, p in parameters.items()}, inputs, logits["dense"], logits["sparse"]
+
+
+def _random_fields(model: ModelConfig) -> dict[str, Tensor]:
+    generator, length = torch.Generator().manual_seed(1), model.seq_length
+    return {
+        "tokens": torch.randint(0, model.vocab_size, (2, length), generator=generator),
+        "position_ids": torch.arange(length).expand(2, -1),
+        "token_types": torch.randint(0, max(model.num_token_types, 1), (2, length), generator=generator),
+        "decoder_tokens": torch.randint(0, model.vocab_size, (2, model.decoder_seq_length), generator=generator),
+    }

@@ -7,11 +7,12 @@ from torch import Tensor
 
 from ssd_megatron.config.schema import ModelConfig
 from ssd_megatron.export.mapping import to_ours, to_theirs
-from ssd_megatron.export.rules import Rule, same, transposed
+from ssd_megatron.export.rules import Rule, same, tied_head, transposed
 from ssd_megatron.ffn.bank import NEURON_TENSORS
 from ssd_megatron.training.saved_model import Settings
 
 MODEL_TYPE = "ssd_gpt"
+WORDS = "model.embed_tokens.weight"
 MODEL_FIELDS = (
     "num_layers",
     "hidden_size",
@@ -39,7 +40,7 @@ def to_hf(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor
 
 def from_hf(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
     """The inverse of `to_hf`."""
-    return to_ours(_table(model, _has_routers(tensors)), tensors)
+    return to_ours(_table(model, _has_routers(tensors)), tensors, tied_head(WORDS, model))
 
 
 def config_of(settings: Settings) -> dict[str, Any]:
@@ -63,7 +64,7 @@ def config_of(settings: Settings) -> dict[str, Any]:
     }
 
 
-def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Fields of ModelConfig from a config.json, but for the vocabulary's."""
     return {field: config[field] for field in MODEL_FIELDS} | {"tie_embeddings": config["tie_word_embeddings"]}
 
@@ -74,7 +75,7 @@ def _has_routers(tensors: Mapping[str, Tensor]) -> bool:
 
 
 def _table(model: ModelConfig, routers: bool) -> list[Rule]:
-    entries = [same("embedding.word.weight", "model.embed_tokens.weight")]
+    entries = [same("embedding.word.weight", WORDS)]
     if model.position_embedding == "learned":
         entries.append(same("embedding.position.weight", "model.embed_positions.weight"))
     entries += [same(f"head.norm.{part}", f"model.norm.{part}") for part in _norm_parts(model)]

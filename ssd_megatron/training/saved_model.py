@@ -119,7 +119,7 @@ def write_model(root: Path, settings: Settings, tensors: Iterable[tuple[str, Ten
     folder = files.temporary_folder(root, 0)
     folder.mkdir(parents=True)
     ids = torch.arange(settings.model.ffn_hidden_size)
-    identities = {f"{name}{files.NEURON_IDS}": ids.clone() for name in ffn_names(settings.model.num_layers)}
+    identities = {f"{name}{files.NEURON_IDS}": ids.clone() for name in ffn_names(settings.model.total_layers)}
     records = [files.write_tensors(folder, files.SHARED, identities)]
     shapes: dict[str, tuple[int, ...]] = {}
     pieces: dict[str, list[Piece]] = {}

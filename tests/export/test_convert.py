@@ -196,10 +196,8 @@ def test_what_has_no_stock_equivalent_is_refused_by_name(tmp_path: Path, capsys:
     command = ["export", "--from", str(folder), "--to", str(tmp_path / "hf")]
     assert tool.main(command) == 2
     message = capsys.readouterr().err
-    assert (
-        "model.activation (relu), model.normalization (layernorm), model.position_embedding (rope) together" in message
-    )
-    assert "OPT needs position_embedding 'learned'; Llama needs normalization 'rmsnorm', activation geglu or" in message
+    assert "model.activation (relu), model.normalization (layernorm), model.position_embedding (rope): no" in message
+    assert "OPT needs position_embedding learned; Llama needs normalization rmsnorm, activation reglu or" in message
     assert "use --mode sparse" in message and not (tmp_path / "hf").exists()
     s = expected.settings
     never = write_model(tmp_path / "never", Settings(s.model, s.ssd, s.top_k, False, None), expected.tensors.items())
@@ -210,7 +208,7 @@ def test_what_has_no_stock_equivalent_is_refused_by_name(tmp_path: Path, capsys:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, r"model_type \(gpt2\) cannot be imported: opt, llama, ssd_gpt can"),
+        ({"model_type": "gpt2"}, r"model_type \(gpt2\) cannot be imported: opt, llama, bert, t5, ssd_gpt can"),
         ({"do_layer_norm_before": False}, r"do_layer_norm_before \(False\) of this OPT has no equivalent"),
         ({"activation_function": "gelu_new"}, r"activation_function \(gelu_new\) is none of ours: relu, relu2, gelu"),
     ],
