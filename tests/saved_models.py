@@ -1,6 +1,7 @@
 """Models of any settings with random weights, as the training module computes them and as a checkpoint holds them."""
 
 import itertools
+import json
 from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
@@ -10,10 +11,11 @@ import torch
 from torch import Tensor
 
 from ssd_megatron.config.schema import ModelConfig
-from ssd_megatron.ffn.routers import router_weights_from_bank
+from ssd_megatron.ffn.routers import expert_directions
 from ssd_megatron.model.init import named_normal
 from ssd_megatron.model.language_model import LanguageModel
 from ssd_megatron.parallel.topology import Topology
+from ssd_megatron.training import checkpoint_files as files
 from ssd_megatron.training.saved_model import Settings, write_model
 from tests.ranks import run_ranks
 from tests.small_engine import run_config
@@ -36,10 +38,12 @@ EXACT_T5 = T5 | {"hidden_size": 64, "num_attention_heads": 4}  # whose constants
 
 @dataclass(frozen=True)
 class Trained:
-    """Settings, weights by logical name, what the family reads of two samples, and logits [b, s, v] in both modes."""
+    """Settings, weights by logical name, neuron at each position where experts have numbers, what the family reads of
+    two samples, and logits [b, s, v] in both modes."""
 
     settings: Settings
     tensors: dict[str, Tensor]
+    neuron_ids: dict[str, Tensor]
     inputs: dict[str, Tensor]
     dense: Tensor
     sparse: Tensor
@@ -50,27 +54,30 @@ class Trained:
 
     def write(self, root: Path) -> Path:
         """As a checkpoint in `root`."""
-        return write_model(root, self.settings, self.tensors.items())
+        folder = write_model(root, self.settings, self.tensors.items())
+        identities = {f"{name}{files.NEURON_IDS}": ids for name, ids in self.neuron_ids.items()}
+        if identities:
+            files.write_tensors(folder, files.SHARED, identities)
+        return folder
 
 
 def trained(**model: Any) -> Trained:
-    """A model of the small run's settings but for some, as it computes in training."""
-    return _trained(tuple(sorted(model.items())))
+    """A model of the small run's settings but for some (those of `ssd` in a dict), as it computes in training."""
+    return _trained(json.dumps(model, sort_keys=True))
 
 
 @cache
-def _trained(items: tuple[tuple[str, Any], ...]) -> Trained:
-    model = dict(items)
-    (tensors, inputs, dense, sparse) = run_ranks(1, _compute, model)[0]
-    section = run_config(**model).ssd_megatron
+def _trained(changes: str) -> Trained:
+    section = run_config(**json.loads(changes)).ssd_megatron
     top_k = TOP_K * (section.model.total_layers // 2)
-    return Trained(Settings(section.model, section.ssd, top_k, True, None), tensors, inputs, dense, sparse)
+    settings = Settings(section.model, section.ssd, top_k, has_experts=True, tokenizer=None)
+    return Trained(settings, *run_ranks(1, _compute, json.loads(changes))[0])
 
 
 @torch.no_grad()
 def _compute(
     topology: Topology, settings: dict[str, Any]
-) -> tuple[dict[str, Tensor], dict[str, Tensor], Tensor, Tensor]:
+) -> tuple[dict[str, Tensor], dict[str, Tensor], dict[str, Tensor], Tensor, Tensor]:
     config = run_config(**settings).ssd_megatron
     model = LanguageModel(config, "torch", topology).eval()
     parameters = model.logical_parameters()
@@ -79,8 +86,14 @@ def _compute(
         noise = named_normal(f"noise {name}", tuple(parameter.shape), 0)
         parameter.add_(noise, alpha=0.3 if "linear_qkv" in name else 0.1)
     for ffn, top_k in zip(model.ffns.values(), itertools.cycle(TOP_K)):
-        ffn.router.weight.copy_(router_weights_from_bank(ffn.bank.rows(), ffn.settings.num_experts))
+        values = ffn.router.initial_values(*expert_directions(ffn.bank.rows(), ffn.settings.num_experts))
+        for name, parameter in ffn.router.named_parameters():
+            parameter.copy_(values[name] + (0 if name == "weight" else 0.5 * named_normal(name, parameter.shape, 0)))
         ffn.router.top_k = top_k
+        if ffn.router.kind.by_identity:
+            ids = torch.randperm(len(ffn.bank.neuron_ids), generator=torch.Generator().manual_seed(top_k))
+            ffn.bank.neuron_ids.copy_(ids)
+    neuron_ids = {n: ffn.bank.neuron_ids.clone() for n, ffn in model.ffns.items() if ffn.router.kind.by_identity}
     fields = _random_fields(config.model)
     inputs = {name: fields[name] for name in model.fields.inputs}
     logits = {}
@@ -88,7 +101,8 @@ def _compute(
         for ffn in model.ffns.values():
             ffn.mode = "sparse" if mode == "sparse" else "dense"
         logits[mode] = model.logits(tuple(inputs.values())).transpose(0, 1).contiguous()
-    return {name: p.clone() for name, p in parameters.items()}, inputs, logits["dense"], logits["sparse"]
+    tensors = {name: p.clone() for name, p in parameters.items()}
+    return tensors, neuron_ids, inputs, logits["dense"], logits["sparse"]
 
 
 def _random_fields(model: ModelConfig) -> dict[str, Tensor]:

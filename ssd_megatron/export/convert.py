@@ -11,6 +11,7 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from ssd_megatron.config.fields import Section
 from ssd_megatron.config.schema import ModelConfig, SSDConfig
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.export import bert, llama, opt, ssd, t5
@@ -23,6 +24,9 @@ from ssd_megatron.training.saved_model import SavedModel, Settings, is_router, w
 
 ExportMode = Literal["dense", "sparse"]
 STOCK = {"gpt": {"OPT": opt, "Llama": llama}, "bert": {"BERT": bert}, "t5": {"T5": t5}}
+# What modeling_ssd.py has.
+SPARSE_MODEL = {"family": "gpt", "norm_position": "pre"}
+SPARSE_SSD = {"router": ssd.ROUTERS, "balance_bias": False, "routing_granularity": 1}
 MODELING = "modeling_ssd.py"
 VOCABULARY_MULTIPLE = 128
 
@@ -96,15 +100,17 @@ def import_model(folder: Path, root: Path, tokenizer: Path | None = None) -> Pat
 
 
 def _sparse(saved: SavedModel) -> Exported:
-    settings = saved.settings
-    conflicts = unmet(settings.model, family="gpt", norm_position="pre")
-    lacking = settings.only_in_training
-    if not settings.has_experts:
+    model, routing = saved.settings.model, saved.settings.ssd
+    if not saved.settings.has_experts:
         raise ConfigError(f"{saved.folder} is of a model that never formed experts: export it with --mode dense")
-    if conflicts or lacking is not None:
-        what = lacking or _shown(settings.model, conflicts)
-        raise ConfigError(f"{what} cannot be exported sparse: export the model with --mode dense")
-    return Exported(ssd.config_of(settings), ssd.to_hf(_tensors(saved, saved.shapes), settings.model))
+    lacking = _shown("model", model, unmet(model, **SPARSE_MODEL))
+    lacking += _shown("ssd", routing, unmet(routing, **SPARSE_SSD))
+    if lacking:
+        raise ConfigError(f"{', '.join(lacking)} cannot be exported sparse: export the model with --mode dense")
+    tensors = _tensors(saved, saved.shapes)
+    if routing.router == "mlp":
+        tensors |= ssd.mixes_by_position(saved)
+    return Exported(ssd.config_of(saved.settings), ssd.to_hf(tensors, model))
 
 
 def _dense(saved: SavedModel) -> Exported:
@@ -116,15 +122,16 @@ def _dense(saved: SavedModel) -> Exported:
             dense = [tensor for tensor in saved.shapes if not is_router(tensor)]
             return Exported(module.config_of(model), module.to_hf(_tensors(saved, dense), model))
     needs = "; ".join(f"{name} needs {', '.join(found)}" for name, found in conflicts.items())
-    shown = _shown(model, [entry for found in conflicts.values() for entry in found])
-    goes_sparse = saved.settings.has_experts and not unmet(model, family="gpt", norm_position="pre")
-    remedy = "use --mode sparse, which takes every setting" if goes_sparse else "train with those"
+    shown = ", ".join(_shown("model", model, [entry for found in conflicts.values() for entry in found]))
+    goes_sparse = saved.settings.has_experts and not unmet(model, **SPARSE_MODEL)
+    remedy = "use --mode sparse, which takes any mixture" if goes_sparse else "train with those"
     raise ConfigError(f"{shown}: no stock model of transformers has that; {needs}. Nearest that works: {remedy}")
 
 
-def _shown(model: ModelConfig, conflicts: list[str]) -> str:
+def _shown(name: str, section: Section, conflicts: list[str]) -> list[str]:
+    """Fields with their values."""
     fields = sorted({entry.split()[0] for entry in conflicts})
-    return ", ".join(f"model.{field} ({getattr(model, field)})" for field in fields)
+    return [f"{name}.{field} ({getattr(section, field)})" for field in fields]
 
 
 def _write_tokenizer(saved: SavedModel, tokenizer: Path | None, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
@@ -156,7 +163,7 @@ def _vocabulary(size: int) -> dict[str, int]:
 
 def _settings(config: Mapping[str, Any], model: ModelConfig, tokenizer: Path | None) -> Settings:
     if config["model_type"] == ssd.MODEL_TYPE:
-        numbers = {"num_experts": config["num_experts"], "router_update": config["router_update"]}
-        return Settings(model, SSDConfig(**numbers), list(config["experts_per_token"]), True, tokenizer)
+        routing = {name: config[name] for name in ("num_experts", "router", "router_update")}
+        return Settings(model, SSDConfig(**routing), list(config["experts_per_token"]), True, tokenizer)
     defaults = SSDConfig()
     return Settings(model, defaults, [defaults.top_k] * model.total_layers, False, tokenizer)

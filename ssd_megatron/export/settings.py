@@ -3,17 +3,17 @@
 from collections.abc import Mapping
 from typing import Any
 
-from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.config.fields import Section
 from ssd_megatron.errors import ConfigError
 
 
-def unmet(model: ModelConfig, **needed: object) -> list[str]:
-    """Settings of a model that an architecture does not have, each with what it needs: a value, or one of a tuple."""
+def unmet(section: Section, **needed: object) -> list[str]:
+    """Settings that an architecture does not have, each with what it needs: a value, or one of a tuple."""
     choices = {name: value if isinstance(value, tuple) else (value,) for name, value in needed.items()}
     return [
         f"{name} {' or '.join(map(str, values))}"
         for name, values in choices.items()
-        if getattr(model, name) not in values
+        if getattr(section, name) not in values
     ]
 
 

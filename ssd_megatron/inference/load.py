@@ -9,8 +9,10 @@ import torch
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.kernels import SPECIAL, choose_backend
 from ssd_megatron.ffn.kernels.trial import trial
+from ssd_megatron.ffn.router_kinds import KINDS
 from ssd_megatron.inference.ffn import MODES, Experts, Mode
 from ssd_megatron.inference.model import CausalModel
+from ssd_megatron.model.language_model import ffn_names
 from ssd_megatron.training.checkpoint_checks import check_tensors
 from ssd_megatron.training.saved_model import SavedModel, Settings, is_router, open_model
 
@@ -50,8 +52,8 @@ def from_saved(
     _check_can_run(saved, mode, top_k)
     experts, runs_sparse = None, settings.has_experts and settings.only_in_training is None
     if runs_sparse:
-        backend = _choose_kernels(device, dtype, settings.model.activation)
-        experts = Experts(settings.ssd.num_experts, settings.router_update, backend)
+        backend, ssd = _choose_kernels(device, dtype, settings.model.activation), settings.ssd
+        experts = Experts(ssd.num_experts, ssd.router, ssd.router_update, ssd.balance_bias, backend)
     model = CausalModel(settings.model, experts, dtype=dtype, device=device)
     targets = model.logical_parameters()
     # Of a run that has never formed experts, the routers say nothing.
@@ -60,8 +62,10 @@ def from_saved(
     for name, target in targets.items():
         target.copy_(saved.tensor(name))
     if runs_sparse:
-        for ffn, number in zip(model.ffns, layer_top_k(settings, top_k), strict=True):
+        names = ffn_names(settings.model.total_layers)
+        for name, ffn, number in zip(names, model.ffns, layer_top_k(settings, top_k), strict=True):
             ffn.top_k = number
+            ffn.bank.neuron_ids.copy_(saved.neuron_ids(name))
     model.set_mode(mode)
     return model
 
@@ -131,6 +135,12 @@ def _check_can_run(saved: SavedModel, mode: str, top_k: object) -> None:
     lacking = saved.settings.only_in_training
     if lacking is not None and saved.settings.has_experts and mode != "dense":
         raise ConfigError(f"mode ({mode}) cannot run this model's {lacking}: use dense")
+    router = saved.settings.ssd.router
+    if saved.settings.has_experts and mode == "auto" and KINDS[router].scales:
+        raise ConfigError(
+            f"mode (auto) cannot go from one mode to the other with ssd.router ({router}), whose sparse outputs are "
+            "scaled: use dense or sparse"
+        )
     if saved.settings.has_experts:
         return
     if mode == "sparse":

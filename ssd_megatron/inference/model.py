@@ -94,11 +94,18 @@ class CausalModel(nn.Module):
             x_bsh = x_bsh + F.embedding(view.positions_bs, self.position)
         else:
             rotation = rotary(view.positions_bs, self.config.head_dim, self.config.rotary_base, self.dtype)
+        keys_T = self._router_keys(tokens_bs, view.positions_bs)
         for block in self._blocks():
-            x_bsh = block(x_bsh, view, rotation, cache)
+            x_bsh = block(x_bsh, view, rotation, cache, keys_T)
         if cache is not None:
             cache.advance(tokens_bs.size(1))
         return _linear(self.norm(x_bsh[:, -1:] if last_only else x_bsh), self.head, None).float()
+
+    def _router_keys(self, tokens_bs: Tensor, positions_bs: Tensor) -> Tensor | None:
+        """What routers go by that do not look at inputs."""
+        router = self.ffns[0].router
+        keys_bs = {"token_ids": tokens_bs, "positions": positions_bs.expand_as(tokens_bs)}
+        return None if router is None or router.kind.reads not in keys_bs else keys_bs[router.kind.reads].flatten()
 
     def _blocks(self) -> Iterator["Block"]:
         for block in self.blocks:
@@ -122,15 +129,21 @@ class Block(nn.Module):
             config.activation,
             config.add_bias,
             experts,
+            index,
             dtype=dtype,
             device=device,
         )
 
     def forward(
-        self, x_bsh: Tensor, view: View, rotation: tuple[Tensor, Tensor] | None, cache: KeyValueCache | None
+        self,
+        x_bsh: Tensor,
+        view: View,
+        rotation: tuple[Tensor, Tensor] | None,
+        cache: KeyValueCache | None,
+        keys_T: Tensor | None,
     ) -> Tensor:
         x_bsh = x_bsh + self.self_attention(self.input_layernorm(x_bsh), view, rotation, cache)
-        y_Th: Tensor = self.mlp(self.pre_mlp_layernorm(x_bsh).flatten(0, 1))
+        y_Th: Tensor = self.mlp(self.pre_mlp_layernorm(x_bsh).flatten(0, 1), keys_T)
         return x_bsh + y_Th.view_as(x_bsh)
 
 

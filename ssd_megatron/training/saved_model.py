@@ -41,19 +41,10 @@ class Settings:
     tokenizer: Path | None
 
     @property
-    def router_update(self) -> str:
-        """Of a router that scores each expert by one row, its own or the mean of the bank's (avg_k)."""
-        return "avg_k" if self.ssd.router == "avg_k" else self.ssd.router_update
-
-    @property
     def only_in_training(self) -> str | None:
         """A setting of sparse mode that only training knows so far; None if there is none."""
-        ssd = self.ssd
-        if ssd.router not in ("centroid", "avg_k"):
-            return f"ssd.router ({ssd.router})"
-        if ssd.balance_bias:
-            return "ssd.balance_bias (true)"
-        return None if ssd.routing_granularity == 1 else f"ssd.routing_granularity ({ssd.routing_granularity})"
+        tile = self.ssd.routing_granularity
+        return None if tile == 1 else f"ssd.routing_granularity ({tile})"
 
 
 @dataclass(frozen=True)
@@ -77,6 +68,11 @@ class SavedModel:
         """
         shape = self.shapes[name]
         return files.read_interval(self.folder, self.index, key_of(name, MASTER), 0, math.prod(shape)).view(shape)
+
+    def neuron_ids(self, network: str) -> Tensor:
+        """Which neuron lies at each position of a feed-forward network, by its name (`ffn_names`), [F] int64."""
+        key = f"{network}{files.NEURON_IDS}"
+        return files.read_tensors(self.folder, files.SHARED, lambda name: name == key)[key]
 
 
 def open_model(path: Path) -> SavedModel:
