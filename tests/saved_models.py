@@ -15,7 +15,6 @@ from ssd_megatron.ffn.routers import expert_directions
 from ssd_megatron.model.init import named_normal
 from ssd_megatron.model.language_model import LanguageModel
 from ssd_megatron.parallel.topology import Topology
-from ssd_megatron.training import checkpoint_files as files
 from ssd_megatron.training.saved_model import Settings, write_model
 from tests.ranks import run_ranks
 from tests.small_engine import run_config
@@ -38,8 +37,8 @@ EXACT_T5 = T5 | {"hidden_size": 64, "num_attention_heads": 4}  # whose constants
 
 @dataclass(frozen=True)
 class Trained:
-    """Settings, weights by logical name, neuron at each position where experts have numbers, what the family reads of
-    two samples, and logits [b, s, v] in both modes."""
+    """Settings, weights by logical name, neuron at each position by network, what the family reads of two samples, and
+    logits [b, s, v] in both modes."""
 
     settings: Settings
     tensors: dict[str, Tensor]
@@ -54,11 +53,7 @@ class Trained:
 
     def write(self, root: Path) -> Path:
         """As a checkpoint in `root`."""
-        folder = write_model(root, self.settings, self.tensors.items())
-        identities = {f"{name}{files.NEURON_IDS}": ids for name, ids in self.neuron_ids.items()}
-        if identities:
-            files.write_tensors(folder, files.SHARED, identities)
-        return folder
+        return write_model(root, self.settings, self.tensors.items(), self.neuron_ids)
 
 
 def trained(**model: Any) -> Trained:
@@ -93,7 +88,7 @@ def _compute(
         if ffn.router.kind.by_identity:
             ids = torch.randperm(len(ffn.bank.neuron_ids), generator=torch.Generator().manual_seed(top_k))
             ffn.bank.neuron_ids.copy_(ids)
-    neuron_ids = {n: ffn.bank.neuron_ids.clone() for n, ffn in model.ffns.items() if ffn.router.kind.by_identity}
+    neuron_ids = {name: ffn.bank.neuron_ids.clone() for name, ffn in model.ffns.items()}
     fields = _random_fields(config.model)
     inputs = {name: fields[name] for name in model.fields.inputs}
     logits = {}

@@ -11,7 +11,6 @@ from ssd_megatron.config.schema import ModelConfig
 from ssd_megatron.export.mapping import to_ours, to_theirs
 from ssd_megatron.export.rules import Rule, same, tied_head, transposed
 from ssd_megatron.ffn.bank import NEURON_TENSORS, expert_numbers
-from ssd_megatron.model.language_model import ffn_names
 from ssd_megatron.training.saved_model import SavedModel, Settings
 
 MODEL_TYPE = "ssd_gpt"
@@ -78,9 +77,9 @@ def settings_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dic
 def mixes_by_position(saved: SavedModel) -> dict[str, Tensor]:
     """Second layers of `mlp` routers with a row for the expert at each position; ours have one for each number."""
     found = {}
-    for network in ffn_names(saved.settings.model.num_layers):
+    for network, ids in saved.neuron_ids().items():
         name = f"{network}.router.mix"
-        found[name] = saved.tensor(name)[expert_numbers(saved.neuron_ids(network), saved.settings.ssd.num_experts)]
+        found[name] = saved.tensor(name)[expert_numbers(ids, saved.settings.ssd.num_experts)]
     return found
 
 

@@ -62,10 +62,10 @@ def from_saved(
     for name, target in targets.items():
         target.copy_(saved.tensor(name))
     if runs_sparse:
-        names = ffn_names(settings.model.total_layers)
+        names, neuron_ids = ffn_names(settings.model.total_layers), saved.neuron_ids()
         for name, ffn, number in zip(names, model.ffns, layer_top_k(settings, top_k), strict=True):
             ffn.top_k = number
-            ffn.bank.neuron_ids.copy_(saved.neuron_ids(name))
+            ffn.bank.neuron_ids.copy_(neuron_ids[name])
     model.set_mode(mode)
     return model
 

@@ -87,11 +87,23 @@ def complete(
         ConfigError: see `generate`.
     """
     ids = [tokenizer.encode(prompt) or [tokenizer.eod] for prompt in prompts]
-    streams = [TextStream(tokenizer, prompt, stop) for prompt in ids]
+    return complete_tokens(model, tokenizer, ids, sampling, max_new_tokens, stop)
+
+
+def complete_tokens(
+    model: CausalModel,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+) -> Iterator[Piece]:
+    """The same for texts that are tokens already, at least one each."""
+    streams = [TextStream(tokenizer, prompt, stop) for prompt in prompts]
     counts, ended = [0] * len(prompts), set[int]()
     steps = generate(
         model,
-        ids,
+        prompts,
         sampling,
         max_new_tokens,
         eod=tokenizer.eod,
