@@ -24,7 +24,9 @@ from torch.nn.utils.rnn import pad_sequence
 
 from ssd_megatron.data.tokenizers import load_tokenizer
 from ssd_megatron.errors import ConfigError, DataError
+from ssd_megatron.inference.ffn import Mode
 from ssd_megatron.inference.load import DTYPES, from_saved, tokenizer_path
+from ssd_megatron.inference.model import CausalModel
 from ssd_megatron.inference.sampling import Sampling
 from ssd_megatron.inference.text import complete_tokens
 from ssd_megatron.parallel.device import local_device
@@ -73,9 +75,12 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the package has no type
         if max_batch_size is not None:
             raise ConfigError(f"max_batch_size ({max_batch_size}) has no effect: set batch_size")
         saved = open_model(Path(path))
-        self._model = from_saved(
-            saved, device or local_device(), DTYPES[dtype], "sparse" if mode == "sparse" else "dense", top_k
-        )
+        if saved.settings.model.family != "gpt":
+            raise ConfigError(f"model.family ({saved.settings.model.family}) cannot be evaluated so: use a gpt")
+        run_as: Mode = "sparse" if mode == "sparse" else "dense"
+        model = from_saved(saved, device or local_device(), DTYPES[dtype], run_as, top_k)
+        assert isinstance(model, CausalModel)
+        self._model = model
         self._tokenizer = load_tokenizer(tokenizer_path(saved, None if tokenizer is None else Path(tokenizer)))
         self._batch_size = int(batch_size)
         self._device = self._model.device

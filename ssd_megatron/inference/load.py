@@ -10,12 +10,15 @@ from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.kernels import SPECIAL, choose_backend
 from ssd_megatron.ffn.kernels.trial import trial
 from ssd_megatron.ffn.router_kinds import KINDS
+from ssd_megatron.inference.bert import MaskedModel
 from ssd_megatron.inference.ffn import MODES, Experts, Mode
-from ssd_megatron.inference.model import CausalModel
+from ssd_megatron.inference.model import CausalModel, Model
+from ssd_megatron.inference.t5 import EncoderDecoder
 from ssd_megatron.model.language_model import ffn_names
 from ssd_megatron.training.checkpoint_checks import check_tensors
 from ssd_megatron.training.saved_model import SavedModel, Settings, is_router, open_model
 
+MODELS: dict[str, type[Model]] = {"gpt": CausalModel, "bert": MaskedModel, "t5": EncoderDecoder}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -25,8 +28,9 @@ def load(
     dtype: torch.dtype = torch.float32,
     mode: Mode = "auto",
     top_k: float | Sequence[int] | None = None,
-) -> CausalModel:
-    """The model of a run_dir's newest complete checkpoint, or of one checkpoint's folder, ready to use.
+) -> Model:
+    """The model of a run_dir's newest complete checkpoint, or of one checkpoint's folder, ready to use: `CausalModel`,
+    of a bert `MaskedModel`, of a t5 `EncoderDecoder`.
 
     Args:
         mode: dense; sparse; auto: sparse where that is faster (inference/ffn.py).
@@ -46,7 +50,7 @@ def from_saved(
     dtype: torch.dtype = torch.float32,
     mode: Mode = "auto",
     top_k: float | Sequence[int] | None = None,
-) -> CausalModel:
+) -> Model:
     """See `load`."""
     device, settings = torch.device(device), saved.settings
     _check_can_run(saved, mode, top_k)
@@ -54,7 +58,7 @@ def from_saved(
     if runs_sparse:
         backend, ssd = _choose_kernels(device, dtype, settings.model.activation), settings.ssd
         experts = Experts(ssd.num_experts, ssd.router, ssd.router_update, ssd.balance_bias, backend)
-    model = CausalModel(settings.model, experts, dtype=dtype, device=device)
+    model = MODELS[settings.model.family](settings.model, experts, dtype=dtype, device=device)
     targets = model.logical_parameters()
     # Of a run that has never formed experts, the routers say nothing.
     wanted = {name: shape for name, shape in saved.shapes.items() if runs_sparse or not is_router(name)}
@@ -76,7 +80,7 @@ def layer_top_k(settings: Settings, top_k: float | Sequence[int] | None) -> list
     Raises:
         ConfigError: a number is not between 1 and the number of experts, or there is not one for each layer.
     """
-    experts, layers = settings.ssd.num_experts, settings.model.num_layers
+    experts, layers = settings.ssd.num_experts, settings.model.total_layers
     if top_k is None:
         return settings.top_k
     means: Sequence[float] = [top_k] if isinstance(top_k, int | float) else top_k
@@ -125,11 +129,6 @@ def _choose_kernels(device: torch.device, dtype: torch.dtype, activation: str) -
 
 
 def _check_can_run(saved: SavedModel, mode: str, top_k: object) -> None:
-    family = saved.settings.model.family
-    if family != "gpt":
-        raise ConfigError(f"model.family ({family}) cannot generate text: use a gpt")
-    if saved.settings.model.norm_position != "pre":
-        raise ConfigError(f"model.norm_position ({saved.settings.model.norm_position}) cannot generate text: use pre")
     if mode not in MODES:
         raise ConfigError(f"mode ({mode}) is unknown: use one of {', '.join(MODES)}")
     lacking = saved.settings.only_in_training
