@@ -145,8 +145,7 @@ def _write_tokenizer(saved: SavedModel, tokenizer: Path | None, folder: Path, co
         config["eos_token_id"] = generation["eos_token_id"] = generation["pad_token_id"] = eod
         if model.family == "t5":
             config["pad_token_id"] = config["decoder_start_token_id"] = generation["decoder_start_token_id"] = eod
-        else:
-            tokens = min(tokens, size)
+        tokens = min(tokens, size)
     if tokens < config["vocab_size"]:  # what stands for no text is nothing to generate
         generation["suppress_tokens"] = list(range(tokens, config["vocab_size"]))
     return generation

@@ -23,13 +23,14 @@ STAND_FOR_WORDS = frozenset((*MASK_TOKENS, *MARKERS["t5"]))
 
 
 def write_tokenizer(path: Path, folder: Path, model: ModelConfig) -> tuple[int, int]:
-    """Write the tokenizer of `path` into an exported model's folder; returns the id that ends a document, and how many
-    ids there are.
+    """Write the tokenizer of `path` into an exported model's folder; returns the id that ends a document, and the
+    first id from which on none is used.
 
     Raises:
         DataError: the tokenizer lacks what the model's family needs.
     """
     tokenizer = load_tokenizer(path)
+    size = tokenizer.vocab_size
     if path.suffix == ".json":
         theirs = tokenizers.Tokenizer.from_file(str(path))
     else:
@@ -51,11 +52,13 @@ def write_tokenizer(path: Path, folder: Path, model: ModelConfig) -> tuple[int, 
             settings["model_input_names"] += ["token_type_ids"]
         _frame(theirs, settings["cls_token"], settings["sep_token"], model.num_token_types > 1)
     if model.family == "t5":
-        _name_sentinels(theirs, tokenizer, path, model.vocab_size)
+        if not named_sentinels(tokenizer):
+            _name_sentinels(theirs, tokenizer, path, model.vocab_size)
+            size = model.vocab_size
         _frame(theirs, None, eod)
     theirs.save(str(folder / TOKENIZER_JSON))
     write_json(folder / "tokenizer_config.json", settings)
-    return tokenizer.eod, tokenizer.vocab_size
+    return tokenizer.eod, size
 
 
 def _frame(tokenizer: tokenizers.Tokenizer, before: str | None, after: str, has_kinds: bool = False) -> None:
@@ -70,12 +73,13 @@ def _frame(tokenizer: tokenizers.Tokenizer, before: str | None, after: str, has_
 
 
 def _name_sentinels(theirs: tokenizers.Tokenizer, ours: Tokenizer, path: Path, vocab_size: int) -> None:
-    """Give the ids that stand for spans their names, where the tokenizer has none."""
-    if named_sentinels(ours):
-        return
+    """Give the ids that stand for spans names."""
     free = free_sentinels(ours, vocab_size)
     if theirs.get_vocab_size() != ours.vocab_size:
-        raise ConfigError(f"tokenizer {path} has gaps among its ids, before {SENTINEL.format(0)}: give one with it")
+        raise ConfigError(
+            f"tokenizer {path} has no {SENTINEL.format(0)}, and gaps among its ids, so that none can be added: give one "
+            "that has it with --tokenizer"
+        )
     names = [SENTINEL.format(number) for number in reversed(range(len(free)))]
     theirs.add_special_tokens([AddedToken(name, special=True, normalized=False, lstrip=True) for name in names])
 

@@ -99,10 +99,10 @@ class FeedForward(nn.Module):
         if self.kind == "oracle":
             outputs_TF = self._outputs(x_TH, slice(None))
             return outputs_TF.abs().view(len(x_TH), self.num_experts, -1).sum(dim=2, dtype=torch.float32)
-        if self.kind == "avg_k":
+        if self.router is None:
             rows_FH = self.w_in if self.w_gate is None else self.w_gate
             return F.linear(x_TH.float(), rows_FH.view(self.num_experts, -1, rows_FH.shape[1]).float().mean(dim=1))
-        if self.kind == "mlp":
+        if self.router_mix is not None:
             hidden_TE = F.linear(F.normalize(x_TH.float(), dim=1), self.router.float()).tanh()
             return F.linear(hidden_TE, self.router_mix.float())
         return F.linear(x_TH.float(), self.router.float())

@@ -167,7 +167,7 @@ def test_the_generate_tool_fills_masks(bert: Path, tmp_path: Path, capsys: pytes
         (["--prompt", "no mask"], "there is nothing to fill in, no [MASK], in 'no mask'"),
         (["--prompt", "[MASK]", "--greedy"], "greedy (True) has no effect with model.family (bert)"),
         (["--prompt", "[MASK]", "--guesses", "0"], "the number of guesses (0) must be between 1 and the"),
-        (["--prompt", "[MASK] " * 30], "a text has 32 tokens, but the model's have at most 24"),
+        (["--prompt", "[MASK]" * 30], "a text has 32 tokens, but the model's have at most 24"),
     ):
         assert generate_tool.main([*command, *arguments]) == 2
         assert f"error: {message}" in capsys.readouterr().err

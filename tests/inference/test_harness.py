@@ -94,8 +94,9 @@ def test_answers_are_those_of_the_exported_model(tmp_path: Path, tasks: Path, ch
         trust_remote_code=mode == "sparse",
         backend="causal",
     )
-    assert ours["continued"] == theirs["continued"]
-    assert len({text for ((text,),) in ours["continued"]}) > 1
+    # Libraries show bytes that are no whole characters differently.
+    texts = [[text.partition("\ufffd")[0] for ((text,),) in answers["continued"]] for answers in (ours, theirs)]
+    assert texts[0] == texts[1] and len(set(texts[0])) > 3
     for name in ("choice", "rolling"):
         for our_answers, their_answers in zip(ours[name], theirs[name], strict=True):
             assert _numbers(our_answers) == pytest.approx(_numbers(their_answers), rel=1e-5, abs=1e-4)
