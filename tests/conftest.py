@@ -23,5 +23,10 @@ def marked_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return path
 
 
+@pytest.fixture(scope="session")
+def marked_corpus(tmp_path_factory: pytest.TempPathFactory, marked_tokenizer: Path) -> Corpus:
+    return make_corpus(tmp_path_factory.mktemp("marked"), _sources(5), marked_tokenizer)
+
+
 def _sources(number: int) -> list[Path]:
     return sorted(Path(sysconfig.get_paths()["stdlib"]).glob("*.py"))[:number]

@@ -55,7 +55,7 @@ def write_tokenizer(path: Path, folder: Path, model: ModelConfig) -> tuple[int, 
         if not named_sentinels(tokenizer):
             _name_sentinels(theirs, tokenizer, path, model.vocab_size)
             size = model.vocab_size
-        _frame(theirs, None, eod)
+        _frame(theirs, None, settings["eos_token"])
     theirs.save(str(folder / TOKENIZER_JSON))
     write_json(folder / "tokenizer_config.json", settings)
     return tokenizer.eod, size
@@ -77,8 +77,8 @@ def _name_sentinels(theirs: tokenizers.Tokenizer, ours: Tokenizer, path: Path, v
     free = free_sentinels(ours, vocab_size)
     if theirs.get_vocab_size() != ours.vocab_size:
         raise ConfigError(
-            f"tokenizer {path} has no {SENTINEL.format(0)}, and gaps among its ids, so that none can be added: give one "
-            "that has it with --tokenizer"
+            f"tokenizer {path} has gaps among its ids, so that {SENTINEL.format(0)} cannot be added: give one that "
+            "has it with --tokenizer"
         )
     names = [SENTINEL.format(number) for number in reversed(range(len(free)))]
     theirs.add_special_tokens([AddedToken(name, special=True, normalized=False, lstrip=True) for name in names])

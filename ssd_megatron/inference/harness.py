@@ -78,9 +78,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the package has no type
         if saved.settings.model.family != "gpt":
             raise ConfigError(f"model.family ({saved.settings.model.family}) cannot be evaluated so: use a gpt")
         run_as: Mode = "sparse" if mode == "sparse" else "dense"
-        # Where nothing is said the harness asks for cuda:0, on any machine.
-        has_device = device is not None and (not device.startswith("cuda") or torch.cuda.is_available())
-        model = from_saved(saved, device if has_device else local_device(), DTYPES[dtype], run_as, top_k)
+        if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
+            where = local_device()  # the harness says cuda:0 on any machine, where the user says nothing
+        else:
+            where = torch.device(device)
+        model = from_saved(saved, where, DTYPES[dtype], run_as, top_k)
         assert isinstance(model, CausalModel)
         self._model = model
         self._tokenizer = load_tokenizer(tokenizer_path(saved, None if tokenizer is None else Path(tokenizer)))

@@ -28,25 +28,34 @@ class Context(NamedTuple):
     mask: Tensor | None
 
 
+class Table(nn.Module):
+    """Rows by ids."""
+
+    def __init__(self, rows: int, columns: int, *, dtype: torch.dtype, device: torch.device) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=device))
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return F.embedding(ids, self.weight)
+
+
 class Embedding(nn.Module):
     """Tokens, and what a family adds to them; the tables of T5's position biases."""
 
     def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
         super().__init__()
-
-        def table(rows: int, columns: int) -> Tensor:
-            return torch.empty(rows, columns, dtype=dtype, device=device)
-
-        def embedding(rows: int) -> nn.Embedding:
-            return nn.Embedding.from_pretrained(table(rows, config.hidden_size))
-
-        self.word = embedding(config.padded_vocab_size)
-        self.position = embedding(config.seq_length) if config.position_embedding == "learned" else None
-        self.token_type = embedding(config.num_token_types) if config.num_token_types else None
+        h = config.hidden_size
+        self.word = Table(config.padded_vocab_size, h, dtype=dtype, device=device)
+        learned, kinds = config.position_embedding == "learned", config.num_token_types
+        self.position = Table(config.seq_length, h, dtype=dtype, device=device) if learned else None
+        self.token_type = Table(kinds, h, dtype=dtype, device=device) if kinds else None
         self.position_bias = None
         if config.position_embedding == "relative":
-            sizes = (config.relative_attention_num_buckets, config.num_attention_heads)
-            self.position_bias = nn.ParameterDict({name: table(*sizes) for name in ("encoder", "decoder")})
+            shape = (config.relative_attention_num_buckets, config.num_attention_heads)
+            tables = {
+                name: nn.Parameter(torch.empty(shape, dtype=dtype, device=device)) for name in ("encoder", "decoder")
+            }
+            self.position_bias = nn.ParameterDict(tables)
         self.norm = make_norm(config).to(device, dtype) if config.norm_position == "post" else None
 
     def forward(self, tokens_bs: Tensor, positions_bs: Tensor, token_types_bs: Tensor | None = None) -> Tensor:

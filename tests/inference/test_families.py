@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer, pipeline
 
+from ssd_megatron.config.span_sizes import span_sizes
 from ssd_megatron.data.tokenizers import load_tokenizer
 from ssd_megatron.export.convert import export_model
 from ssd_megatron.inference.bert import fill
@@ -20,6 +21,8 @@ from ssd_megatron.inference.sampling import Sampling
 from ssd_megatron.inference.text import answer
 from ssd_megatron.training.saved_model import open_model, write_model
 from tests.saved_models import BERT, T5, trained
+from tests.small_run import Corpus, small_config, train, write_config
+from tools import convert_checkpoint as convert_tool
 from tools import evaluate as evaluate_tool
 from tools import generate as generate_tool
 
@@ -184,6 +187,33 @@ def test_the_generate_tool_answers(t5: Path, tmp_path: Path, capsys: pytest.Capt
     assert generate_tool.main([*command, "--prompt", "x", "--top_p", "0.9", "--seed", "3"]) == 0
     assert generate_tool.main([*command, "--prompt", "x", "--guesses", "3"]) == 2
     assert "guesses (3) has no effect with model.family (t5)" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("family", ["bert", "t5"])
+def test_what_a_run_has_trained_can_be_used(
+    tmp_path: Path, family: str, marked_corpus: Corpus, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """With experts that a switch has formed, and samples as in training."""
+    run_dir, out = tmp_path / "run", tmp_path / "out.json"
+    config = small_config(marked_corpus, run_dir)
+    section = config["ssd_megatron"]
+    section["model"] |= {"seq_length": LENGTH} | (BERT if family == "bert" else T5)
+    section["data"]["mask_fraction"] = 0.2
+    section["ssd"]["phases"] = [{"start_step": 1, "mode": "dense"}, {"start_step": 3, "mode": "sparse"}]
+    section["training"] = {"train_steps": 4, "eval_interval": 4, "eval_steps": 1}
+    train(write_config(config, tmp_path / "ds.json"))
+    command = ["--checkpoint", str(run_dir), "--json", str(out)]
+    assert evaluate_tool.main([*command, "--data", str(marked_corpus.prefix), "--max_tokens", "200"]) == 0
+    result = json.loads(out.read_text())
+    assert [line["mode"] for line in result["results"]] == ["dense", "sparse"]
+    per_sample = round(0.2 * (LENGTH - 2)) if family == "bert" else span_sizes(LENGTH, 0.2, 3.0).targets
+    assert result["tokens"] == per_sample * result["samples"] > 0
+    text = "import [MASK]" if family == "bert" else "import <extra_id_0>"
+    options = [] if family == "bert" else ["--max_new_tokens", "5", "--greedy"]
+    assert generate_tool.main([*command, "--prompt", text, "--mode", "sparse", "--dtype", "fp32", *options]) == 0
+    assert convert_tool.main(["export", "--from", str(run_dir), "--to", str(tmp_path / "hf")]) == 0
+    card = (tmp_path / "hf" / "README.md").read_text()
+    assert f"A {family.upper()} trained" in card and "phases, by step: dense 1-2, sparse 3-4" in card
 
 
 @pytest.mark.parametrize("family", ["bert", "t5"])
