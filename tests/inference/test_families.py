@@ -198,7 +198,7 @@ def test_what_a_run_has_trained_can_be_used(
     config = small_config(marked_corpus, run_dir)
     section = config["ssd_megatron"]
     section["model"] |= {"seq_length": LENGTH} | (BERT if family == "bert" else T5)
-    section["data"]["mask_fraction"] = 0.2
+    section["data"] |= {"mask_fraction": 0.2} | ({"whole_words": False} if family == "bert" else {})
     section["ssd"]["phases"] = [{"start_step": 1, "mode": "dense"}, {"start_step": 3, "mode": "sparse"}]
     section["training"] = {"train_steps": 4, "eval_interval": 4, "eval_steps": 1}
     train(write_config(config, tmp_path / "ds.json"))
