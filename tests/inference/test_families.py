@@ -73,6 +73,13 @@ def test_padding_changes_nothing(tmp_path: Path) -> None:
     torch.testing.assert_close(logits[1], alone, rtol=1e-4, atol=1e-4)
 
 
+@pytest.mark.parametrize("settings", [BERT, T5])
+def test_bf16_is_near(tmp_path: Path, settings: dict[str, Any]) -> None:
+    expected = trained(**settings)
+    logits = load(expected.write(tmp_path), dtype=torch.bfloat16, mode="dense")(*read(expected.inputs))
+    assert float((logits - expected.dense).norm() / expected.dense.norm()) < 0.03
+
+
 def test_the_decoder_goes_on_from_its_cache(tmp_path: Path) -> None:
     expected = trained(**T5)
     decoder = load(expected.write(tmp_path), mode="sparse").encode(expected.tokens)
