@@ -35,6 +35,8 @@ DEVELOPMENT = [
     "triton==3.6.0",
     "numpy<2.4",
 ]
+# The harness of ssd_megatron.inference.harness, and what it needs for transformers' models. About 180 MB.
+EVALUATION = ["lm_eval==0.4.13", "accelerate>=1.10"]
 
 setup(
     name="ssd_megatron",
@@ -47,5 +49,5 @@ setup(
     packages=find_packages(include=["ssd_megatron", "ssd_megatron.*"]),
     package_data={"ssd_megatron": ["py.typed", "ffn/kernels/csrc/*", "reporting/*.css", "reporting/*.js"]},
     install_requires=REQUIREMENTS,
-    extras_require={"dev": DEVELOPMENT},
+    extras_require={"dev": DEVELOPMENT, "eval": EVALUATION},
 )

@@ -69,7 +69,7 @@ QUICK = Size(shape(512, 4, 1024), new_tokens=8, prompt_layers=2, prompt_tokens=1
 @torch.no_grad()
 def build(config: ModelConfig, dtype: torch.dtype) -> CausalModel:
     torch.manual_seed(0)
-    experts = Experts(EXPERTS, "straight_through", "torch")
+    experts = Experts(EXPERTS, "centroid", "straight_through", balance_bias=False, backend="torch")
     model = CausalModel(config, experts, dtype=dtype, device=torch.device("cpu"))
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:

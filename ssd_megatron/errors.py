@@ -7,7 +7,3 @@ class ConfigError(ValueError):
 
 class DataError(ValueError):
     """The data cannot be used. The message names file, value and what would work."""
-
-
-class ExportError(ValueError):
-    """Tensors or settings have no place in the other model; the message names them."""

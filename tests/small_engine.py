@@ -23,7 +23,7 @@ from ssd_megatron.training.synthetic import random_batch as synthetic_batch
 from tests.small_run import Corpus, small_config
 
 # What run_config takes beside settings of the model.
-OTHERS = ("bf16", "stage", "parallel", "training", "steps", "phases", "weight_sparsity")
+OTHERS = ("bf16", "stage", "parallel", "training", "steps", "phases", "weight_sparsity", "ssd")
 NOWHERE = Corpus(Path("corpus"), Path("tokenizer.model"))
 
 
@@ -34,6 +34,7 @@ def run_config(world_size: int = 1, **model: Any) -> RunConfig:
     raw["ssd_megatron"]["model"] |= {"dropout": 0.0} | model
     raw["ssd_megatron"]["parallel"] = settings.get("parallel", {})
     raw["ssd_megatron"]["training"] |= settings.get("training", {})
+    raw["ssd_megatron"]["ssd"] |= settings.get("ssd", {})
     if "steps" in settings:
         raw["ssd_megatron"]["training"]["train_steps"] = settings["steps"]
     if "phases" in settings:

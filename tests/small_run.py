@@ -36,10 +36,12 @@ class Corpus:
     tokenizer: Path
 
 
-def make_corpus(folder: Path, sources: Sequence[Path]) -> Corpus:
+def make_corpus(folder: Path, sources: Sequence[Path], tokenizer: Path | None = None) -> Corpus:
+    """With a tokenizer of its own, unless there is one."""
     reader = DocumentReader(find_inputs(sources, "text"))
-    tokenizer = folder / "tokenizer.model"
-    train_sentencepiece((document.text for document in reader), tokenizer, 512, max_lines=5_000)
+    if tokenizer is None:
+        tokenizer = folder / "tokenizer.model"
+        train_sentencepiece((document.text for document in reader), tokenizer, 512, max_lines=5_000)
     quiet = rich.console.Console(file=io.StringIO())
     prefix = folder / "corpus"
     preprocess(

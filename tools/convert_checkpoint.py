@@ -4,8 +4,8 @@
     python tools/convert_checkpoint.py import --from HF_DIR --to DIR
 
 export: DIR is a run_dir, of which the newest checkpoint is taken, or the folder of one checkpoint. Dense models become
-OPTForCausalLM or LlamaForCausalLM, as their settings say; sparse ones bring modeling_ssd.py with them, for
-trust_remote_code.
+OPTForCausalLM or LlamaForCausalLM, as their settings say, BertForMaskedLM (BertForPreTraining with a sentence
+objective) or T5ForConditionalGeneration; sparse GPTs bring modeling_ssd.py with them, for trust_remote_code.
 
 import: DIR gets a checkpoint of step 0 that holds weights alone. A run starts from it with
 

@@ -5,7 +5,8 @@
 
 DIR is a run_dir, of which the newest checkpoint is taken, or the folder of one checkpoint. Texts are files or folders
 as tools/preprocess_data.py reads them; PREFIX is what it has written. Intervals are of 95 %, with windows taken as
-independent; one window alone has none.
+independent; one window alone has none. Of BERT and T5 the loss is that of masked tokens and of spans, in samples as in
+training, the same ones each time; bits per byte are of a GPT alone.
 """
 
 import argparse
@@ -26,11 +27,28 @@ from ssd_megatron.data.documents import DocumentReader, find_inputs
 from ssd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from ssd_megatron.errors import ConfigError, DataError
 from ssd_megatron.files import write_atomically
-from ssd_megatron.inference.evaluate import Score, Variant, Window, evaluate, windows
+from ssd_megatron.inference.evaluate import (
+    Part,
+    Score,
+    Variant,
+    Window,
+    evaluate,
+    masked_samples,
+    objective_of,
+    windows,
+)
 from ssd_megatron.inference.load import DTYPES, from_saved, layer_top_k, tokenizer_path
 from ssd_megatron.parallel.device import local_device
 from ssd_megatron.training.checkpoint_files import CheckpointError
-from ssd_megatron.training.saved_model import Settings, open_model
+from ssd_megatron.training.saved_model import SavedModel, Settings, open_model
+
+
+class Task(NamedTuple):
+    """What is to be predicted, the bytes of its texts (None if not all of them are predicted), and what it is like."""
+
+    parts: Sequence[Part]
+    bytes: int | None
+    about: dict[str, int]
 
 
 class Text(NamedTuple):
@@ -45,31 +63,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = _parse(argv)
     try:
         saved = open_model(arguments.checkpoint)
-        tokenizer = load_tokenizer(tokenizer_path(saved, arguments.tokenizer))
+        path, is_gpt = tokenizer_path(saved, arguments.tokenizer), saved.settings.model.family == "gpt"
+        tokenizer = load_tokenizer(path)
         variants = _variants(saved.settings, arguments)
-        length = (arguments.window or saved.settings.model.seq_length) + 1
-        stride = arguments.stride or (length - 1) // 2
-        if not 1 <= stride < length:
-            raise ConfigError(f"stride ({stride}) must be at least 1 and at most the window's {length - 1} tokens")
+        task = _windows(saved, tokenizer, arguments) if is_gpt else _samples(saved, tokenizer, path, arguments)
         model = from_saved(saved, local_device(), DTYPES[arguments.dtype], variants[0].mode)
-        size, parts = 0, list[Window]()
-        for text in _texts(arguments, tokenizer):
-            # A document begins after the end of another.
-            parts += windows([tokenizer.eod, *text.ids], length, stride)
-            size += text.bytes
-        if not parts:
-            raise DataError("there is no text to evaluate on")
-        scores = evaluate(model, parts, variants)
-        records = [_record(score, scores[0], size) for score in scores]
+        scores = evaluate(model, task.parts, variants)
+        records = [_record(score, scores[0], task.bytes) for score in scores]
         Console().print(_table(records, scores[0].variant.label))
         if arguments.json is not None:
-            about = {"checkpoint": str(saved.folder), "step": saved.index.step, "bytes": size}
-            about |= {
-                "tokens": int(scores[0].counts.sum()),
-                "windows": len(parts),
-                "window": length - 1,
-                "stride": stride,
-            }
+            about = {"checkpoint": str(saved.folder), "step": saved.index.step, "bytes": task.bytes}
+            about |= {"tokens": int(scores[0].counts.sum())} | task.about
             content = json.dumps(about | {"results": records}, indent=1) + "\n"
             write_atomically(arguments.json, content.encode())
     except (ConfigError, DataError) as error:
@@ -79,6 +83,34 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return 1
     return 0
+
+
+def _windows(saved: SavedModel, tokenizer: Tokenizer, arguments: argparse.Namespace) -> Task:
+    length = (arguments.window or saved.settings.model.seq_length) + 1
+    stride = arguments.stride or (length - 1) // 2
+    if not 1 <= stride < length:
+        raise ConfigError(f"stride ({stride}) must be at least 1 and at most the window's {length - 1} tokens")
+    size, parts = 0, list[Window]()
+    for text in _texts(arguments, tokenizer):
+        # A document begins after the end of another.
+        parts += windows([tokenizer.eod, *text.ids], length, stride)
+        size += text.bytes
+    if not parts:
+        raise DataError("there is no text to evaluate on")
+    return Task(parts, size, {"windows": len(parts), "window": length - 1, "stride": stride})
+
+
+def _samples(saved: SavedModel, tokenizer: Tokenizer, path: Path, arguments: argparse.Namespace) -> Task:
+    for name in ("window", "stride"):
+        if getattr(arguments, name) is not None:
+            family = saved.settings.model.family
+            raise ConfigError(f"{name} ({getattr(arguments, name)}) has no effect with model.family ({family})")
+    objective = objective_of(saved, tokenizer, path)
+    tokens = [token for text in _texts(arguments, tokenizer) for token in (*text.ids, tokenizer.eod)]
+    parts = list(masked_samples(tokens, objective))
+    if not parts:
+        raise DataError(f"there are {len(tokens)} tokens to evaluate on, but a sample has {objective.text_length}")
+    return Task(parts, None, {"samples": len(parts)})
 
 
 def _variants(settings: Settings, arguments: argparse.Namespace) -> list[Variant]:
@@ -124,9 +156,10 @@ def _corpus(prefix: str, tokenizer: Tokenizer) -> Iterator[list[int]]:
         yield ids[:-1] if ids and ids[-1] == tokenizer.eod else ids
 
 
-def _record(score: Score, first: Score, size: int) -> dict[str, Any]:
+def _record(score: Score, first: Score, size: int | None) -> dict[str, Any]:
     """A variant's line of the JSON file; errors are half of an interval, null where there is none."""
-    bits = float(score.counts.sum()) / size / math.log(2)  # a nat per token in bits per byte
+    # A nat per token in bits per byte.
+    bits = None if size is None else float(score.counts.sum()) / size / math.log(2)
     above, above_error = score.difference(first)
     known = not math.isnan(score.error)
     return {
@@ -137,8 +170,8 @@ def _record(score: Score, first: Score, size: int) -> dict[str, Any]:
         "loss_error": score.error if known else None,
         "perplexity": math.exp(score.loss),
         "perplexity_interval": [math.exp(score.loss + sign * score.error) for sign in (-1, 1)] if known else None,
-        "bits_per_byte": score.loss * bits,
-        "bits_per_byte_error": score.error * bits if known else None,
+        "bits_per_byte": None if bits is None else score.loss * bits,
+        "bits_per_byte_error": score.error * bits if known and bits is not None else None,
         "loss_above_first": above,
         "loss_above_first_error": above_error if known else None,
     }
@@ -152,7 +185,7 @@ def _table(records: list[dict[str, Any]], first: str) -> Table:
             r["name"],
             _with_error(r, "loss", ".4f"),
             f"{r['perplexity']:.3f}" + (f" ({interval[0]:.3f} - {interval[1]:.3f})" if interval else ""),
-            _with_error(r, "bits_per_byte", ".4f"),
+            "" if r["bits_per_byte"] is None else _with_error(r, "bits_per_byte", ".4f"),
             "" if r["name"] == first else _with_error(r, "loss_above_first", "+.4f"),
         )
     return table

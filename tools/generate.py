@@ -1,8 +1,11 @@
-"""Continue texts with a trained model.
+"""Continue texts with a trained GPT; fill in the masks of texts with a BERT; get T5's answer to texts, which of a text
+with sentinels is what they stand for.
 
     python tools/generate.py --checkpoint DIR --prompt TEXT --max_new_tokens N [--greedy] [--mode dense|sparse|auto]
     python tools/generate.py --checkpoint DIR --prompts FILE --max_new_tokens N --json FILE
     python tools/generate.py --checkpoint DIR --max_new_tokens N          asks for prompts, one a line
+    python tools/generate.py --checkpoint DIR --prompt "A [MASK] text"    of a BERT, with the likeliest tokens
+    python tools/generate.py --checkpoint DIR --prompt "A <extra_id_0> text" --greedy     of a T5
 
 DIR is a run_dir, of which the newest checkpoint is taken, or the folder of one checkpoint. FILE has a prompt a line.
 """
@@ -11,36 +14,52 @@ import argparse
 import json
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from ssd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from ssd_megatron.errors import ConfigError, DataError
 from ssd_megatron.files import write_atomically
+from ssd_megatron.inference.bert import MaskedModel, fill
 from ssd_megatron.inference.ffn import MODES
 from ssd_megatron.inference.load import DTYPES, from_saved, tokenizer_path
-from ssd_megatron.inference.model import CausalModel
+from ssd_megatron.inference.marks import MarkedTokenizer, bert_tokenizer, t5_tokenizer
+from ssd_megatron.inference.model import CausalModel, Model
 from ssd_megatron.inference.sampling import Sampling
-from ssd_megatron.inference.text import complete
+from ssd_megatron.inference.t5 import EncoderDecoder
+from ssd_megatron.inference.text import Piece, answer, complete
 from ssd_megatron.parallel.device import detect_hardware, local_device
 from ssd_megatron.training.checkpoint_files import CheckpointError
 from ssd_megatron.training.saved_model import open_model
+
+GUESSES = 5
+# What says how a text goes on, with its defaults; a BERT has no use for it.
+GENERATION: dict[str, Any] = {
+    "max_new_tokens": 128,
+    "greedy": False,
+    "temperature": 1.0,
+    "sampling_top_k": None,
+    "top_p": 1.0,
+    "repetition_penalty": 1.0,
+    "seed": 0,
+    "stop": [],
+}
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit status: 0 done, 1 the checkpoint is damaged, 2 it cannot be used so."""
     arguments = _parse(argv)
     try:
-        sampling = _sampling(arguments)
         saved = open_model(arguments.checkpoint)
-        tokenizer = load_tokenizer(tokenizer_path(saved, arguments.tokenizer))
+        path = tokenizer_path(saved, arguments.tokenizer)
+        tokenizer = load_tokenizer(path)
         dtype = DTYPES[arguments.dtype or ("bf16" if detect_hardware().bf16 else "fp32")]
         model = from_saved(saved, local_device(), dtype, arguments.mode, arguments.top_k)
-        records = []
-        for prompts in _prompts(arguments):
-            record = _continue(model, tokenizer, prompts, sampling, arguments)
-            records.append({"checkpoint": str(saved.folder), "mode": arguments.mode, **record})
+        run = _runner(model, tokenizer, path, arguments)
+        common = {"checkpoint": str(saved.folder), "mode": arguments.mode}
+        records = [common | run(prompts) for prompts in _prompts(arguments)]
         if arguments.json is not None:
             write_atomically(arguments.json, (json.dumps(records, indent=1, ensure_ascii=False) + "\n").encode())
     except (ConfigError, DataError) as error:
@@ -52,17 +71,49 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _continue(
-    model: CausalModel, tokenizer: Tokenizer, prompts: list[str], sampling: Sampling, arguments: argparse.Namespace
-) -> dict[str, Any]:
-    """Continue some prompts as one batch, show the text, and say how long it took."""
+def _runner(
+    model: Model, tokenizer: Tokenizer, path: Path, arguments: argparse.Namespace
+) -> Callable[[list[str]], dict[str, Any]]:
+    """What the model's family does with a batch of prompts: shows the result, and returns it for the JSON file."""
+    if isinstance(model, MaskedModel):
+        given = [name for name, default in GENERATION.items() if getattr(arguments, name) != default]
+        if given:
+            raise ConfigError(f"{given[0]} ({getattr(arguments, given[0])}) has no effect with model.family (bert)")
+        marked = bert_tokenizer(tokenizer, path)
+        guesses = GUESSES if arguments.guesses is None else arguments.guesses
+        return lambda prompts: _fill(model, marked, prompts, guesses)
+    if arguments.guesses is not None:
+        raise ConfigError(f"guesses ({arguments.guesses}) has no effect with model.family ({model.config.family})")
+    options = (_sampling(arguments), arguments.max_new_tokens, arguments.stop)
+    if isinstance(model, EncoderDecoder):
+        sentinels = t5_tokenizer(tokenizer, path, model.config)
+        return lambda prompts: _show(prompts, answer(model, sentinels, prompts, *options), continues=False)
+    assert isinstance(model, CausalModel)
+    return lambda prompts: _show(prompts, complete(model, tokenizer, prompts, *options), continues=True)
+
+
+def _fill(model: MaskedModel, tokenizer: MarkedTokenizer, prompts: list[str], guesses: int) -> dict[str, Any]:
+    """Fill in the masks of some prompts as one batch, and show the likeliest tokens for each."""
+    started = time.perf_counter()
+    filled = fill(model, tokenizer, prompts, guesses)
+    seconds = time.perf_counter() - started
+    for text in filled:
+        print(text.text)
+        for mask in text.guesses:
+            print("  " + ", ".join(f"{guess.text!r} {guess.probability:.3f}" for guess in mask))
+    return {"prompts": prompts, "seconds": seconds, "filled": [asdict(text) for text in filled]}
+
+
+def _show(prompts: list[str], pieces: Iterator[Piece], *, continues: bool) -> dict[str, Any]:
+    """Show what comes after some prompts, with them if it `continues` them, and say how long it took."""
     started = time.perf_counter()
     first = None
     texts, counts = [""] * len(prompts), [0] * len(prompts)
     streams = len(prompts) == 1
+    shown = prompts if continues else [""] * len(prompts)
     if streams:
-        print(prompts[0], end="", flush=True)
-    for piece in complete(model, tokenizer, prompts, sampling, arguments.max_new_tokens, arguments.stop):
+        print(shown[0], end="", flush=True)
+    for piece in pieces:
         first = first or time.perf_counter()
         texts[piece.number] += piece.text
         counts[piece.number] = piece.tokens
@@ -72,7 +123,7 @@ def _continue(
     if streams:
         print()
     else:
-        for prompt, text in zip(prompts, texts, strict=True):
+        for prompt, text in zip(shown, texts, strict=True):
             print(f"{prompt}{text}\n")
     to_first = (first or started) - started
     rate = sum(counts) / seconds
@@ -120,16 +171,19 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     prompts = parser.add_mutually_exclusive_group()
     prompts.add_argument("--prompt", help="text to continue")
     prompts.add_argument("--prompts", type=Path, metavar="FILE", help="texts to continue, one a line")
+    parser.add_argument("--guesses", type=int, help=f"tokens to show for each mask of a BERT (default {GUESSES})")
     parser.add_argument("--batch_size", type=int, default=8, help="prompts of a file continued together (default 8)")
-    parser.add_argument("--max_new_tokens", type=int, default=128)
+    parser.add_argument("--max_new_tokens", type=int, default=GENERATION["max_new_tokens"])
     parser.add_argument("--mode", choices=MODES, default="auto", help="auto: sparse where it is faster (default)")
     parser.add_argument("--top_k", type=float, help="experts per token, mean over layers (default: as trained)")
     parser.add_argument("--greedy", action="store_true", help="always the likeliest token")
-    parser.add_argument("--temperature", type=float, default=1.0)
+    parser.add_argument("--temperature", type=float, default=GENERATION["temperature"])
     parser.add_argument("--sampling_top_k", type=int, metavar="N", help="choose among the N likeliest tokens")
-    parser.add_argument("--top_p", type=float, default=1.0, help="choose among the likeliest with this probability")
-    parser.add_argument("--repetition_penalty", type=float, default=1.0)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--top_p", type=float, default=GENERATION["top_p"], help="choose among the likeliest with this probability"
+    )
+    parser.add_argument("--repetition_penalty", type=float, default=GENERATION["repetition_penalty"])
+    parser.add_argument("--seed", type=int, default=GENERATION["seed"])
     parser.add_argument("--stop", action="append", default=[], help="end the text before this string; may be repeated")
     parser.add_argument("--tokenizer", type=Path, help="default: the one the model was trained with")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 where the device computes it fast, else fp32")

@@ -5,6 +5,7 @@ Samples are full: a stretch of text without padding, which may cross documents (
 
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, Literal
 
 import numpy as np
@@ -53,14 +54,6 @@ class Masking:
         Raises:
             DataError: the tokenizer has no mask, class or separator token, or does not show where words begin.
         """
-        ids = {
-            name: require_token(tokenizer, data.tokenizer, kind, "bert", tokens)
-            for name, kind, tokens in (
-                ("mask_id", "mask", MASK_TOKENS),
-                ("cls_id", "class", CLS_TOKENS),
-                ("sep_id", "separator", SEP_TOKENS),
-            )
-        }
         return cls(
             fraction=data.mask_fraction,
             mask=data.mask_token_fraction,
@@ -68,8 +61,24 @@ class Masking:
             words=tokenizer.words() if data.whole_words else None,
             eod_id=tokenizer.eod,
             vocab_size=tokenizer.vocab_size,
-            **ids,
+            **marker_ids(tokenizer, data.tokenizer),
         )
+
+
+def marker_ids(tokenizer: Tokenizer, path: Path) -> dict[str, int]:
+    """`mask_id`, `cls_id` and `sep_id`.
+
+    Raises:
+        DataError: the tokenizer has no mask, class or separator token.
+    """
+    return {
+        name: require_token(tokenizer, path, kind, "bert", tokens)
+        for name, kind, tokens in (
+            ("mask_id", "mask", MASK_TOKENS),
+            ("cls_id", "class", CLS_TOKENS),
+            ("sep_id", "separator", SEP_TOKENS),
+        )
+    }
 
 
 class MaskedObjective:

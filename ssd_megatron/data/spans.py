@@ -71,17 +71,27 @@ def random_parts(total: int, parts: int, generator: np.random.Generator) -> list
     return lengths
 
 
+def named_sentinels(tokenizer: Tokenizer) -> list[int]:
+    """Ids of <extra_id_0>, <extra_id_1> ..., as many as the tokenizer has."""
+    found: list[int] = []
+    while (token := tokenizer.find(SENTINEL.format(len(found)))) is not None:
+        found.append(token)
+    return found
+
+
+def free_sentinels(tokenizer: Tokenizer, vocab_size: int) -> list[int]:
+    """Ids of the model's vocabulary that the tokenizer does not use, from the last one down (as in T5)."""
+    return list(range(vocab_size - 1, tokenizer.vocab_size - 1, -1))
+
+
 def find_sentinels(tokenizer: Tokenizer, path: Path, vocab_size: int, count: int) -> Ids:
-    """Ids of `count` tokens that no text contains: <extra_id_0>, <extra_id_1> ... where the tokenizer has them, or
-    those of the model's vocabulary that the tokenizer does not use, from the last one down (as in T5).
+    """Ids of `count` tokens that no text contains: those that the tokenizer names, or free ones.
 
     Raises:
         DataError: there are too few.
     """
-    found = [tokenizer.find(SENTINEL.format(number)) for number in range(count)]
-    known = [token for token in found if token is not None]
-    free = list(range(vocab_size - 1, tokenizer.vocab_size - 1, -1))
-    ids = known if len(known) == count else free[:count]
+    known, free = named_sentinels(tokenizer), free_sentinels(tokenizer, vocab_size)
+    ids = (known if len(known) >= count else free)[:count]
     if len(ids) < count:
         raise DataError(
             f"span corruption needs {count} sentinel tokens; data.tokenizer ({path}) has {len(known)}, and "

@@ -15,7 +15,7 @@ import tokenizers
 from ssd_megatron.errors import DataError
 from ssd_megatron.files import sha256_of, write_atomically
 
-HUGGING_FACE_EOD_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<eod>")
+HUGGING_FACE_EOD_TOKENS = ("<|endoftext|>", "</s>", "<eos>", "<eod>", "[SEP]")
 
 # Tokens that objectives need and no text contains, for a tokenizer to reserve, by family.
 MARKERS: dict[str, tuple[str, ...]] = {

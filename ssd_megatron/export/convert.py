@@ -11,17 +11,22 @@ import torch
 from pydantic import ValidationError
 from torch import Tensor
 
+from ssd_megatron.config.fields import Section
 from ssd_megatron.config.schema import ModelConfig, SSDConfig
 from ssd_megatron.errors import ConfigError
-from ssd_megatron.export import llama, opt, ssd
+from ssd_megatron.export import bert, llama, opt, ssd, t5
 from ssd_megatron.export.hf_folder import SHARD_BYTES, read_json, read_tensors, write_json, write_tensors
 from ssd_megatron.export.hf_tokenizer import find_tokenizer, write_tokenizer
 from ssd_megatron.export.model_card import model_card
+from ssd_megatron.export.settings import unmet
 from ssd_megatron.files import write_atomically
 from ssd_megatron.training.saved_model import SavedModel, Settings, is_router, write_model
 
 ExportMode = Literal["dense", "sparse"]
-STOCK = {"OPT": opt, "Llama": llama}
+STOCK = {"gpt": {"OPT": opt, "Llama": llama}, "bert": {"BERT": bert}, "t5": {"T5": t5}}
+# What modeling_ssd.py has.
+SPARSE_MODEL = {"family": "gpt", "norm_position": "pre"}
+SPARSE_SSD = {"router": ssd.ROUTERS, "balance_bias": False, "routing_granularity": 1}
 MODELING = "modeling_ssd.py"
 VOCABULARY_MULTIPLE = 128
 
@@ -43,7 +48,7 @@ def export_model(
     dtype: torch.dtype = torch.float32,
     shard_bytes: int = SHARD_BYTES,
 ) -> str:
-    """Write a folder that transformers loads; dense as OPT or Llama, sparse with its own modeling file.
+    """Write a folder that transformers loads: dense as OPT, Llama, BERT or T5; sparse GPTs with their modeling file.
 
     Args:
         tokenizer: instead of the one that the model was trained with.
@@ -55,31 +60,14 @@ def export_model(
     """
     if folder.exists() and any(folder.iterdir()):
         raise ConfigError(f"{folder} is not empty: give a folder that is not there yet")
-    if saved.settings.model.family != "gpt":
-        raise ConfigError(f"model.family ({saved.settings.model.family}) cannot be exported: only gpt can")
-    if saved.settings.model.norm_position != "pre":
-        raise ConfigError(
-            f"model.norm_position ({saved.settings.model.norm_position}) cannot be exported: only pre can"
-        )
-    if mode == "sparse" and not saved.settings.has_experts:
-        raise ConfigError(f"{saved.folder} is of a model that never formed experts: export it with --mode dense")
-    if mode == "sparse" and saved.settings.only_in_training is not None:
-        raise ConfigError(f"{saved.settings.only_in_training} cannot be exported: export the model with --mode dense")
-    exported = _exported(saved, mode)
+    exported = _sparse(saved) if mode == "sparse" else _dense(saved)
     folder.mkdir(parents=True, exist_ok=True)
-    model, dtype_name = saved.settings.model, str(dtype).removeprefix("torch.")
-    config = exported.config | {"dtype": dtype_name, "bos_token_id": None, "pad_token_id": None, "eos_token_id": None}
-    generation: dict[str, Any] = {}
-    tokenizer = tokenizer or saved.settings.tokenizer
-    tokens = model.vocab_size
-    if tokenizer is not None:
-        eod, size = write_tokenizer(tokenizer, folder, model.seq_length)
-        config["eos_token_id"] = generation["eos_token_id"] = generation["pad_token_id"] = eod
-        tokens = min(tokens, size)
-    if tokens < model.padded_vocab_size:  # padding of the vocabulary is nothing to generate
-        generation["suppress_tokens"] = list(range(tokens, model.padded_vocab_size))
+    dtype_name = str(dtype).removeprefix("torch.")
+    config = exported.config | {"dtype": dtype_name}
+    generation = _write_tokenizer(saved, tokenizer or saved.settings.tokenizer, folder, config)
     write_json(folder / "config.json", config)
-    write_json(folder / "generation_config.json", generation)
+    if saved.settings.model.family != "bert":
+        write_json(folder / "generation_config.json", generation)
     if mode == "sparse":
         shutil.copyfile(Path(__file__).with_name(MODELING), folder / MODELING)
     write_tensors(folder, {name: tensor.to(dtype) for name, tensor in exported.tensors.items()}, shard_bytes)
@@ -97,40 +85,70 @@ def import_model(folder: Path, root: Path, tokenizer: Path | None = None) -> Pat
     if root.exists() and any(root.iterdir()):
         raise ConfigError(f"{root} is not empty: give a folder that is not there yet")
     config, found = read_json(folder / "config.json"), read_tensors(folder)
-    kinds = {module.MODEL_TYPE: module for module in (opt, llama, ssd)}
+    kinds = {module.MODEL_TYPE: module for module in (opt, llama, bert, t5, ssd)}
     kind = kinds.get(config.get("model_type", ""))
     if kind is None:
         raise ConfigError(f"model_type ({config.get('model_type')}) cannot be imported: {', '.join(kinds)} can")
     try:
-        model = ModelConfig.model_validate(kind.settings_of(config) | _vocabulary(config["vocab_size"]))
+        model = ModelConfig.model_validate(kind.settings_of(config, found) | _vocabulary(config["vocab_size"]))
         settings = _settings(config, model, tokenizer or find_tokenizer(folder))
     except KeyError as error:
         raise ConfigError(f"{folder / 'config.json'} has no {error}") from error
     except ValidationError as error:
         raise ConfigError(f"{folder / 'config.json'} has sizes that cannot be: {error}") from error
-    if model.tie_embeddings:
-        # Some folders have the tied head twice.
-        head = found.pop("lm_head.weight", None)
-        words = next(tensor for name, tensor in found.items() if name.endswith("embed_tokens.weight"))
-        if head is not None and not head.equal(words):
-            raise ConfigError("lm_head.weight differs from the embedding that config.json says it is tied to")
     return write_model(root, settings, kind.from_hf(found, model).items())
 
 
-def _exported(saved: SavedModel, mode: ExportMode) -> Exported:
+def _sparse(saved: SavedModel) -> Exported:
+    model, routing = saved.settings.model, saved.settings.ssd
+    if not saved.settings.has_experts:
+        raise ConfigError(f"{saved.folder} is of a model that never formed experts: export it with --mode dense")
+    lacking = _shown("model", model, unmet(model, **SPARSE_MODEL))
+    lacking += _shown("ssd", routing, unmet(routing, **SPARSE_SSD))
+    if lacking:
+        raise ConfigError(f"{', '.join(lacking)} cannot be exported sparse: export the model with --mode dense")
+    tensors = _tensors(saved, saved.shapes)
+    if routing.router == "mlp":
+        tensors |= ssd.mixes_by_position(saved)
+    return Exported(ssd.config_of(saved.settings), ssd.to_hf(tensors, model))
+
+
+def _dense(saved: SavedModel) -> Exported:
     model = saved.settings.model
-    if mode == "sparse":
-        return Exported(ssd.config_of(saved.settings), ssd.to_hf(_tensors(saved, saved.shapes), model))
-    conflicts = {name: module.conflicts(model) for name, module in STOCK.items()}
-    for name, module in STOCK.items():
+    stock = STOCK[model.family]
+    conflicts = {name: module.conflicts(model) for name, module in stock.items()}
+    for name, module in stock.items():
         if not conflicts[name]:
             dense = [tensor for tensor in saved.shapes if not is_router(tensor)]
             return Exported(module.config_of(model), module.to_hf(_tensors(saved, dense), model))
     needs = "; ".join(f"{name} needs {', '.join(found)}" for name, found in conflicts.items())
-    has = {entry.split()[0] for found in conflicts.values() for entry in found}
-    shown = ", ".join(f"model.{field} ({getattr(model, field)})" for field in sorted(has))
-    remedy = "use --mode sparse, which takes every setting" if saved.settings.has_experts else "train with those"
-    raise ConfigError(f"{shown} together are no stock model of transformers: {needs}. Nearest that works: {remedy}")
+    shown = ", ".join(_shown("model", model, [entry for found in conflicts.values() for entry in found]))
+    goes_sparse = saved.settings.has_experts and not unmet(model, **SPARSE_MODEL)
+    remedy = "use --mode sparse, which takes any mixture" if goes_sparse else "train with those"
+    raise ConfigError(f"{shown}: no stock model of transformers has that; {needs}. Nearest that works: {remedy}")
+
+
+def _shown(name: str, section: Section, conflicts: list[str]) -> list[str]:
+    """Fields with their values."""
+    fields = sorted({entry.split()[0] for entry in conflicts})
+    return [f"{name}.{field} ({getattr(section, field)})" for field in fields]
+
+
+def _write_tokenizer(saved: SavedModel, tokenizer: Path | None, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
+    """Write the tokenizer, if there is one, and its ids into `config`; returns what generation_config.json has."""
+    model = saved.settings.model
+    config |= dict.fromkeys(("bos_token_id", "pad_token_id", "eos_token_id"))
+    generation: dict[str, Any] = {}
+    tokens = model.vocab_size
+    if tokenizer is not None:
+        eod, size = write_tokenizer(tokenizer, folder, model)
+        config["eos_token_id"] = generation["eos_token_id"] = generation["pad_token_id"] = eod
+        if model.family == "t5":
+            config["pad_token_id"] = config["decoder_start_token_id"] = generation["decoder_start_token_id"] = eod
+        tokens = min(tokens, size)
+    if tokens < config["vocab_size"]:  # what stands for no text is nothing to generate
+        generation["suppress_tokens"] = list(range(tokens, config["vocab_size"]))
+    return generation
 
 
 def _tensors(saved: SavedModel, names: Mapping[str, object] | list[str]) -> dict[str, Tensor]:
@@ -144,7 +162,7 @@ def _vocabulary(size: int) -> dict[str, int]:
 
 def _settings(config: Mapping[str, Any], model: ModelConfig, tokenizer: Path | None) -> Settings:
     if config["model_type"] == ssd.MODEL_TYPE:
-        numbers = {"num_experts": config["num_experts"], "router_update": config["router_update"]}
-        return Settings(model, SSDConfig(**numbers), list(config["experts_per_token"]), True, tokenizer)
+        routing = {name: config[name] for name in ("num_experts", "router", "router_update")}
+        return Settings(model, SSDConfig(**routing), list(config["experts_per_token"]), True, tokenizer)
     defaults = SSDConfig()
-    return Settings(model, defaults, [defaults.top_k] * model.num_layers, False, tokenizer)
+    return Settings(model, defaults, [defaults.top_k] * model.total_layers, False, tokenizer)

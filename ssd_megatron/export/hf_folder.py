@@ -15,8 +15,8 @@ from ssd_megatron.files import write_atomically
 MODEL_FILE = "model.safetensors"
 MODEL_INDEX = "model.safetensors.index.json"
 SHARD_BYTES = 5 * 10**9
-# Values that older versions of transformers saved with Llama, though they follow from its config.
-DERIVED = ".rotary_emb.inv_freq"
+# Values that older versions of transformers saved with Llama and BERT, though they follow from the config.
+DERIVED = (".rotary_emb.inv_freq", ".embeddings.position_ids")
 
 
 def write_json(path: Path, values: Mapping[str, Any]) -> None:

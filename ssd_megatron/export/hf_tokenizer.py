@@ -1,4 +1,5 @@
-"""Tokenizers for transformers: a tokenizer.json is copied, a SentencePiece BPE model is also written as one."""
+"""Tokenizers for transformers: a SentencePiece BPE model is also written as a tokenizer.json, and texts get the markers
+that samples of the model's family have."""
 
 import shutil
 from pathlib import Path
@@ -6,39 +7,81 @@ from typing import Any
 
 import tokenizers
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
-from tokenizers import decoders, models, normalizers
+from tokenizers import AddedToken, decoders, models, normalizers, processors
 
-from ssd_megatron.data.tokenizers import load_tokenizer
+from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.data.masking import MASK_TOKENS, marker_ids
+from ssd_megatron.data.spans import SENTINEL, free_sentinels, named_sentinels
+from ssd_megatron.data.tokenizers import MARKERS, Tokenizer, load_tokenizer
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.export.hf_folder import write_json
 
 TOKENIZER_JSON, SENTENCEPIECE = "tokenizer.json", "tokenizer.model"
 SPACE = "\u2581"  # SentencePiece's sign for it
+# Words begin with their space, so that it belongs to what stands for a word, too.
+STAND_FOR_WORDS = frozenset((*MASK_TOKENS, *MARKERS["t5"]))
 
 
-def write_tokenizer(path: Path, folder: Path, length: int) -> tuple[int, int]:
-    """Write the tokenizer of `path` into an exported model's folder; returns the id that ends a document, and how many
-    ids there are.
+def write_tokenizer(path: Path, folder: Path, model: ModelConfig) -> tuple[int, int]:
+    """Write the tokenizer of `path` into an exported model's folder; returns the id that ends a document, and the
+    first id from which on none is used.
 
-    Args:
-        length: most tokens of a text, for those who use the model.
+    Raises:
+        DataError: the tokenizer lacks what the model's family needs.
     """
     tokenizer = load_tokenizer(path)
+    size = tokenizer.vocab_size
     if path.suffix == ".json":
-        shutil.copyfile(path, folder / TOKENIZER_JSON)
+        theirs = tokenizers.Tokenizer.from_file(str(path))
     else:
         shutil.copyfile(path, folder / SENTENCEPIECE)
-        from_sentencepiece(path).save(str(folder / TOKENIZER_JSON))
-    eod = tokenizers.Tokenizer.from_file(str(folder / TOKENIZER_JSON)).id_to_token(tokenizer.eod)
+        theirs = from_sentencepiece(path)
+    eod = theirs.id_to_token(tokenizer.eod)
     settings: dict[str, Any] = {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": eod,
         "pad_token": eod,
-        "model_max_length": length,
+        "model_max_length": model.seq_length,
         "clean_up_tokenization_spaces": False,
+        "model_input_names": ["input_ids", "attention_mask"],
     }
+    if model.family == "bert":
+        ids = marker_ids(tokenizer, path)
+        settings |= {name.replace("_id", "_token"): theirs.id_to_token(token) for name, token in ids.items()}
+        if model.num_token_types:
+            settings["model_input_names"] += ["token_type_ids"]
+        _frame(theirs, settings["cls_token"], settings["sep_token"], model.num_token_types > 1)
+    if model.family == "t5":
+        if not named_sentinels(tokenizer):
+            _name_sentinels(theirs, tokenizer, path, model.vocab_size)
+            size = model.vocab_size
+        _frame(theirs, None, settings["eos_token"])
+    theirs.save(str(folder / TOKENIZER_JSON))
     write_json(folder / "tokenizer_config.json", settings)
-    return tokenizer.eod, tokenizer.vocab_size
+    return tokenizer.eod, size
+
+
+def _frame(tokenizer: tokenizers.Tokenizer, before: str | None, after: str, has_kinds: bool = False) -> None:
+    """Put a token before a text and one after it, and after a second one, which may be of another kind."""
+    first, kind = "" if before is None else f"{before} ", int(has_kinds)
+    tokens = [token for token in (before, after) if token is not None]
+    tokenizer.post_processor = processors.TemplateProcessing(
+        single=f"{first}$A {after}",
+        pair=f"{first}$A {after} $B:{kind} {after}:{kind}",
+        special_tokens=[(token, tokenizer.token_to_id(token)) for token in tokens],
+    )
+
+
+def _name_sentinels(theirs: tokenizers.Tokenizer, ours: Tokenizer, path: Path, vocab_size: int) -> None:
+    """Give the ids that stand for spans names."""
+    free = free_sentinels(ours, vocab_size)
+    if theirs.get_vocab_size() != ours.vocab_size:
+        raise ConfigError(
+            f"tokenizer {path} has gaps among its ids, so that {SENTINEL.format(0)} cannot be added: give one that "
+            "has it with --tokenizer"
+        )
+    names = [SENTINEL.format(number) for number in reversed(range(len(free)))]
+    theirs.add_special_tokens([AddedToken(name, special=True, normalized=False, lstrip=True) for name in names])
 
 
 def find_tokenizer(folder: Path) -> Path | None:
@@ -76,10 +119,10 @@ def from_sentencepiece(path: Path) -> tokenizers.Tokenizer:
     tokenizer.normalizer = normalizers.Replace(" ", SPACE)
     tokenizer.decoder = decoders.Sequence([decoders.Replace(SPACE, " "), decoders.ByteFallback(), decoders.Fuse()])
     added = {
-        kind.CONTROL: lambda piece: tokenizers.AddedToken(piece, special=True, normalized=False),
-        kind.UNKNOWN: lambda piece: tokenizers.AddedToken(piece, special=True, normalized=False),
+        kind.CONTROL: lambda piece: AddedToken(piece, special=True, normalized=False, lstrip=piece in STAND_FOR_WORDS),
+        kind.UNKNOWN: lambda piece: AddedToken(piece, special=True, normalized=False),
         # Found before anything is merged, and never cut.
-        kind.USER_DEFINED: lambda piece: tokenizers.AddedToken(piece, normalized=False),
+        kind.USER_DEFINED: lambda piece: AddedToken(piece, normalized=False),
     }
     for entry in model.pieces:
         if entry.type in added:

@@ -5,20 +5,22 @@ from typing import Any
 
 from torch import Tensor
 
-from ssd_megatron.config.schema import GATED_ACTIVATIONS, ModelConfig
+from ssd_megatron.config.schema import ModelConfig
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.export.mapping import to_ours, to_theirs
-from ssd_megatron.export.rules import Rule, projections, same, transposed
+from ssd_megatron.export.rules import Rule, projections, same, tied_head, transposed
+from ssd_megatron.export.settings import our_activation, unmet
 
 MODEL_TYPE = "llama"
+WORDS = "model.embed_tokens.weight"
 ACTIVATIONS = {"reglu": "relu", "geglu": "gelu", "swiglu": "silu"}
 
 
 def conflicts(model: ModelConfig) -> list[str]:
     """Settings that Llama does not have, each with what it needs."""
-    needed = {"position_embedding": "rope", "normalization": "rmsnorm"}
-    found = [f"{name} {value!r}" for name, value in needed.items() if getattr(model, name) != value]
-    return found + ([] if model.gated else [f"activation {' or '.join(sorted(GATED_ACTIVATIONS))}"])
+    return unmet(
+        model, norm_position="pre", position_embedding="rope", normalization="rmsnorm", activation=tuple(ACTIVATIONS)
+    )
 
 
 def to_hf(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
@@ -32,7 +34,7 @@ def to_hf(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor
 
 def from_hf(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
     """The inverse of `to_hf`."""
-    return to_ours(_table(model), tensors)
+    return to_ours(_table(model), tensors, tied_head(WORDS, model))
 
 
 def config_of(model: ModelConfig) -> dict[str, Any]:
@@ -59,7 +61,7 @@ def config_of(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Fields of ModelConfig from a config.json, but for the vocabulary's.
 
     Raises:
@@ -71,13 +73,10 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
     rope_type = rope.get("rope_type", rope.get("type", "default"))
     head_dim = config.get("head_dim") or hidden // heads
     biases = (config.get("attention_bias", False), config.get("mlp_bias", False))
-    activations = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
-    activation = config.get("hidden_act", "silu")
     for is_fine, problem in (
         (rope_type == "default", f"rope_type ({rope_type}) has no equivalent here: only default has"),
         (head_dim * heads == hidden, f"head_dim ({head_dim}) must be hidden_size / num_attention_heads here"),
         (biases[0] == biases[1], "attention_bias and mlp_bias must be the same here"),
-        (activation in activations, f"hidden_act ({activation}) is none of ours: {', '.join(activations)} are"),
     ):
         if not is_fine:
             raise ConfigError(f"this Llama cannot be imported: {problem}")
@@ -88,7 +87,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
         "num_query_groups": config.get("num_key_value_heads") or heads,
         "ffn_hidden_size": config["intermediate_size"],
         "seq_length": config["max_position_embeddings"],
-        "activation": activations[activation],
+        "activation": our_activation(config.get("hidden_act", "silu"), "hidden_act", ACTIVATIONS),
         "normalization": "rmsnorm",
         "norm_epsilon": config.get("rms_norm_eps", 1e-6),
         "position_embedding": "rope",
@@ -100,7 +99,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _table(model: ModelConfig) -> list[Rule]:
     entries = [
-        same("embedding.word.weight", "model.embed_tokens.weight"),
+        same("embedding.word.weight", WORDS),
         same("head.norm.weight", "model.norm.weight"),
     ]
     if not model.tie_embeddings:

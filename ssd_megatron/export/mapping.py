@@ -1,4 +1,4 @@
-"""A list of rules applied to a model's tensors, routers included, in either direction: exactly those of the rules."""
+"""A list of rules applied to a model's tensors in either direction: exactly those of the rules."""
 
 from collections.abc import Mapping, Sequence
 
@@ -7,6 +7,8 @@ from torch import Tensor
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.export.rules import Change, Rule
 from ssd_megatron.training.checkpoint_checks import listed
+
+NO_COPIES: Mapping[str, str] = {}
 
 
 def to_theirs(table: Sequence[Rule], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -19,9 +21,18 @@ def to_theirs(table: Sequence[Rule], tensors: Mapping[str, Tensor]) -> dict[str,
     return _apply([(entry.ours, entry.theirs, entry.to_theirs) for entry in table], tensors)
 
 
-def to_ours(table: Sequence[Rule], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of `to_theirs`."""
-    _check(tensors, [name for entry in table for name in entry.theirs])
+def to_ours(
+    table: Sequence[Rule], tensors: Mapping[str, Tensor], copies: Mapping[str, str] = NO_COPIES
+) -> dict[str, Tensor]:
+    """The inverse of `to_theirs`.
+
+    Args:
+        copies: names that there stand for the tensor of another name: they may be left out, but must not differ.
+    """
+    _check({name: t for name, t in tensors.items() if name not in copies}, [n for entry in table for n in entry.theirs])
+    for copy, original in copies.items():
+        if copy in tensors and not tensors[copy].equal(tensors[original]):
+            raise ConfigError(f"{copy} differs from {original}, whose copy it is in a model with such settings")
     return _apply([(entry.theirs, entry.ours, entry.to_ours) for entry in table], tensors)
 
 

@@ -9,39 +9,48 @@ from ssd_megatron.switching.schedule import Decision, phases_until
 from ssd_megatron.training.metrics import Record, read_metrics
 from ssd_megatron.training.saved_model import SavedModel
 
-USE = {
-    "dense": """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+# What each family is called, its pipeline and how it is used; of a GPT also sparse.
+NAMES = {"gpt": "GPT", "bert": "BERT", "t5": "T5"}
+PIPELINES = {"gpt": "text-generation", "bert": "fill-mask", "t5": "text2text-generation"}
+GPT = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer, model = (kind.from_pretrained(".") for kind in (AutoTokenizer, AutoModelForCausalLM))
 tokens = tokenizer("Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**tokens, max_new_tokens=50)[0]))
-```""",
-    "sparse": """```python
-from transformers import AutoModelForCausalLM, AutoTokenizer
+print(tokenizer.decode(model.generate(**tokens, max_new_tokens=50)[0]))"""
+SPARSE_GPT = """from transformers import AutoModelForCausalLM, AutoTokenizer
 
 tokenizer = AutoTokenizer.from_pretrained(".")
 model = AutoModelForCausalLM.from_pretrained(".", trust_remote_code=True)  # runs modeling_ssd.py of this folder
 model.set_mode("sparse")  # each token computes some experts; "dense": all neurons
 tokens = tokenizer("Once upon a time", return_tensors="pt")
-print(tokenizer.decode(model.generate(**tokens, max_new_tokens=50)[0]))
-```""",
-}
+print(tokenizer.decode(model.generate(**tokens, max_new_tokens=50)[0]))"""
+BERT = """from transformers import pipeline
+
+fill = pipeline("fill-mask", model=".")
+for filled in fill(f"Once {fill.tokenizer.mask_token} a time"):
+    print(filled["score"], filled["sequence"])"""
+T5 = """from transformers import AutoModelForSeq2SeqLM, AutoTokenizer
+
+tokenizer, model = (kind.from_pretrained(".") for kind in (AutoTokenizer, AutoModelForSeq2SeqLM))
+tokens = tokenizer("Once <extra_id_0> a time", return_tensors="pt")
+print(tokenizer.decode(model.generate(**tokens, max_new_tokens=50)[0]))"""
+USE = {("gpt", "dense"): GPT, ("gpt", "sparse"): SPARSE_GPT, ("bert", "dense"): BERT, ("t5", "dense"): T5}
 
 
 def model_card(saved: SavedModel, mode: str) -> str:
     """Markdown with front matter."""
+    family = saved.settings.model.family
     return "\n".join(
         [
             "---",
             "library_name: transformers",
-            "pipeline_tag: text-generation",
+            f"pipeline_tag: {PIPELINES[family]}",
             "tags: [ssd_megatron, activation-sparsity]",
             "---",
             "",
             f"# {saved.folder.name} of {_run_name(saved.folder)}",
             "",
-            "A GPT trained by ssd_megatron with switchable sparse-dense learning ([arXiv 2410.03440]"
+            f"A {NAMES[family]} trained by ssd_megatron with switchable sparse-dense learning ([arXiv 2410.03440]"
             "(https://arxiv.org/abs/2410.03440)): the same weights in phases in which every token computes all neurons "
             "of a feed-forward network, and others in which it computes some experts only.",
             "",
@@ -49,7 +58,7 @@ def model_card(saved: SavedModel, mode: str) -> str:
             "",
             "## Use",
             "",
-            USE[mode],
+            f"```python\n{USE[family, mode]}\n```",
             "",
             "## Settings of the run",
             "",

@@ -32,7 +32,7 @@ GATED = ("reglu", "geglu", "swiglu")
 class SsdConfig(PreTrainedConfig):
     """Shape of the model; fields as in ssd_megatron's configuration.
 
-    `experts_per_token` is by layer, `mode` is what the model begins with.
+    `experts_per_token` is by layer, `mode` is what the model begins with; `router`: see `FeedForward.score`.
     """
 
     model_type = "ssd_gpt"
@@ -54,7 +54,8 @@ class SsdConfig(PreTrainedConfig):
     tie_word_embeddings: bool = True
     num_experts: int = 16
     experts_per_token: list[int] | None = None
-    router_update: str = "straight_through"
+    router: str = "centroid"
+    router_update: str = "straight_through"  # of training; nothing here depends on it
     mode: str = "sparse"
 
     def __post_init__(self, **kwargs):
@@ -79,42 +80,54 @@ class FeedForward(nn.Module):
         self.b_gate = nn.Parameter(torch.empty(neurons)) if gated and config.add_bias else None
         self.w_out = nn.Parameter(torch.empty(neurons, hidden))
         self.b_out = nn.Parameter(torch.empty(hidden)) if config.add_bias else None
-        scores_by_bank = config.router_update == "avg_k"
-        self.router = None if scores_by_bank else nn.Parameter(torch.empty(config.num_experts, hidden))
+        self.kind, experts = config.router, config.num_experts
+        has_rows, is_mlp = self.kind in ("centroid", "switch", "mlp"), self.kind == "mlp"
+        self.router = nn.Parameter(torch.empty(experts, hidden)) if has_rows else None
+        self.router_mix = nn.Parameter(torch.empty(experts, experts)) if is_mlp else None
 
     def forward(self, x):
         x_TH = x.flatten(0, 1)
         y_TH = self._neurons(x_TH, slice(None)) if self.mode == "dense" else self._experts(x_TH)
         return (y_TH if self.b_out is None else y_TH + self.b_out).view_as(x)
 
-    def choose(self, x_TH):
-        """Experts of each token, int64 [T, K]. Scores are fp32: bf16 ones would tie."""
+    def score(self, x_TH):
+        """Scores of the experts [T, E], fp32: bf16 ones would tie.
+
+        Those of a row per expert, its own (`centroid`, `switch`) or the mean of its neurons' (`avg_k`); of two layers
+        on normalised inputs (`mlp`, MoEfication, arXiv 2110.01786); or what the neurons will give (`oracle`).
+        """
+        if self.kind == "oracle":
+            outputs_TF = self._outputs(x_TH, slice(None))
+            return outputs_TF.abs().view(len(x_TH), self.num_experts, -1).sum(dim=2, dtype=torch.float32)
         if self.router is None:
             rows_FH = self.w_in if self.w_gate is None else self.w_gate
-            router_EH = rows_FH.view(self.num_experts, -1, rows_FH.shape[1]).float().mean(dim=1)
-        else:
-            router_EH = self.router.float()
-        return F.linear(x_TH.float(), router_EH).topk(self.top_k, dim=1).indices
+            return F.linear(x_TH.float(), rows_FH.view(self.num_experts, -1, rows_FH.shape[1]).float().mean(dim=1))
+        if self.router_mix is not None:
+            hidden_TE = F.linear(F.normalize(x_TH.float(), dim=1), self.router.float()).tanh()
+            return F.linear(hidden_TE, self.router_mix.float())
+        return F.linear(x_TH.float(), self.router.float())
 
     def _experts(self, x_TH):
-        chosen_TK, size = self.choose(x_TH), len(self.w_in) // self.num_experts
+        scores_TE, size = self.score(x_TH), len(self.w_in) // self.num_experts
+        chosen_TK = scores_TE.topk(self.top_k, dim=1).indices
+        # `switch` multiplies what an expert gives by the softmax of its score (arXiv 2101.03961).
+        gates_TE = scores_TE.softmax(dim=1).to(x_TH.dtype) if self.kind == "switch" else None
         y_TH = torch.zeros_like(x_TH)
         for expert in chosen_TK.unique().tolist():
             tokens = (chosen_TK == expert).any(dim=1).nonzero().squeeze(1)
-            rows = slice(expert * size, (expert + 1) * size)
-            y_TH = y_TH.index_add(0, tokens, self._neurons(x_TH[tokens], rows))
+            part_TH = self._neurons(x_TH[tokens], slice(expert * size, (expert + 1) * size))
+            y_TH = y_TH.index_add(0, tokens, part_TH if gates_TE is None else part_TH * gates_TE[tokens, expert, None])
         return y_TH
 
     def _neurons(self, x_TH, rows):
-        """What the neurons of some rows give."""
+        """What the neurons of some rows give together."""
+        return self._outputs(x_TH, rows) @ self.w_out[rows]
+
+    def _outputs(self, x_TH, rows):
         up = F.linear(x_TH, self.w_in[rows], None if self.b_in is None else self.b_in[rows])
         if self.w_gate is None:
-            hidden = self.act(up)
-        else:
-            hidden = up * self.act(
-                F.linear(x_TH, self.w_gate[rows], None if self.b_gate is None else self.b_gate[rows])
-            )
-        return hidden @ self.w_out[rows]
+            return self.act(up)
+        return up * self.act(F.linear(x_TH, self.w_gate[rows], None if self.b_gate is None else self.b_gate[rows]))
 
 
 class Attention(nn.Module):

@@ -7,11 +7,12 @@ import torch
 from torch import Tensor
 
 from ssd_megatron.config.schema import ModelConfig
-from ssd_megatron.errors import ConfigError
 from ssd_megatron.export.mapping import to_ours, to_theirs
-from ssd_megatron.export.rules import Rule, projections, same, transposed
+from ssd_megatron.export.rules import Rule, projections, same, tied_head, transposed
+from ssd_megatron.export.settings import our_activation, refuse_others, unmet
 
 MODEL_TYPE = "opt"
+WORDS = "model.decoder.embed_tokens.weight"
 OFFSET = 2  # OPT counts positions from 2; the first rows are those of padding
 EPSILON = 1e-5  # of its LayerNorms, which no setting changes
 ACTIVATIONS = {"relu": "relu", "squared_relu": "relu2", "gelu": "gelu", "silu": "silu"}
@@ -19,14 +20,15 @@ ACTIVATIONS = {"relu": "relu", "squared_relu": "relu2", "gelu": "gelu", "silu": 
 
 def conflicts(model: ModelConfig) -> list[str]:
     """Settings that OPT does not have, each with what it needs."""
-    needed = {
-        "position_embedding": "learned",
-        "normalization": "layernorm",
-        "norm_epsilon": EPSILON,
-        "num_query_groups": model.num_attention_heads,
-    }
-    found = [f"{name} {value!r}" for name, value in needed.items() if getattr(model, name) != value]
-    return found + ([f"activation {' or '.join(ACTIVATIONS)}"] if model.gated else [])
+    return unmet(
+        model,
+        norm_position="pre",
+        position_embedding="learned",
+        normalization="layernorm",
+        norm_epsilon=EPSILON,
+        num_query_groups=model.num_attention_heads,
+        activation=tuple(ACTIVATIONS),
+    )
 
 
 def to_hf(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
@@ -40,7 +42,7 @@ def to_hf(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor
 
 def from_hf(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
     """The inverse of `to_hf`."""
-    return to_ours(_table(model), tensors)
+    return to_ours(_table(model), tensors, tied_head(WORDS, model))
 
 
 def config_of(model: ModelConfig) -> dict[str, Any]:
@@ -65,31 +67,27 @@ def config_of(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Fields of ModelConfig from a config.json, but for the vocabulary's.
 
     Raises:
         ConfigError: the model has something that ours do not have.
     """
-    for name, needed in (
-        ("do_layer_norm_before", True),
-        ("layer_norm_elementwise_affine", True),
-        ("word_embed_proj_dim", config["hidden_size"]),
-        ("_remove_final_layer_norm", False),
-    ):
-        if config.get(name, needed) != needed:
-            raise ConfigError(f"{name} ({config[name]}) of this OPT has no equivalent here: only {needed} has")
-    activations = {theirs: ours for ours, theirs in ACTIVATIONS.items()}
-    activation = config.get("activation_function", "relu")
-    if activation not in activations:
-        raise ConfigError(f"activation_function ({activation}) is none of ours: {', '.join(activations)} are")
+    refuse_others(
+        config,
+        "OPT",
+        do_layer_norm_before=True,
+        layer_norm_elementwise_affine=True,
+        word_embed_proj_dim=config["hidden_size"],
+        _remove_final_layer_norm=False,
+    )
     return {
         "num_layers": config["num_hidden_layers"],
         "hidden_size": config["hidden_size"],
         "num_attention_heads": config["num_attention_heads"],
         "ffn_hidden_size": config["ffn_dim"],
         "seq_length": config["max_position_embeddings"],
-        "activation": activations[activation],
+        "activation": our_activation(config.get("activation_function", "relu"), "activation_function", ACTIVATIONS),
         "normalization": "layernorm",
         "norm_epsilon": EPSILON,
         "position_embedding": "learned",
@@ -100,7 +98,7 @@ def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def _table(model: ModelConfig) -> list[Rule]:
     entries = [
-        same("embedding.word.weight", "model.decoder.embed_tokens.weight"),
+        same("embedding.word.weight", WORDS),
         Rule(("embedding.position.weight",), ("model.decoder.embed_positions.weight",), _with_offset, _without_offset),
         same("head.norm.weight", "model.decoder.final_layer_norm.weight"),
         same("head.norm.bias", "model.decoder.final_layer_norm.bias"),

@@ -1,20 +1,18 @@
-"""How tensors of one naming become those of another: a list of rules, read in either direction.
+"""How tensors of one naming become those of another: rules that are read in either direction (mapping.py).
 
-Our names and shapes are those of the logical state (parallel/logical_state.py), whole and without the routers, which
-other models do not have: they are left out, and get their values at the first switch.
+Our names and shapes are those of the logical state (parallel/logical_state.py).
 """
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ssd_megatron.config.schema import ModelConfig
-from ssd_megatron.errors import ExportError
+from ssd_megatron.errors import ConfigError
 
 Change = Callable[[Sequence[Tensor]], Sequence[Tensor]]
-ROUTER = ".router.weight"
 
 
 @dataclass(frozen=True)
@@ -62,7 +60,7 @@ def by_vocabulary(ours: str, theirs: str, model: ModelConfig) -> Rule:
     def pad(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
         (rows,) = tensors
         if rows.shape[0] != model.vocab_size:
-            raise ExportError(f"{theirs} has {rows.shape[0]:,} rows, but model.vocab_size is {model.vocab_size:,}")
+            raise ConfigError(f"{theirs} has {rows.shape[0]:,} rows, but model.vocab_size is {model.vocab_size:,}")
         padding = rows.new_zeros(model.padded_vocab_size - model.vocab_size, *rows.shape[1:])
         return [torch.cat([rows, padding])]
 
@@ -87,76 +85,17 @@ def projections(ours: str, theirs: Sequence[str], model: ModelConfig) -> Rule:
     return Rule((ours,), tuple(theirs), split, join)
 
 
-def constant(theirs: str, value: Tensor, needed: str) -> Rule:
-    """A tensor that our model does not have and that must have this value; `needed` says which setting has it."""
+def zeros(theirs: str, *shape: int) -> Rule:
+    """A tensor that our model does not have, and that is 0 there."""
 
     def check(tensors: Sequence[Tensor]) -> Sequence[Tensor]:
-        if tensors[0].count_nonzero() or value.count_nonzero():
-            raise ExportError(f"{theirs} is not 0 throughout: set {needed}")
+        if tensors[0].count_nonzero():
+            raise ConfigError(f"{theirs} is not 0 throughout, as in a model with such settings")
         return []
 
-    return Rule((), (theirs,), lambda _none: [value], check)
+    return Rule((), (theirs,), lambda _none: [torch.zeros(shape)], check)
 
 
-def to_theirs(tensors: Mapping[str, Tensor], rules: Iterable[Rule], copies: Mapping[str, str]) -> dict[str, Tensor]:
-    """All tensors under their names.
-
-    Args:
-        tensors: ours, with or without routers.
-        copies: names that there stand for the tensor of another name.
-    Raises:
-        ExportError: a tensor is missing, or has no place there.
-    """
-    left = {name: tensor for name, tensor in tensors.items() if not name.endswith(ROUTER)}
-    found: dict[str, Tensor] = {}
-    for rule in rules:
-        found |= zip(rule.theirs, rule.to_theirs(_take(left, rule.ours)), strict=True)
-    _refuse_unused(left)
-    return found | {copy: found[original] for copy, original in copies.items()}
-
-
-def to_ours(tensors: Mapping[str, Tensor], rules: Iterable[Rule], copies: Mapping[str, str]) -> dict[str, Tensor]:
-    """All tensors but the routers under our names.
-
-    Args:
-        tensors: theirs; `copies` may be missing, but must not differ.
-    Raises:
-        ExportError: a tensor is missing, has no place here, or a copy differs.
-    """
-    left = dict(tensors)
-    for copy, original in copies.items():
-        theirs = left.pop(copy, None)
-        if theirs is not None and original in left and not torch.equal(theirs, left[original]):
-            raise ExportError(f"{copy} differs from {original}: set model.tie_embeddings to false")
-    found: dict[str, Tensor] = {}
-    for rule in rules:
-        found |= zip(rule.ours, rule.to_ours(_take(left, rule.theirs)), strict=True)
-    _refuse_unused(left)
-    return found
-
-
-def require(model: ModelConfig, architecture: str, **wanted: object) -> None:
-    """Refuse settings of a model that an architecture does not have.
-
-    Raises:
-        ExportError: names the setting, its value and what the architecture has.
-    """
-    for name, value in wanted.items():
-        choices = value if isinstance(value, tuple) else (value,)
-        if getattr(model, name) not in choices:
-            shown = " or ".join(map(str, choices))
-            raise ExportError(
-                f"model.{name} ({getattr(model, name)}) has no place in {architecture}, which has {shown}"
-            )
-
-
-def _take(left: dict[str, Tensor], names: tuple[str, ...]) -> list[Tensor]:
-    missing = [name for name in names if name not in left]
-    if missing:
-        raise ExportError(f"tensors are missing: {', '.join(missing)}")
-    return [left.pop(name) for name in names]
-
-
-def _refuse_unused(left: Mapping[str, Tensor]) -> None:
-    if left:
-        raise ExportError(f"tensors have no place in the other model: {', '.join(sorted(left))}")
+def tied_head(words: str, model: ModelConfig) -> dict[str, str]:
+    """The copy of the embedding that some folders have of a tied head (see `mapping.to_ours`)."""
+    return {"lm_head.weight": words} if model.tie_embeddings else {}

@@ -1,17 +1,22 @@
-"""GPTs with experts as the model of `modeling_ssd.py`, which runs in both modes. It takes every setting of ours."""
+"""GPTs with experts as the model of `modeling_ssd.py`, which runs in both modes and takes every setting of ours but a
+few routers. It knows experts by position: rows of a router that goes by numbers are brought into that order.
+"""
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 from torch import Tensor
 
 from ssd_megatron.config.schema import ModelConfig
 from ssd_megatron.export.mapping import to_ours, to_theirs
-from ssd_megatron.export.rules import Rule, same, transposed
-from ssd_megatron.ffn.bank import NEURON_TENSORS
-from ssd_megatron.training.saved_model import Settings
+from ssd_megatron.export.rules import Rule, same, tied_head, transposed
+from ssd_megatron.ffn.bank import NEURON_TENSORS, expert_numbers
+from ssd_megatron.training.saved_model import SavedModel, Settings
 
 MODEL_TYPE = "ssd_gpt"
+WORDS = "model.embed_tokens.weight"
+ROUTERS = ("centroid", "avg_k", "switch", "mlp", "oracle")
+ROUTER_TENSORS = {"mlp.router.weight": "ffn.router", "mlp.router.mix": "ffn.router_mix"}  # ours, and theirs
 MODEL_FIELDS = (
     "num_layers",
     "hidden_size",
@@ -34,12 +39,12 @@ def to_hf(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor
     Raises:
         ConfigError: tensors are missing or unused.
     """
-    return to_theirs(_table(model, _has_routers(tensors)), tensors)
+    return to_theirs(_table(model, tensors), tensors)
 
 
 def from_hf(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
     """The inverse of `to_hf`."""
-    return to_ours(_table(model, _has_routers(tensors)), tensors)
+    return to_ours(_table(model, tensors), tensors, tied_head(WORDS, model))
 
 
 def config_of(settings: Settings) -> dict[str, Any]:
@@ -58,23 +63,31 @@ def config_of(settings: Settings) -> dict[str, Any]:
         "initializer_range": model.init_std,
         "num_experts": settings.ssd.num_experts,
         "experts_per_token": settings.top_k,
-        "router_update": settings.router_update,
+        "router": settings.ssd.router_kind,
+        "router_update": settings.ssd.router_update,
         "mode": "sparse",
     }
 
 
-def settings_of(config: Mapping[str, Any]) -> dict[str, Any]:
+def settings_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Fields of ModelConfig from a config.json, but for the vocabulary's."""
     return {field: config[field] for field in MODEL_FIELDS} | {"tie_embeddings": config["tie_word_embeddings"]}
 
 
-def _has_routers(tensors: Mapping[str, Tensor]) -> bool:
-    """Routers that score by the bank (avg_k) have no tensors."""
-    return any(name.endswith((".router.weight", ".ffn.router")) for name in tensors)
+def mixes_by_position(saved: SavedModel) -> dict[str, Tensor]:
+    """Second layers of `mlp` routers with a row for the expert at each position; ours have one for each number."""
+    found = {}
+    for network, ids in saved.neuron_ids().items():
+        name = f"{network}.router.mix"
+        found[name] = saved.tensor(name)[expert_numbers(ids, saved.settings.ssd.num_experts)]
+    return found
 
 
-def _table(model: ModelConfig, routers: bool) -> list[Rule]:
-    entries = [same("embedding.word.weight", "model.embed_tokens.weight")]
+def _table(model: ModelConfig, tensors: Iterable[str]) -> list[Rule]:
+    """Of a router its tensors that are among these, by either name: those that score by the bank have none."""
+    names = list(tensors)
+    routers = [pair for pair in ROUTER_TENSORS.items() if any(name.endswith(pair) for name in names)]
+    entries = [same("embedding.word.weight", WORDS)]
     if model.position_embedding == "learned":
         entries.append(same("embedding.position.weight", "model.embed_positions.weight"))
     entries += [same(f"head.norm.{part}", f"model.norm.{part}") for part in _norm_parts(model)]
@@ -83,7 +96,7 @@ def _table(model: ModelConfig, routers: bool) -> list[Rule]:
     return entries + [entry for layer in range(model.num_layers) for entry in _layer(layer, model, routers)]
 
 
-def _layer(layer: int, model: ModelConfig, routers: bool) -> Iterator[Rule]:
+def _layer(layer: int, model: ModelConfig, routers: Iterable[tuple[str, str]]) -> Iterator[Rule]:
     ours, theirs = f"blocks.{layer}.layer.", f"model.layers.{layer}."
     for norm in ("input_layernorm", "pre_mlp_layernorm"):
         for part in _norm_parts(model):
@@ -98,8 +111,8 @@ def _layer(layer: int, model: ModelConfig, routers: bool) -> Iterator[Rule]:
     for name in (*NEURON_TENSORS, "b_out"):
         if name not in absent:
             yield same(f"{ours}mlp.bank.{name}", f"{theirs}ffn.{name}")
-    if routers:
-        yield same(f"{ours}mlp.router.weight", f"{theirs}ffn.router")
+    for our_name, their_name in routers:
+        yield same(f"{ours}{our_name}", f"{theirs}{their_name}")
 
 
 def _norm_parts(model: ModelConfig) -> tuple[str, ...]:

@@ -1,8 +1,9 @@
-"""Hugging Face's T5ForConditionalGeneration.
+"""T5s as transformers' T5ForConditionalGeneration.
 
 Two constants of T5's are in the weights here. Its attention does not divide scores by the square root of the head size:
 queries are that much larger here. Its tied head divides by the square root of the hidden size: the decoder's last norm
-is that much larger there.
+is that much larger there. Where head size and hidden size are powers of 4, both ways are exact; else a value that went
+there and back may differ in its last bit.
 """
 
 import math
@@ -12,38 +13,46 @@ from typing import Any
 from torch import Tensor
 
 from ssd_megatron.config.schema import ModelConfig
-from ssd_megatron.export import rules
-from ssd_megatron.export.rules import Rule, by_vocabulary, projections, same, scaled, transposed
+from ssd_megatron.export.mapping import to_ours, to_theirs
+from ssd_megatron.export.rules import Rule, by_vocabulary, projections, same, scaled, tied_head, transposed
+from ssd_megatron.export.settings import our_activation, refuse_others, unmet
 
-# Feed-forward activations that T5's `feed_forward_proj` can say.
+MODEL_TYPE = "t5"
+# Feed-forward activations that T5's `feed_forward_proj` can say; its gated-gelu is an approximation that ours is not.
 ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "silu": "silu", "reglu": "gated-relu", "swiglu": "gated-silu"}
 WORDS = "shared.weight"
+# T5 has no longest text; its first models were trained with so many tokens.
+LENGTH = 512
+# Some folders have it, and transformers does not look at it either.
+UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
+
+
+def conflicts(model: ModelConfig) -> list[str]:
+    """Settings that T5 does not have, each with what it needs."""
+    return unmet(model, normalization="rmsnorm", activation=tuple(ACTIVATIONS))
 
 
 def to_hf(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """Our logical tensors under Hugging Face's names.
+    """Logical tensors under T5's names; a tied head is not repeated.
 
     Raises:
-        ExportError: the model is no T5 of Hugging Face's; a tensor is missing or has no place there.
+        ConfigError: tensors are missing or unused.
     """
-    return rules.to_theirs(tensors, _rules(model), _copies(model))
+    return to_theirs(_table(model), tensors)
 
 
 def from_hf(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
-    """Hugging Face's tensors under our names, without routers.
-
-    Raises:
-        ExportError: as to_hf.
-    """
-    return rules.to_ours(tensors, _rules(model), _copies(model))
+    """The inverse of `to_hf`."""
+    copies = {"encoder.embed_tokens.weight": WORDS, "decoder.embed_tokens.weight": WORDS}
+    used = {name: tensor for name, tensor in tensors.items() if name != UNUSED}
+    return to_ours(_table(model), used, copies | tied_head(WORDS, model))
 
 
-def hf_config(model: ModelConfig) -> dict[str, Any]:
-    """config.json of the same model. `decoder_start_token_id` is the tokenizer's end of document."""
-    _check(model)
+def config_of(model: ModelConfig) -> dict[str, Any]:
+    """The config.json of a model."""
     return {
+        "model_type": MODEL_TYPE,
         "architectures": ["T5ForConditionalGeneration"],
-        "model_type": "t5",
         "vocab_size": model.vocab_size,
         "d_model": model.hidden_size,
         "d_kv": model.head_dim,
@@ -51,6 +60,7 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
         "num_layers": model.num_layers,
         "num_decoder_layers": model.num_decoder_layers,
         "num_heads": model.num_attention_heads,
+        "n_positions": model.seq_length,
         "relative_attention_num_buckets": model.relative_attention_num_buckets,
         "relative_attention_max_distance": model.relative_attention_max_distance,
         "dropout_rate": model.dropout,
@@ -60,17 +70,33 @@ def hf_config(model: ModelConfig) -> dict[str, Any]:
     }
 
 
-def _check(model: ModelConfig) -> None:
-    rules.require(model, "Hugging Face's T5", family="t5", normalization="rmsnorm", activation=tuple(ACTIVATIONS))
+def settings_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Fields of ModelConfig from a config.json, but for the vocabulary's.
+
+    Raises:
+        ConfigError: the model has something that ours do not have.
+    """
+    heads, hidden = config["num_heads"], config["d_model"]
+    refuse_others(config, "T5", d_kv=hidden // heads)
+    # transformers 5 calls every head tied, and says by the other field which one really is.
+    is_tied = config.get("tie_word_embeddings", True) and config.get("scale_decoder_outputs", True)
+    return {
+        "family": "t5",
+        "num_layers": config["num_layers"],
+        "num_decoder_layers": config.get("num_decoder_layers"),
+        "hidden_size": hidden,
+        "num_attention_heads": heads,
+        "ffn_hidden_size": config["d_ff"],
+        "seq_length": config.get("n_positions", LENGTH),
+        "activation": our_activation(config.get("feed_forward_proj", "relu"), "feed_forward_proj", ACTIVATIONS),
+        "norm_epsilon": config.get("layer_norm_epsilon", 1e-6),
+        "relative_attention_num_buckets": config.get("relative_attention_num_buckets", 32),
+        "relative_attention_max_distance": config.get("relative_attention_max_distance", 128),
+        "tie_embeddings": is_tied,
+    }
 
 
-def _copies(model: ModelConfig) -> dict[str, str]:
-    copies = {"encoder.embed_tokens.weight": WORDS, "decoder.embed_tokens.weight": WORDS}
-    return copies | ({"lm_head.weight": WORDS} if model.tie_embeddings else {})
-
-
-def _rules(model: ModelConfig) -> list[Rule]:
-    _check(model)
+def _table(model: ModelConfig) -> list[Rule]:
     head_scale = math.sqrt(model.hidden_size) if model.tie_embeddings else 1.0
     last = model.num_layers - 1
     found = [

@@ -112,12 +112,17 @@ class NeuronBank(nn.Module):
         return self.tensors().firing[0]
 
     def expert_numbers(self, num_experts: int) -> Tensor:
-        """A number for the expert at each position, [E] int64, that is the same on every layout: by lowest neuron."""
-        lowest_E = self.neuron_ids.view(num_experts, -1).min(dim=1).values
-        return lowest_E.argsort().argsort()
+        """See `expert_numbers`."""
+        return expert_numbers(self.neuron_ids, num_experts)
 
     def expert_means(self, num_experts: int) -> Tensor:
         """Mean row of each of this home's `num_experts` experts, in at least fp32, without gradients."""
         rows_FH = self.rows().detach()
         dtype = torch.promote_types(rows_FH.dtype, torch.float32)
         return rows_FH.view(num_experts, -1, rows_FH.shape[1]).mean(dim=1, dtype=dtype)
+
+
+def expert_numbers(neuron_ids_F: Tensor, num_experts: int) -> Tensor:
+    """A number for the expert at each position, [E] int64, that is the same on every layout: by lowest neuron."""
+    lowest_E = neuron_ids_F.view(num_experts, -1).min(dim=1).values
+    return lowest_E.argsort().argsort()

@@ -3,6 +3,7 @@
 Shapes: b batch, s new tokens, S tokens in all, g key/value heads, d head size.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -56,13 +57,25 @@ class View:
 
     Attributes:
         positions_bs: of the new tokens in their texts, int64 [b or 1, s].
-        mask: bool [b or 1, 1, s, S], True where a token looks; None if `causal` says it, or if it looks at everything.
+        mask: bool [b or 1, 1, s, S], True where a token looks; or what is added to scores, [b or 1, n, s, S]; None if
+            `causal` says it, or if it looks at everything.
         causal: each new token looks at itself and those before it, and there are no others.
+        rotation: of queries and keys by their positions, see `layers.rotary`.
     """
 
     positions_bs: Tensor
     mask: Tensor | None
     causal: bool
+    rotation: tuple[Tensor, Tensor] | None = None
+
+
+def pad_in_front(texts: Sequence[Sequence[int]], device: torch.device) -> tuple[Tensor, Tensor | None]:
+    """Token ids of texts [b, longest], int64, and how many slots at the beginning of each hold none [b], or None if all
+    are equally long."""
+    longest = max(map(len, texts))
+    padding = [longest - len(text) for text in texts]
+    rows = [[0] * missing + list(text) for missing, text in zip(padding, texts, strict=True)]
+    return torch.tensor(rows, device=device), torch.tensor(padding, device=device) if any(padding) else None
 
 
 def view_of(tokens: int, past: int, padding_b: Tensor | None, device: torch.device) -> View:
@@ -78,3 +91,12 @@ def view_of(tokens: int, past: int, padding_b: Tensor | None, device: torch.devi
     itself_sS = keys_S == slots_s[:, None]
     mask = (is_token_bS[:, None] & before_sS) | itself_sS
     return View((slots_s - padding_b[:, None]).clamp_(min=0), mask[:, None], causal=False)
+
+
+def whole_view(tokens: int, padding_b: Tensor | None, device: torch.device) -> View:
+    """Of texts in which every token looks at all of them."""
+    slots_s = torch.arange(tokens, device=device)
+    if padding_b is None:
+        return View(slots_s[None], None, causal=False)
+    is_token_bs = slots_s >= padding_b[:, None]
+    return View((slots_s - padding_b[:, None]).clamp_(min=0), is_token_bs[:, None, None], causal=False)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from ssd_megatron.ffn.bank import NeuronBank
 from ssd_megatron.ffn.kernels import sparse_ffn
 from ssd_megatron.ffn.kernels.decode import MOST_TOKENS, few_tokens_ffn
+from ssd_megatron.ffn.router_kinds import RouterKind
 from ssd_megatron.ffn.routers import Router, Seen
 
 Mode = Literal["dense", "sparse", "auto"]
@@ -25,10 +26,13 @@ SPARSE_FROM = {"cpu": 256, "cuda": 1024}
 
 @dataclass(frozen=True)
 class Experts:
-    """How the neurons of a network are grouped, and the kernels that compute the groups."""
+    """How the neurons of a network are grouped, who chooses among the groups (fields as in ds.json, section `ssd`), and
+    the kernels that compute them."""
 
     count: int
+    router: str
     router_update: str
+    balance_bias: bool
     backend: str
 
 
@@ -38,6 +42,9 @@ class FeedForward(nn.Module):
     Attributes:
         mode: dense, sparse, or auto: sparse where that is faster, with one or two tokens and with many.
         top_k: experts per token in sparse mode.
+
+    Args:
+        layer: number of the layer; hashes of different layers differ.
     """
 
     def __init__(
@@ -47,6 +54,7 @@ class FeedForward(nn.Module):
         activation: str,
         add_bias: bool,
         experts: Experts | None,
+        layer: int,
         *,
         dtype: torch.dtype,
         device: torch.device,
@@ -56,10 +64,19 @@ class FeedForward(nn.Module):
         self.experts = experts
         self.router = None
         if experts is not None:
-            count, update = experts.count, experts.router_update
-            self.router = Router(hidden_size, count, count, update, dtype=dtype, device=device)
+            self.router = Router(
+                hidden_size,
+                experts.count,
+                experts.count,
+                experts.router_update,
+                kind=experts.router,
+                balance_bias=experts.balance_bias,
+                salt=layer,
+                dtype=dtype,
+                device=device,
+            )
         self.mode: Mode = "dense"
-        self._means_EH: Tensor | None = None
+        self._known: Seen | None = None
 
     @property
     def top_k(self) -> int:
@@ -70,9 +87,13 @@ class FeedForward(nn.Module):
         assert self.router is not None and 1 <= number <= self.router.num_experts, number
         self.router.top_k = number
 
-    def forward(self, x_TH: Tensor) -> Tensor:
-        """The network's output with its last bias."""
-        y_TH = self._sparse(x_TH) if self._is_sparse(x_TH) else self._dense(x_TH)
+    def forward(self, x_TH: Tensor, keys_T: Tensor | None = None) -> Tensor:
+        """The network's output with its last bias.
+
+        Args:
+            keys_T: int64, ids or positions of the tokens, for a router that goes by them.
+        """
+        y_TH = self._sparse(x_TH, keys_T) if self._is_sparse(x_TH) else self._dense(x_TH)
         return y_TH if self.bank.b_out is None else y_TH + self.bank.b_out
 
     def _is_sparse(self, x_TH: Tensor) -> bool:
@@ -87,16 +108,24 @@ class FeedForward(nn.Module):
             return few_tokens_ffn(x_TH, None, tensors, activation, 1)
         return tensors.hidden(activation.act(F.linear(x_TH, *tensors.firing)), x_TH) @ tensors.w_out
 
-    def _sparse(self, x_TH: Tensor) -> Tensor:
+    def _sparse(self, x_TH: Tensor, keys_T: Tensor | None) -> Tensor:
         assert self.router is not None and self.experts is not None
-        if self.router.kind.reads == "means" and self._means_EH is None:
-            self._means_EH = self.bank.expert_means(self.experts.count)
-        ids_TK = self.router.route(x_TH, Seen(means_EH=self._means_EH)).expert_ids_TK
+        ids_TK, gates_TK, scaled = self.router.route(x_TH, self._seen(self.router.kind, self.experts.count, keys_T))
         tensors, activation, count = self.bank.tensors(), self.bank.activation, self.experts.count
-        if len(x_TH) <= MOST_TOKENS and x_TH.device.type == "cpu":
-            return few_tokens_ffn(x_TH, ids_TK, tensors, activation, count)
-        if len(x_TH) <= MOST_TOKENS and self.experts.backend == "triton":
-            from ssd_megatron.ffn.kernels import triton_decode  # where it is used: the package triton need not be there
+        if len(x_TH) <= MOST_TOKENS and not scaled:
+            if x_TH.device.type == "cpu":
+                return few_tokens_ffn(x_TH, ids_TK, tensors, activation, count)
+            if self.experts.backend == "triton":
+                from ssd_megatron.ffn.kernels import triton_decode  # the package triton need not be there
 
-            return triton_decode.few_tokens_ffn(x_TH, ids_TK, tensors, activation, count)
-        return sparse_ffn(x_TH, ids_TK, None, tensors, activation, count, self.experts.backend)
+                return triton_decode.few_tokens_ffn(x_TH, ids_TK, tensors, activation, count)
+        gates_TK = gates_TK if scaled else None
+        return sparse_ffn(x_TH, ids_TK, gates_TK, tensors, activation, count, self.experts.backend, scaled)
+
+    def _seen(self, kind: RouterKind, count: int, keys_T: Tensor | None) -> Seen:
+        """What the router looks at beside the inputs. The weights do not change: what follows from them is kept."""
+        if self._known is None:
+            means_EH = self.bank.expert_means(count) if kind.reads == "means" else None
+            position_E = self.bank.expert_numbers(count).argsort() if kind.by_identity else None
+            self._known = Seen(means_EH, self.bank.tensors(), self.bank.activation, None, position_E)
+        return self._known._replace(keys_T=keys_T)

@@ -1,17 +1,32 @@
 """Tokens after prompts, one step at a time for a batch of texts. Shapes: b batch, s sequence, v vocabulary."""
 
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
+from ssd_megatron.config.schema import ModelConfig
 from ssd_megatron.errors import ConfigError
-from ssd_megatron.inference.model import CausalModel
+from ssd_megatron.inference.cache import KeyValueCache, pad_in_front
 from ssd_megatron.inference.sampling import Sampling, choose
 
 
+class Continues(Protocol):
+    """What gives logits of the next tokens of texts: `CausalModel`, or T5's `Decoder` beside an encoder's texts."""
+
+    @property
+    def config(self) -> ModelConfig: ...
+    @property
+    def device(self) -> torch.device: ...
+    def new_cache(self, batch: int, capacity: int, padding_b: Tensor | None = None) -> KeyValueCache: ...
+    def __call__(
+        self, tokens_bs: Tensor, /, cache: KeyValueCache | None = None, *, last_only: bool = False
+    ) -> Tensor: ...
+
+
 def generate(
-    model: CausalModel,
+    model: Continues,
     prompts: Sequence[Sequence[int]],
     sampling: Sampling,
     max_new_tokens: int,
@@ -33,13 +48,8 @@ def generate(
     """
     check_lengths(model, [len(prompt) for prompt in prompts], max_new_tokens)
     ended = set() if ended is None else ended
-    longest = max(len(prompt) for prompt in prompts)
-    padding = [longest - len(prompt) for prompt in prompts]
-    padding_b = torch.tensor(padding, device=model.device) if any(padding) else None
-    cache = model.new_cache(len(prompts), longest + max_new_tokens, padding_b)
-    tokens_bs = torch.tensor(
-        [[0] * missing + list(prompt) for missing, prompt in zip(padding, prompts, strict=True)], device=model.device
-    )
+    tokens_bs, padding_b = pad_in_front(prompts, model.device)
+    cache = model.new_cache(len(prompts), tokens_bs.size(1) + max_new_tokens, padding_b)
     seen_bv = _seen(prompts, model) if sampling.repetition_penalty != 1 else None
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
     vocab_size = vocab_size or model.config.vocab_size
@@ -56,7 +66,7 @@ def generate(
         tokens_bs = chosen_b[:, None]
 
 
-def check_lengths(model: CausalModel, prompt_lengths: Sequence[int], max_new_tokens: int) -> None:
+def check_lengths(model: Continues, prompt_lengths: Sequence[int], max_new_tokens: int) -> None:
     """Raises ConfigError if the model cannot continue such prompts by so many tokens."""
     if not prompt_lengths or min(prompt_lengths) == 0:
         raise ConfigError("there must be a prompt, of at least one token")
@@ -72,7 +82,7 @@ def check_lengths(model: CausalModel, prompt_lengths: Sequence[int], max_new_tok
         )
 
 
-def _seen(prompts: Sequence[Sequence[int]], model: CausalModel) -> Tensor:
+def _seen(prompts: Sequence[Sequence[int]], model: Continues) -> Tensor:
     """Tokens that each text has, bool [b, v]."""
     seen_bv = torch.zeros(len(prompts), model.config.vocab_size, dtype=torch.bool, device=model.device)
     for text, prompt in enumerate(prompts):

@@ -9,11 +9,16 @@ import torch
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.kernels import SPECIAL, choose_backend
 from ssd_megatron.ffn.kernels.trial import trial
+from ssd_megatron.ffn.router_kinds import KINDS
+from ssd_megatron.inference.bert import MaskedModel
 from ssd_megatron.inference.ffn import MODES, Experts, Mode
-from ssd_megatron.inference.model import CausalModel
+from ssd_megatron.inference.model import CausalModel, Model
+from ssd_megatron.inference.t5 import EncoderDecoder
+from ssd_megatron.model.language_model import ffn_names
 from ssd_megatron.training.checkpoint_checks import check_tensors
 from ssd_megatron.training.saved_model import SavedModel, Settings, is_router, open_model
 
+MODELS: dict[str, type[Model]] = {"gpt": CausalModel, "bert": MaskedModel, "t5": EncoderDecoder}
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -23,8 +28,9 @@ def load(
     dtype: torch.dtype = torch.float32,
     mode: Mode = "auto",
     top_k: float | Sequence[int] | None = None,
-) -> CausalModel:
-    """The model of a run_dir's newest complete checkpoint, or of one checkpoint's folder, ready to use.
+) -> Model:
+    """The model of a run_dir's newest complete checkpoint, or of one checkpoint's folder, ready to use: `CausalModel`,
+    of a bert `MaskedModel`, of a t5 `EncoderDecoder`.
 
     Args:
         mode: dense; sparse; auto: sparse where that is faster (inference/ffn.py).
@@ -44,15 +50,15 @@ def from_saved(
     dtype: torch.dtype = torch.float32,
     mode: Mode = "auto",
     top_k: float | Sequence[int] | None = None,
-) -> CausalModel:
+) -> Model:
     """See `load`."""
     device, settings = torch.device(device), saved.settings
     _check_can_run(saved, mode, top_k)
     experts, runs_sparse = None, settings.has_experts and settings.only_in_training is None
     if runs_sparse:
-        backend = _choose_kernels(device, dtype, settings.model.activation)
-        experts = Experts(settings.ssd.num_experts, settings.router_update, backend)
-    model = CausalModel(settings.model, experts, dtype=dtype, device=device)
+        backend, ssd = _choose_kernels(device, dtype, settings.model.activation), settings.ssd
+        experts = Experts(ssd.num_experts, ssd.router, ssd.router_update, ssd.balance_bias, backend)
+    model = MODELS[settings.model.family](settings.model, experts, dtype=dtype, device=device)
     targets = model.logical_parameters()
     # Of a run that has never formed experts, the routers say nothing.
     wanted = {name: shape for name, shape in saved.shapes.items() if runs_sparse or not is_router(name)}
@@ -60,8 +66,10 @@ def from_saved(
     for name, target in targets.items():
         target.copy_(saved.tensor(name))
     if runs_sparse:
-        for ffn, number in zip(model.ffns, layer_top_k(settings, top_k), strict=True):
+        names, neuron_ids = ffn_names(settings.model.total_layers), saved.neuron_ids()
+        for name, ffn, number in zip(names, model.ffns, layer_top_k(settings, top_k), strict=True):
             ffn.top_k = number
+            ffn.bank.neuron_ids.copy_(neuron_ids[name])
     model.set_mode(mode)
     return model
 
@@ -72,7 +80,7 @@ def layer_top_k(settings: Settings, top_k: float | Sequence[int] | None) -> list
     Raises:
         ConfigError: a number is not between 1 and the number of experts, or there is not one for each layer.
     """
-    experts, layers = settings.ssd.num_experts, settings.model.num_layers
+    experts, layers = settings.ssd.num_experts, settings.model.total_layers
     if top_k is None:
         return settings.top_k
     means: Sequence[float] = [top_k] if isinstance(top_k, int | float) else top_k
@@ -121,16 +129,17 @@ def _choose_kernels(device: torch.device, dtype: torch.dtype, activation: str) -
 
 
 def _check_can_run(saved: SavedModel, mode: str, top_k: object) -> None:
-    family = saved.settings.model.family
-    if family != "gpt":
-        raise ConfigError(f"model.family ({family}) cannot generate text: use a gpt")
-    if saved.settings.model.norm_position != "pre":
-        raise ConfigError(f"model.norm_position ({saved.settings.model.norm_position}) cannot generate text: use pre")
     if mode not in MODES:
         raise ConfigError(f"mode ({mode}) is unknown: use one of {', '.join(MODES)}")
     lacking = saved.settings.only_in_training
     if lacking is not None and saved.settings.has_experts and mode != "dense":
         raise ConfigError(f"mode ({mode}) cannot run this model's {lacking}: use dense")
+    router = saved.settings.ssd.router
+    if saved.settings.has_experts and mode == "auto" and KINDS[router].scales:
+        raise ConfigError(
+            f"mode (auto) cannot go from one mode to the other with ssd.router ({router}), whose sparse outputs are "
+            "scaled: use dense or sparse"
+        )
     if saved.settings.has_experts:
         return
     if mode == "sparse":

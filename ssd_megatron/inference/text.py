@@ -1,14 +1,26 @@
 """Text after prompts, in pieces as they come: never a part of a character, never a part of a stop string."""
 
 from collections.abc import Iterator, Sequence
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
 from ssd_megatron.data.tokenizers import Tokenizer
-from ssd_megatron.inference.generate import generate
-from ssd_megatron.inference.model import CausalModel
+from ssd_megatron.inference.cache import pad_in_front
+from ssd_megatron.inference.generate import Continues, generate
+from ssd_megatron.inference.marks import MarkedTokenizer
 from ssd_megatron.inference.sampling import Sampling
+from ssd_megatron.inference.t5 import EncoderDecoder
 
 UNFINISHED = "\ufffd"  # what tokenizers show for bytes that are no whole character
+
+
+class Vocabulary(Protocol):
+    """What texts are made of, of a `Tokenizer` or a `MarkedTokenizer`."""
+
+    @property
+    def vocab_size(self) -> int: ...
+    @property
+    def eod(self) -> int: ...
+    def decode(self, ids: list[int]) -> str: ...
 
 
 class Piece(NamedTuple):
@@ -31,7 +43,7 @@ class TextStream:
         stopped: a stop string was found.
     """
 
-    def __init__(self, tokenizer: Tokenizer, before: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
+    def __init__(self, tokenizer: Vocabulary, before: Sequence[int] = (), stop: Sequence[str] = ()) -> None:
         self._tokenizer = tokenizer
         # The last tokens, which new ones are decoded together with, and how many of them have been shown.
         self._ids = list(before[-1:])
@@ -74,7 +86,7 @@ class TextStream:
 
 
 def complete(
-    model: CausalModel,
+    model: Continues,
     tokenizer: Tokenizer,
     prompts: Sequence[str],
     sampling: Sampling,
@@ -93,11 +105,40 @@ def complete(
         ConfigError: see `generate`.
     """
     ids = [tokenizer.encode(prompt) or [tokenizer.eod] for prompt in prompts]
-    streams = [TextStream(tokenizer, prompt, stop) for prompt in ids]
+    return complete_tokens(model, tokenizer, ids, sampling, max_new_tokens, stop)
+
+
+def answer(
+    model: EncoderDecoder,
+    tokenizer: MarkedTokenizer,
+    prompts: Sequence[str],
+    sampling: Sampling,
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+) -> Iterator[Piece]:
+    """What T5's decoder says to texts: of those with sentinels, what these stand for.
+
+    Args:
+        tokenizer: see `t5_tokenizer`.
+    """
+    decoder = model.encode(*pad_in_front([tokenizer.encode(prompt) for prompt in prompts], model.device))
+    yield from complete_tokens(decoder, tokenizer, [[tokenizer.eod]] * len(prompts), sampling, max_new_tokens, stop)
+
+
+def complete_tokens(
+    model: Continues,
+    tokenizer: Vocabulary,
+    prompts: Sequence[Sequence[int]],
+    sampling: Sampling,
+    max_new_tokens: int,
+    stop: Sequence[str] = (),
+) -> Iterator[Piece]:
+    """As `complete` of texts that are tokens already, at least one each."""
+    streams = [TextStream(tokenizer, prompt, stop) for prompt in prompts]
     counts, ended = [0] * len(prompts), set[int]()
     steps = generate(
         model,
-        ids,
+        prompts,
         sampling,
         max_new_tokens,
         eod=tokenizer.eod,

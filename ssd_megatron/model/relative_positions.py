@@ -18,12 +18,17 @@ def position_bias(table_BN: Tensor, length: int, model: ModelConfig, topology: T
         table_BN: a bias for each bucket and head, the same on all tensor-parallel ranks.
         causal: later positions are hidden: their bias is -infinity.
     """
-    tensor, device = topology.tensor, table_BN.device
+    tensor = topology.tensor
     heads = table_BN.shape[1] // tensor.size
     mine_BN = enter_region(table_BN, tensor.handle).narrow(1, tensor.rank * heads, heads)
-    positions = torch.arange(length, device=device)
-    distance = positions[None, :] - positions[:, None]  # from a query to a key
-    bias = F.embedding(distance_buckets(distance, model, causal=causal), mine_BN).permute(2, 0, 1)[None]
+    positions = torch.arange(length, device=table_BN.device)
+    return bias_between(mine_BN, positions, positions, model, causal=causal)
+
+
+def bias_between(table_BN: Tensor, queries_s: Tensor, keys_S: Tensor, model: ModelConfig, *, causal: bool) -> Tensor:
+    """The same of queries and keys at any positions and all heads of the table, [1, n, s, S]."""
+    distance = keys_S[None, :] - queries_s[:, None]  # from a query to a key
+    bias = F.embedding(distance_buckets(distance, model, causal=causal), table_BN).permute(2, 0, 1)[None]
     return bias.masked_fill(distance > 0, float("-inf")) if causal else bias
 
 

@@ -41,19 +41,10 @@ class Settings:
     tokenizer: Path | None
 
     @property
-    def router_update(self) -> str:
-        """Of a router that scores each expert by one row, its own or the mean of the bank's (avg_k)."""
-        return "avg_k" if self.ssd.router == "avg_k" else self.ssd.router_update
-
-    @property
     def only_in_training(self) -> str | None:
         """A setting of sparse mode that only training knows so far; None if there is none."""
-        ssd = self.ssd
-        if ssd.router not in ("centroid", "avg_k"):
-            return f"ssd.router ({ssd.router})"
-        if ssd.balance_bias:
-            return "ssd.balance_bias (true)"
-        return None if ssd.routing_granularity == 1 else f"ssd.routing_granularity ({ssd.routing_granularity})"
+        tile = self.ssd.routing_granularity
+        return None if tile == 1 else f"ssd.routing_granularity ({tile})"
 
 
 @dataclass(frozen=True)
@@ -83,6 +74,11 @@ class SavedModel:
         """
         shape = self.shapes[name]
         return files.read_interval(self.folder, self.index, key_of(name, MASTER), 0, math.prod(shape)).view(shape)
+
+    def neuron_ids(self) -> dict[str, Tensor]:
+        """Which neuron lies at each position of a bank, [F] int64 by the name of the network."""
+        found = files.read_tensors(self.folder, files.SHARED, lambda key: key.endswith(files.NEURON_IDS))
+        return {key.removesuffix(files.NEURON_IDS): ids for key, ids in found.items()}
 
 
 def open_model(path: Path) -> SavedModel:
@@ -115,17 +111,25 @@ def is_router(name: str) -> bool:
     return ".mlp.router." in name
 
 
-def write_model(root: Path, settings: Settings, tensors: Iterable[tuple[str, Tensor]]) -> Path:
+def write_model(
+    root: Path,
+    settings: Settings,
+    tensors: Iterable[tuple[str, Tensor]],
+    neuron_ids: Mapping[str, Tensor] | None = None,
+) -> Path:
     """Write a checkpoint of step 0 that holds weights alone: what the tools read and a run can start from.
 
     Args:
         root: the checkpoint's folder is made in here.
         tensors: by logical name; read one after the other, and written as fp32.
+        neuron_ids: which neuron lies at each position, [F] int64 by the name of every network; as numbered without.
     """
     folder = files.temporary_folder(root, 0)
     folder.mkdir(parents=True)
-    ids = torch.arange(settings.model.ffn_hidden_size)
-    identities = {f"{name}{files.NEURON_IDS}": ids.clone() for name in ffn_names(settings.model.num_layers)}
+    if neuron_ids is None:
+        names = ffn_names(settings.model.total_layers)
+        neuron_ids = {name: torch.arange(settings.model.ffn_hidden_size) for name in names}
+    identities = {f"{name}{files.NEURON_IDS}": ids for name, ids in neuron_ids.items()}
     records = [files.write_tensors(folder, files.SHARED, identities)]
     shapes: dict[str, tuple[int, ...]] = {}
     pieces: dict[str, list[Piece]] = {}

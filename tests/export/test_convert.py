@@ -108,6 +108,24 @@ def test_avg_k_routers_score_by_the_bank(tmp_path: Path) -> None:
     assert float((ours - expected.sparse).abs().max()) > 0.01
 
 
+@pytest.mark.parametrize("router", ["switch", "mlp", "oracle"])
+def test_other_routers_choose_alike(tmp_path: Path, router: str) -> None:
+    expected = trained(ssd={"router": router})
+    export_model(open_model(expected.write(tmp_path / "saved")), tmp_path / "hf", "sparse")
+    torch.testing.assert_close(
+        hf_logits(tmp_path / "hf", expected.tokens, "sparse"), expected.sparse, rtol=1e-4, atol=1e-4
+    )
+    imported = load(import_model(tmp_path / "hf", tmp_path / "ours"), mode="sparse")
+    torch.testing.assert_close(imported(expected.tokens), expected.sparse, rtol=1e-4, atol=1e-4)
+
+
+def test_routers_that_stay_here_are_refused_by_name(tmp_path: Path) -> None:
+    folder = trained(ssd={"router": "hash"}).write(tmp_path / "saved")
+    with pytest.raises(ConfigError, match=r"ssd.router \(hash\) cannot be exported sparse: export .* --mode dense"):
+        export_model(open_model(folder), tmp_path / "hf", "sparse")
+    assert export_model(open_model(folder), tmp_path / "hf", "dense") == "OPTForCausalLM, float32"
+
+
 def test_generate_of_transformers_gives_our_tokens(tmp_path: Path, corpus: Corpus) -> None:
     """From a run on four ranks, through its tokenizer, with prompts of different lengths."""
     config = small_config(corpus, tmp_path)
@@ -196,10 +214,8 @@ def test_what_has_no_stock_equivalent_is_refused_by_name(tmp_path: Path, capsys:
     command = ["export", "--from", str(folder), "--to", str(tmp_path / "hf")]
     assert tool.main(command) == 2
     message = capsys.readouterr().err
-    assert (
-        "model.activation (relu), model.normalization (layernorm), model.position_embedding (rope) together" in message
-    )
-    assert "OPT needs position_embedding 'learned'; Llama needs normalization 'rmsnorm', activation geglu or" in message
+    assert "model.activation (relu), model.normalization (layernorm), model.position_embedding (rope): no" in message
+    assert "OPT needs position_embedding learned; Llama needs normalization rmsnorm, activation reglu or" in message
     assert "use --mode sparse" in message and not (tmp_path / "hf").exists()
     s = expected.settings
     never = write_model(tmp_path / "never", Settings(s.model, s.ssd, s.top_k, False, None), expected.tensors.items())
@@ -210,7 +226,7 @@ def test_what_has_no_stock_equivalent_is_refused_by_name(tmp_path: Path, capsys:
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"model_type": "gpt2"}, r"model_type \(gpt2\) cannot be imported: opt, llama, ssd_gpt can"),
+        ({"model_type": "gpt2"}, r"model_type \(gpt2\) cannot be imported: opt, llama, bert, t5, ssd_gpt can"),
         ({"do_layer_norm_before": False}, r"do_layer_norm_before \(False\) of this OPT has no equivalent"),
         ({"activation_function": "gelu_new"}, r"activation_function \(gelu_new\) is none of ours: relu, relu2, gelu"),
     ],
