@@ -27,10 +27,10 @@ from ssd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from ssd_megatron.errors import ConfigError, DataError
 from ssd_megatron.files import write_atomically
 from ssd_megatron.inference.evaluate import Score, Variant, Window, evaluate, windows
-from ssd_megatron.inference.load import DTYPES, from_saved, layer_top_k, tokenizer_path
+from ssd_megatron.inference.load import DTYPES, from_saved, layer_top_k
 from ssd_megatron.parallel.device import local_device
 from ssd_megatron.training.checkpoint_files import CheckpointError
-from ssd_megatron.training.saved_model import Settings, open_model
+from ssd_megatron.training.saved_model import Settings, open_model, tokenizer_path
 
 
 class Text(NamedTuple):

@@ -19,13 +19,13 @@ from ssd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from ssd_megatron.errors import ConfigError, DataError
 from ssd_megatron.files import write_atomically
 from ssd_megatron.inference.ffn import MODES
-from ssd_megatron.inference.load import DTYPES, from_saved, tokenizer_path
+from ssd_megatron.inference.load import DTYPES, from_saved
 from ssd_megatron.inference.model import CausalModel
 from ssd_megatron.inference.sampling import Sampling
 from ssd_megatron.inference.text import complete
 from ssd_megatron.parallel.device import detect_hardware, local_device
 from ssd_megatron.training.checkpoint_files import CheckpointError
-from ssd_megatron.training.saved_model import open_model
+from ssd_megatron.training.saved_model import open_model, tokenizer_path
 
 
 def main(argv: Sequence[str] | None = None) -> int:
