@@ -28,12 +28,7 @@ EXAMPLE = "example:\n  python tools/docstring_task.py --out data/docstrings\n"
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit status: 0 done, 2 there is no library to read."""
-    parser = argparse.ArgumentParser(
-        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
-    )
-    parser.add_argument("--out", type=Path, default=Path("data/docstrings"), help="folder (default: data/docstrings)")
-    parser.add_argument("--seed", type=int, default=1, help="of the draw and the splits (default: 1)")
-    arguments = parser.parse_args(argv)
+    arguments = _parse(argv)
     try:
         make_task(arguments.out, Path(sysconfig.get_path("stdlib")), arguments.seed)
     except DataError as error:
@@ -112,18 +107,25 @@ def clean(text: str, names: re.Pattern[str]) -> str:
 
 def _unique(packages: Mapping[str, Sequence[str]]) -> dict[str, list[str]]:
     """Texts, by their letters and digits, that only one package has, each once."""
-    owners: dict[str, set[str]] = {}
+    known: dict[str, dict[str, str]] = {package: {} for package in packages}
     for package, texts in packages.items():
         for text in texts:
-            owners.setdefault(_letters(text), set()).add(package)
-    return {
-        package: list({_letters(t): t for t in reversed(texts) if len(owners[_letters(t)]) == 1}.values())[::-1]
-        for package, texts in packages.items()
-    }
+            known[package].setdefault(_letters(text), text)
+    owners = Counter(key for texts in known.values() for key in texts)
+    return {package: [t for key, t in texts.items() if owners[key] == 1] for package, texts in known.items()}
 
 
 def _letters(text: str) -> str:
     return re.sub(r"\W+", " ", text).strip().casefold()
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(
+        description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--out", type=Path, default=Path("data/docstrings"), help="folder (default: data/docstrings)")
+    parser.add_argument("--seed", type=int, default=1, help="of the draw and the splits (default: 1)")
+    return parser.parse_args(argv)
 
 
 if __name__ == "__main__":

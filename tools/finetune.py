@@ -37,12 +37,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     from ssd_megatron.parallel.device import share_cores
     from ssd_megatron.parallel.topology import initialize_topology, leave_topology
     from ssd_megatron.training.checkpoint_files import CheckpointError
+    from ssd_megatron.training.checkpoint_tools import find_checkpoint
 
     try:
         _refuse_without_effect(arguments)
+        folder = find_checkpoint(arguments.start or arguments.evaluate)
         share_cores()
         topology = initialize_topology()
-        result = (_finetune if arguments.start else _evaluate)(arguments, topology)
+        result = (_finetune if arguments.start else _evaluate)(arguments, folder, topology)
         leave_topology()
         if arguments.json is not None:
             write_atomically(arguments.json, f"{json.dumps(result, indent=1)}\n".encode())
@@ -55,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     return 0
 
 
-def _finetune(arguments: argparse.Namespace, topology: "Topology") -> dict[str, Any]:
+def _finetune(arguments: argparse.Namespace, source: Path, topology: "Topology") -> dict[str, Any]:
     from rich.progress import track
 
     from ssd_megatron.classification.finetune import finetune
@@ -68,7 +70,7 @@ def _finetune(arguments: argparse.Namespace, topology: "Topology") -> dict[str, 
     columns, texts = read_labelled(arguments.train, _columns(arguments))
     classification = Classification(labels_of(texts), [*columns.texts, columns.label], str(arguments.train))
     opened = begin_classifier(
-        arguments.start,
+        source,
         topology,
         classification,
         arguments.tokenizer,
@@ -95,7 +97,7 @@ def _finetune(arguments: argparse.Namespace, topology: "Topology") -> dict[str, 
     folder = opened.write(arguments.to)
     print(f"{folder}: epoch {best.number}, dev accuracy {_shown(best.dev.accuracy, best.dev.error)}, {recipe.mode}")
     return {
-        "from": str(arguments.start),
+        "from": str(source),
         "checkpoint": str(folder),
         "train": str(arguments.train),
         "dev": str(arguments.dev),
@@ -111,14 +113,14 @@ def _finetune(arguments: argparse.Namespace, topology: "Topology") -> dict[str, 
     }
 
 
-def _evaluate(arguments: argparse.Namespace, topology: "Topology") -> dict[str, Any]:
+def _evaluate(arguments: argparse.Namespace, folder: Path, topology: "Topology") -> dict[str, Any]:
     from rich.console import Console
     from rich.table import Table
 
     from ssd_megatron.classification.classifier import accuracy
     from ssd_megatron.classification.saved_classifier import open_classifier
 
-    opened = open_classifier(arguments.evaluate, topology, arguments.tokenizer)
+    opened = open_classifier(folder, topology, arguments.tokenizer)
     variants = _variants(arguments, opened)
     data = opened.read(arguments.dev, _columns(arguments))
     if arguments.router == "recomputed":
@@ -142,7 +144,7 @@ def _evaluate(arguments: argparse.Namespace, topology: "Topology") -> dict[str, 
     Console().print(table)
     print(f"{len(data.samples):,} examples, {data.majority:.1%} in the largest class")
     return {
-        "checkpoint": str(arguments.evaluate),
+        "checkpoint": str(folder),
         "dev": str(arguments.dev),
         "labels": opened.labels,
         "examples": len(data.samples),
@@ -219,9 +221,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--from", dest="start", type=Path, metavar="DIR", help="fine-tune this model")
     what.add_argument("--evaluate", type=Path, metavar="DIR", help="evaluate this classifier")
-    parser.add_argument(
-        "--train", type=Path, metavar="FILE", help="examples to train on, which have all labels"
-    )
+    parser.add_argument("--train", type=Path, metavar="FILE", help="examples to train on, which have all labels")
     parser.add_argument("--dev", type=Path, required=True, metavar="FILE", help="examples to evaluate on")
     parser.add_argument("--to", type=Path, metavar="DIR", help="where the classifier is written; not there yet")
     parser.add_argument("--columns", nargs="+", metavar="NAME", help="of one text or a pair (default: GLUE's names)")

@@ -45,6 +45,8 @@ def test_every_program_of_readme_is_looked_at_here() -> None:
         "tools/generate.py",
         "tools/evaluate.py",
         "tools/convert_checkpoint.py",
+        "tools/docstring_task.py",
+        "tools/finetune.py",
         "examples/selfcheck/selfcheck.py",
         "tools/train_tokenizer.py",
         "tools/preprocess_data.py",
@@ -85,7 +87,13 @@ def test_plans_of_readme_can_be_made(
     assert "memory of the fullest rank" in capsys.readouterr().out
 
 
-TOOLS = ("tools/checkpoint.py", "tools/generate.py", "tools/evaluate.py", "tools/convert_checkpoint.py")
+TOOLS = (
+    "tools/checkpoint.py",
+    "tools/generate.py",
+    "tools/evaluate.py",
+    "tools/convert_checkpoint.py",
+    "tools/finetune.py",
+)
 
 
 @pytest.mark.parametrize(("program", "arguments"), [command for command in COMMANDS if command[0] in TOOLS])
@@ -103,6 +111,7 @@ def test_models_of_readme_are_asked_for_as_the_tools_want(
         "runs/gpt-13b is no folder" in message
         or "runs/quickstart is no folder" in message
         or "opt-125m has no" in message
+        or "classifier is no folder" in message
     )
 
 
@@ -110,6 +119,13 @@ def test_models_of_readme_are_asked_for_as_the_tools_want(
 def test_arguments_of_data_tools_are_theirs(program: str) -> None:
     (arguments,) = arguments_of(program)
     assert [str(path) for path in load(program)._parse(arguments).input] == ["my_text"]
+
+
+def test_the_labelled_set_goes_where_fine_tuning_reads_it() -> None:
+    program = "tools/docstring_task.py"
+    (arguments,) = arguments_of(program)
+    out = load(program)._parse(arguments).out
+    assert all(f"{out}/" in words[words.index("--dev") + 1] for words in arguments_of("tools/finetune.py"))
 
 
 def test_selfcheck_takes_its_arguments(monkeypatch: pytest.MonkeyPatch) -> None:
