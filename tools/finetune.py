@@ -78,9 +78,9 @@ def _finetune(arguments: argparse.Namespace, source: Path, topology: "Topology")
         seed=recipe.seed,
     )
     recipe.check(opened.settings)
-    train, dev = opened.read(arguments.train), opened.read(arguments.dev)
+    train, validation = opened.read(arguments.train), opened.read(arguments.dev)
     length = opened.settings.model.seq_length
-    for path, data in ((arguments.train, train), (arguments.dev, dev)):
+    for path, data in ((arguments.train, train), (arguments.dev, validation)):
         print(
             f"{path}: {len(data.samples):,} examples of {len(opened.labels)} classes, {data.majority:.1%} in the "
             f"largest; {data.cut:,} cut to {length} tokens"
@@ -89,10 +89,11 @@ def _finetune(arguments: argparse.Namespace, source: Path, topology: "Topology")
 
     def report(epoch: "Epoch") -> None:
         epochs.append(epoch)
-        print(f"epoch {epoch.number}: loss {epoch.train_loss:.4f}, dev {_shown(epoch.dev.accuracy, epoch.dev.error)}")
+        dev = _shown(epoch.dev.accuracy, epoch.dev.error)
+        print(f"epoch {epoch.number}: loss {epoch.train_loss:.4f}, dev accuracy {dev}", flush=True)
 
     started = time.perf_counter()
-    best = finetune(opened.classifier, train.samples, dev.samples, recipe, track, report)
+    best = finetune(opened.classifier, train.samples, validation.samples, recipe, track, report)
     seconds = time.perf_counter() - started
     folder = opened.write(arguments.to)
     print(f"{folder}: epoch {best.number}, dev accuracy {_shown(best.dev.accuracy, best.dev.error)}, {recipe.mode}")
@@ -102,9 +103,9 @@ def _finetune(arguments: argparse.Namespace, source: Path, topology: "Topology")
         "train": str(arguments.train),
         "dev": str(arguments.dev),
         "labels": opened.labels,
-        "examples": {"train": len(train.samples), "dev": len(dev.samples)},
-        "cut": {"train": train.cut, "dev": dev.cut},
-        "majority": dev.majority,
+        "examples": {"train": len(train.samples), "dev": len(validation.samples)},
+        "cut": {"train": train.cut, "dev": validation.cut},
+        "majority": validation.majority,
         "recipe": asdict(recipe),
         "epochs": [asdict(epoch) | {"dev_accuracy": epoch.dev.accuracy} for epoch in epochs],
         "best_epoch": best.number,

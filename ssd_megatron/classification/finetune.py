@@ -132,7 +132,7 @@ def add_gradients(classifier: Classifier, samples: Sequence[Sample], dtype: str 
             ffn.router.loss_weight = share
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
             loss = share * _mean_loss(classifier, batch)
-            loss.backward()
+            torch.autograd.backward(loss)
         total += float(loss.detach())
     return total
 
