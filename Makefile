@@ -14,6 +14,8 @@ CONFIG ?= examples/quickstart/ds.json
 # Of a config below examples/bert or examples/t5, whose tokenizers reserve tokens.
 FAMILY := $(filter bert t5,$(subst /, ,$(CONFIG)))
 CONSTRAINTS := constraints.txt
+# Two files of tests at a time: many wait for one rank, or for each other's.
+IN_PARALLEL := -n 2 --dist loadfile
 
 .PHONY: quickstart test test-layouts test-faults test-triton-compile test-mpi test-multinode test-slurm lint docs clean
 
@@ -22,10 +24,10 @@ quickstart: $(VENV)/.installed
 	PATH="$(BIN):$$PATH" deepspeed pretrain_ssd.py --ds_config $(CONFIG)
 
 test: $(VENV)/.installed-dev
-	PATH="$(BIN):$$PATH" pytest
+	PATH="$(BIN):$$PATH" pytest $(IN_PARALLEL)
 
 test-layouts: $(VENV)/.installed-dev
-	PATH="$(BIN):$$PATH" pytest -m layouts
+	PATH="$(BIN):$$PATH" pytest $(IN_PARALLEL) -m layouts
 
 test-faults: $(VENV)/.installed-dev
 	$(BIN)/python -m tests.faults.kill --runs 50

@@ -20,9 +20,11 @@ REQUIREMENTS = [
     "tensorboard>=2.19",
     "matplotlib>=3.10",
     "plotly>=7,<8",
+    "pymetis==2025.2.2",
 ]
 DEVELOPMENT = [
     "pytest>=8.4",
+    "pytest-xdist>=3.8",
     "ruff==0.17.6",
     "mypy==2.4.1",
     "pre-commit>=4",

@@ -1,11 +1,14 @@
 """Habits of every writer: a file appears complete or not at all, and is known by its content."""
 
+import fcntl
 import hashlib
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
+
+from ssd_megatron.errors import ConfigError
 
 
 @contextmanager
@@ -28,6 +31,26 @@ def write_atomically(path: Path, content: bytes) -> None:
     """Write a file at once, see `open_atomically`."""
     with open_atomically(path) as file:
         file.write(content)
+
+
+@contextmanager
+def locked(folder: Path, field: str) -> Iterator[None]:
+    """A folder, made if missing, in which no other process works within.
+
+    Args:
+        field: what the user calls it.
+    Raises:
+        ConfigError: another one does.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    with (folder / ".lock").open("a") as lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise ConfigError(
+                f"{field} ({folder}) is in use by another running process: wait for it, or give another folder"
+            ) from error
+        yield
 
 
 def sha256_of(path: Path) -> str:

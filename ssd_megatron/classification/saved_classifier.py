@@ -6,11 +6,10 @@ from pathlib import Path
 from ssd_megatron.classification.classifier import Classifier
 from ssd_megatron.classification.labelled import Columns
 from ssd_megatron.classification.samples import Encoder, Samples
-from ssd_megatron.config.schema import DataConfig, SsdMegatronConfig, TrainingConfig
 from ssd_megatron.data.tokenizers import load_tokenizer
 from ssd_megatron.errors import ConfigError
-from ssd_megatron.model.language_model import LanguageModel
 from ssd_megatron.parallel.topology import Topology
+from ssd_megatron.training.model_alone import build_alone
 from ssd_megatron.training.saved_model import (
     Classification,
     SavedModel,
@@ -27,8 +26,7 @@ class Opened:
     """A classifier and what belongs to it.
 
     Attributes:
-        classifier: in fp32, its networks dense, with the experts per token of the last switch; sparse networks have
-            backend torch.
+        classifier: in fp32, its networks dense, with the experts per token of the last switch.
         settings: of the checkpoint that it becomes; `classification` names its labels.
         encoder: makes its samples.
     """
@@ -133,14 +131,7 @@ def _opened(
     path = tokenizer_path(saved, tokenizer)
     settings = replace(saved.settings, tokenizer=path, classification=classification)
     encoder = Encoder(settings.model, load_tokenizer(path), path)
-    config = SsdMegatronConfig(
-        run_dir=saved.folder,
-        model=settings.model,
-        data=DataConfig(tokenizer=path),
-        ssd=settings.ssd,
-        training=TrainingConfig(train_steps=1),
-    )
-    model = LanguageModel(config, "torch", topology)
+    model = build_alone(settings, topology)
     classifier = Classifier(model, settings.model, len(classification.labels), dropout, seed).to(topology.device)
     classifier.use("dense", settings.top_k)
     return Opened(classifier.eval(), settings, encoder)

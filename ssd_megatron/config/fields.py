@@ -11,8 +11,6 @@ from typing import Annotated, Any
 
 from pydantic import AfterValidator, BaseModel, BeforeValidator, ConfigDict, Field
 
-NOT_IN_THIS_VERSION = "is not in this version"
-
 
 class Section(BaseModel):
     """Base of every section: frozen, unknown keys refused, no silent conversion ("4" is not 4)."""
@@ -105,7 +103,7 @@ def _check_split(split: str) -> str:
 
 def _check_recorded(path: Path) -> Path:
     if path.suffix != ".safetensors":
-        raise ValueError("must be kmeans, coactivation, random, or the path of a recorded partition (.safetensors)")
+        raise ValueError("must be kmeans, coactivation, random, kept, or the path of a recorded one (.safetensors)")
     return path
 
 

@@ -19,6 +19,7 @@ from ssd_megatron.config.batch import (
 )
 from ssd_megatron.config.checks import run_checks, without_effect
 from ssd_megatron.config.deepspeed_keys import CsvKeys, DsJson, TensorBoardKeys, WSDParams
+from ssd_megatron.config.expansion import expand_networks
 from ssd_megatron.config.refused import reason_for
 from ssd_megatron.config.report import SECTION, known_fields, nearest_path, shown, validate, without_switched_off
 from ssd_megatron.config.schema import SPARSE_ACTIVATIONS, SsdMegatronConfig
@@ -147,6 +148,7 @@ def load_config(path: Path, overrides: Sequence[str] = (), *, world_size: int, h
     raw = read_json(path)
     problems = _override(raw, overrides)
     raw = without_switched_off(raw)
+    problems += expand_networks(raw)
     values, found = validate(raw)
     problems += found
     problems += run_checks(values, {shown(field) for field in flatten(raw)})

@@ -61,6 +61,14 @@ def _replayed_router(router: str, routing: str | Path, record: Path | None) -> I
             yield problem(f"ssd.{name}", value, 'cannot go with ssd.router "pkm", which learns by its own choice')
 
 
+@ROUTER_CHECKS("ssd.partition", "checkpoint.start_from")
+def _kept_experts(partition: str | Path, start_from: Path | None) -> Iterator[str]:
+    if partition == "kept" and start_from is None:
+        yield problem(
+            "ssd.partition", partition, "keeps the experts of checkpoint.start_from, which is not given: give it"
+        )
+
+
 @ROUTER_CHECKS("ssd.router", "ssd.routing_granularity")
 def _router_of_tiles(router: str, granularity: int) -> Iterator[str]:
     if granularity > 1 and router in TOKEN_ROUTERS:

@@ -10,7 +10,6 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, model_validator
 
 from ssd_megatron.config.fields import (
-    NOT_IN_THIS_VERSION,
     Blend,
     FilePath,
     Fraction,
@@ -208,8 +207,10 @@ class SSDConfig(Section):
         "measured",
         "Experts per layer: more where they save more of the probe loss, at the same cost; or `top_k` in each.",
     )
-    partition: Literal["kmeans", "coactivation", "random"] | RecordedPartition = optional(
-        "kmeans", "How neurons form experts: `kmeans`, `coactivation`, `random`, or the path of a recorded partition."
+    partition: Literal["kmeans", "coactivation", "random", "kept"] | RecordedPartition = optional(
+        "kmeans",
+        "How neurons form experts: `kmeans`, `coactivation`, `random`, the path of a recorded partition, or `kept`: "
+        "experts and routers stay those of `checkpoint.start_from`.",
     )
     routing: Literal["live"] | FilePath = optional(
         "live",
@@ -353,7 +354,8 @@ class CheckpointConfig(Section):
     start_from: FilePath | None = optional(
         None,
         "Weights that a new run starts from: those of a run_dir, of a checkpoint's folder, or of a model imported by "
-        "`tools/convert_checkpoint.py`, with the same `model` settings. All else starts anew.",
+        "`tools/convert_checkpoint.py`, with the same `model` settings. All else starts anew, but for experts and "
+        "routers with `ssd.partition` `kept`.",
     )
 
 
@@ -380,10 +382,12 @@ class SsdMegatronConfig(Section):
     checkpoint: CheckpointConfig = optional(CheckpointConfig(), "Checkpoints.")
     logging: LoggingConfig = optional(LoggingConfig(), "Console, plots, utilisation.")
     weight_sparsity: WeightSparsityConfig | None = optional(None, "Sparse weights; null: dense ones.")
-    ffn_expansion: Annotated[
+    ffn_expansion: Positive | None = optional(
         None,
-        only(None, f"{NOT_IN_THIS_VERSION} (larger networks): leave it out, set model.ffn_hidden_size and ssd.top_k"),
-    ] = optional(None, "Feed-forward networks larger than the dense ones; not in this version.")
+        "Feed-forward networks with so many times the neurons, of which a token computes as many as before: short for "
+        "`model.ffn_hidden_size` so many times larger and `ssd.top_k` as small a share of `ssd.num_experts`; with "
+        "`ssd.schedule` `sparse`.",
+    )
 
     @property
     def live_weights(self) -> float:

@@ -147,7 +147,10 @@ class MaskedWeights:
         whole.nan_to_num_(0.0, 0.0, 0.0)  # of a step that was skipped
         return block_norms(whole.view(spec.shape), self._settings.block_size, self._settings.criterion)
 
-    def _mask_gradient(self, name: str, gradient: Tensor) -> Tensor:
+    def _mask_gradient(self, name: str, gradient: Tensor | None) -> Tensor | None:
+        """There is none before a step's last microbatch where weights are gathered once a step."""
+        if gradient is None:
+            return None
         if self._gradients is not None:
             seen = self._gradients.get(name)
             self._gradients[name] = gradient.float() if seen is None else seen + gradient

@@ -224,7 +224,8 @@ class Coordinator:
     def _apply(self, plan: Plan) -> Applied:
         experts = self._ssd.num_experts
         applied = regroup_neurons(self.networks, plan.placed(), experts, self._state)
-        set_routers(self.networks, experts, self._state)
+        if self._ssd.partition != "kept":
+            set_routers(self.networks, experts, self._state)
         self._labels = dict(plan.labels)
         self._expert_ids = {}
         self.networks.set_top_k(self._allocate())

@@ -52,11 +52,13 @@ class Planner:
         self._probe = probe
 
     def form_experts(self, previous: Mapping[str, Tensor], step: int) -> Plan:
-        """Cluster the neurons of all layers and place the experts (collective over the job).
+        """Cluster the neurons of all layers and place the experts, unless they are kept (collective over the job).
 
         Args:
             previous: labels to start from, where there are any.
         """
+        if self._ssd.partition == "kept":
+            return self._as_it_is()
         started = time.perf_counter()
         signatures = self._signatures()
         observed = time.perf_counter()
@@ -65,6 +67,11 @@ class Planner:
         plan = self._place_by_probe(groupings)
         statistics = observed - started + time.perf_counter() - clustered
         return replace(plan, seconds_statistics=statistics, seconds_cluster=clustered - observed)
+
+    def _as_it_is(self) -> Plan:
+        """Every neuron stays where it is."""
+        labels = {name: labels_of(ffn.bank, self._ssd.num_experts) for name, ffn in self._networks.local.items()}
+        return Plan(labels, {name: torch.arange(self._ssd.num_experts) for name in labels})
 
     def place_by_load(self, loads: Mapping[str, Tensor]) -> Plan:
         """Renumber experts that neurons already form, in place, by their measured loads (collective over the pipeline).

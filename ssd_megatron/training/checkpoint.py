@@ -154,9 +154,11 @@ class Checkpointer:
             raise CheckpointError(f"no checkpoint in {self._root} is whole: move the folder away to start anew")
         return None
 
-    def start_from(self, path: Path) -> Path:
+    def start_from(self, path: Path, keep_experts: bool) -> Path:
         """Take over the weights of another checkpoint, which `check_start` has seen; returns its folder.
 
+        Args:
+            keep_experts: neurons keep their identities, and routers their weights.
         Raises:
             CheckpointError: it is damaged, or has not exactly the tensors of this model.
         """
@@ -164,7 +166,9 @@ class Checkpointer:
 
         def read() -> Path:
             saved = open_model(path)
-            read_start_weights(saved, state, shapes)
+            read_start_weights(saved, state, shapes, with_routers=keep_experts)
+            if keep_experts:
+                self._set_identities(files.read_tensors(saved.folder, files.SHARED, self._is_of_this_stage))
             return saved.folder
 
         folder = self._agree("read to start the run of", read)[0]
@@ -221,8 +225,7 @@ class Checkpointer:
         scheduler = self._trained.engine.lr_scheduler
         scheduler.load_state_dict(scheduler.state_dict() | values["lr_scheduler"])
         self._trained.engine.deepspeed.global_steps = index.step
-        for name, ffn in self._trained.model.ffns.items():
-            ffn.bank.neuron_ids.copy_(shared[f"{name}{files.NEURON_IDS}"])
+        self._set_identities(shared)
         if self._trained.masks is not None:
             self._trained.masks.load_state_dict(shared)
         self._trained.coordinator.load_state_dict(values["coordinator"], shared)
@@ -237,6 +240,10 @@ class Checkpointer:
         """Whether a tensor that all ranks have alike belongs to a network or a tensor of this stage."""
         ffns, name = self._trained.model.ffns, key.rpartition("/")[2]
         return name in ffns or name in self._trained.engine.state.specs or key.removesuffix(files.NEURON_IDS) in ffns
+
+    def _set_identities(self, shared: Mapping[str, Tensor]) -> None:
+        for name, ffn in self._trained.model.ffns.items():
+            ffn.bank.neuron_ids.copy_(shared[f"{name}{files.NEURON_IDS}"])
 
     def _neuron_ids(self) -> dict[str, Tensor]:
         """Which neuron lies where in the banks of all stages, on each pipeline's first rank (collective)."""

@@ -125,7 +125,8 @@ def _train(
         restored = checkpointer.restore_newest()
     if restored is None and section.checkpoint.start_from is not None:
         with named("reading the weights to start from"):
-            weights = checkpointer.start_from(section.checkpoint.start_from)
+            keep = section.ssd.partition == "kept"
+            weights = checkpointer.start_from(section.checkpoint.start_from, keep)
         if console is not None:
             console.event(f"weights from {weights}; everything else starts anew")
     done, counters = restored or (0, vars(Counters()))

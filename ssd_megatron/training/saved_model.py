@@ -11,7 +11,7 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ssd_megatron.config.fields import Section
-from ssd_megatron.config.schema import ModelConfig, SSDConfig
+from ssd_megatron.config.schema import DataConfig, ModelConfig, SSDConfig
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.switchable import SwitchableFFN
 from ssd_megatron.model.language_model import ffn_names
@@ -89,6 +89,12 @@ class SavedModel:
     def shapes(self) -> dict[str, tuple[int, ...]]:
         """Of the logical tensors, by name."""
         return self.index.shapes
+
+    @property
+    def data(self) -> DataConfig | None:
+        """Of the run that trained it; None of a model without a run."""
+        identity = self.index.values["identity"]
+        return _section(DataConfig, identity, "data") if identity.get("data.split") is not None else None
 
     def tensor(self, name: str) -> Tensor:
         """A weight by its logical name, fp32.

@@ -36,6 +36,14 @@ def test_defaults_are_filled_in(load: Load) -> None:
     assert "auto" not in json.dumps(config.deepspeed)
 
 
+@pytest.mark.parametrize("given", [{}, {"ssd_megatron.model.ffn_hidden_size": 256}])
+def test_larger_networks_compute_as_many_neurons(load: Load, given: dict[str, int]) -> None:
+    config = load({"ssd_megatron.ffn_expansion": 4, f"{SSD}.schedule": "sparse", f"{SSD}.top_k": DROP} | given)
+    section = config.ssd_megatron
+    assert (section.model.ffn_hidden_size, section.ssd.num_experts, section.ssd.top_k) == (1024, 16, 4)
+    assert config.resolved()["ssd_megatron"]["ffn_expansion"] is None  # what it meant is there
+
+
 @pytest.mark.parametrize(
     ("hardware", "enabled", "dtype", "note"),
     [

@@ -64,7 +64,16 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({"zero_optimization.overlap": 1}, "zero_optimization.overlap (1) is not a known key: did you mean overlap_comm?"),
     # Not in this version, refused by name.
     ({"ssd_megatron.parallel.context_parallel_size": 2}, "sequence and context parallelism are not supported yet"),
-    ({"ssd_megatron.ffn_expansion": 4}, "ssd_megatron.ffn_expansion (4) is not in this version"),
+    ({"ssd_megatron.ffn_expansion": 0}, "ssd_megatron.ffn_expansion (0)"),
+    ({"ssd_megatron.ffn_expansion": 4}, 'ssd_megatron.ffn_expansion (4) is for ssd.schedule "sparse"'),
+    (
+        {"ssd_megatron.ffn_expansion": 3, f"{SSD}.schedule": "sparse"},
+        "ssd_megatron.ffn_expansion (3) must divide ssd.num_experts (16): try 2 or 4",
+    ),
+    (
+        {"ssd_megatron.ffn_expansion": 4, f"{SSD}.schedule": "sparse", f"{SSD}.top_k": 8},
+        "ssd.top_k (8) computes another number of neurons than ssd_megatron.ffn_expansion (4) of 16 experts",
+    ),
     ({f"{DATA}.reset_attention_mask": True}, "data.reset_attention_mask (true) is not supported yet: use false"),
     ({f"{SSD}.router": "nearest"}, 'ssd.router ("nearest") must be "centroid", "avg_k", "switch"'),
     (
@@ -268,7 +277,7 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
     ({f"{DATA}.paths": DROP, f"{DATA}.train_paths": ["a"]}, "data.valid_paths is missing: data.train_paths needs it"),
     ({f"{DATA}.test_paths": ["a"]}, 'data.test_paths (["a"]) needs data.train_paths'),
     ({f"{DATA}.split": "90,10"}, 'data.split ("90,10") must be three weights for train, validation and test'),
-    ({f"{SSD}.partition": "kmean"}, 'ssd.partition ("kmean") must be kmeans, coactivation, random, or the path'),
+    ({f"{SSD}.partition": "kmean"}, 'ssd.partition ("kmean") must be kmeans, coactivation, random, kept, or the path'),
     ({f"{SSD}.routing": "none"}, 'ssd.routing ("none") is no folder: record it first with ssd.record_routing'),
     (
         {f"{SSD}.routing": "/tmp", f"{SSD}.record_routing": "new"},

@@ -1,0 +1,52 @@
+"""A checkpoint's model in one process, without an engine: to be observed, measured, or tuned a little."""
+
+from pathlib import Path
+
+import torch
+
+from ssd_megatron.config.schema import ParallelConfig, SsdMegatronConfig, TrainingConfig
+from ssd_megatron.ffn.kernels import SPECIAL, choose_backend
+from ssd_megatron.ffn.kernels.trial import trial
+from ssd_megatron.model.language_model import LanguageModel
+from ssd_megatron.parallel.topology import Topology
+from ssd_megatron.training.checkpoint_checks import check_tensors
+from ssd_megatron.training.saved_model import SavedModel, Settings, is_router
+
+
+def load_alone(saved: SavedModel, topology: Topology) -> LanguageModel:
+    """The model, fp32, dense, with the checkpoint's weights and routers that say nothing yet; its neurons are numbered
+    as they lie there.
+
+    Args:
+        topology: of one process.
+    Raises:
+        CheckpointError: the checkpoint has not exactly the tensors of the model.
+    """
+    model = build_alone(saved.settings, topology)
+    targets = {name: p for name, p in model.logical_parameters().items() if not is_router(name)}
+    found = {name: shape for name, shape in saved.shapes.items() if not is_router(name)}
+    check_tensors(saved.folder, found, {name: tuple(target.shape) for name, target in targets.items()})
+    with torch.no_grad():
+        for name, target in targets.items():
+            target.copy_(saved.tensor(name))
+    return model
+
+
+def build_alone(settings: Settings, topology: Topology) -> LanguageModel:
+    """The model with initial values."""
+    section = SsdMegatronConfig.model_construct(
+        run_dir=Path(),
+        seed=0,
+        model=settings.model,
+        ssd=settings.ssd,
+        parallel=ParallelConfig(),
+        training=TrainingConfig(train_steps=1),
+    )
+    backend = _kernels(topology.device, settings.model.activation)
+    return LanguageModel(section, backend, topology).to(topology.device).eval()
+
+
+def _kernels(device: torch.device, activation: str) -> str:
+    """The fastest backend that is right here."""
+    backend, _ = choose_backend("auto", device, torch.float32)
+    return "torch" if backend in SPECIAL and trial(backend, device, torch.float32, activation) else backend

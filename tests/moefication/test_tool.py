@@ -1,0 +1,177 @@
+"""The tool on a run's checkpoint and on a transformers folder: what it writes is a model like any other."""
+
+import json
+import runpy
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from matplotlib.image import imread
+
+from ssd_megatron.export.convert import export_model
+from ssd_megatron.moefication.layers import LayerJob, read_result, run_jobs
+from ssd_megatron.training.saved_model import SavedModel, is_router, open_model
+from tests.layouts import TP2_EP2, Layout, run_layout
+from tests.ranks import start_process
+from tests.small_run import Corpus, records, small_config, train, write_config
+
+TOOL = Path(__file__).parents[2] / "tools" / "moefy.py"
+SMALL = ("--num_experts", "8", "--tokens", "512", "--eval_tokens", "256", "--batch", "4", "--processes", "1")
+
+
+@pytest.fixture(scope="module")
+def config(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
+    folder = tmp_path_factory.mktemp("dense")
+    config = small_config(corpus, folder / "run")
+    config["ssd_megatron"]["model"]["dropout"] = 0.0
+    config["ssd_megatron"]["ssd"] = {"schedule": "dense", "num_experts": 8, "backend": "torch"}
+    config["ssd_megatron"]["training"]["train_steps"] = 30
+    return config
+
+
+@pytest.fixture(scope="module")
+def dense(config: dict[str, Any]) -> Path:
+    """The folder of a dense run."""
+    run_dir = Path(config["ssd_megatron"]["run_dir"])
+    train(write_config(config, run_dir.with_suffix(".json")))
+    return run_dir
+
+
+@pytest.fixture(scope="module")
+def moefied(dense: Path) -> Path:
+    to = dense.parent / "moefied"
+    assert moefy(dense, to, "--compare", "--top_k", "3", "--calibrate_steps", "20", "--calibrate_lr", "0.003") == 0
+    return to
+
+
+def moefy(source: Path, to: Path, *arguments: str) -> int | None:
+    """Exit status of the tool; what it prints goes to <to>.log."""
+    process = start_process(_tool, to.with_suffix(".log"), "--from", str(source), "--to", str(to), *SMALL, *arguments)
+    process.join(240)
+    return process.exitcode
+
+
+def _tool(log: Path, *arguments: str) -> None:
+    sys.stdout = sys.stderr = log.open("w", buffering=1)
+    sys.argv = [str(TOOL), *arguments]
+    runpy.run_path(str(TOOL), run_name="__main__")
+
+
+def said(to: Path) -> str:
+    return " ".join(to.with_suffix(".log").read_text().split())
+
+
+def figures(to: Path) -> dict[str, Any]:
+    found: dict[str, Any] = json.loads((to / "moefication.json").read_text())
+    return found
+
+
+def neurons(saved: SavedModel, network: str) -> set[tuple[float, ...]]:
+    """Each neuron's input weights."""
+    return {tuple(row) for row in saved.tensor(f"{network}.bank.w_in").tolist()}
+
+
+def test_neurons_are_regrouped_and_only_w_out_is_calibrated(dense: Path, moefied: Path) -> None:
+    before, after = open_model(dense), open_model(moefied)
+    assert after.settings.has_experts and after.settings.top_k == [3, 3]
+    assert (after.settings.ssd.router, after.settings.ssd.num_experts) == ("mlp", 8)
+    for layer in range(2):
+        network = f"blocks.{layer}.layer.mlp"
+        assert neurons(before, network) == neurons(after, network)
+        assert after.shapes[f"{network}.router.weight"] == (8, 32)
+    others = [name for name in after.shapes if ".bank." not in name and not is_router(name)]
+    assert others and all(before.tensor(name).equal(after.tensor(name)) for name in others)
+    assert {p.name for p in moefied.iterdir()} == {"comparison.png", "moefication.json", "step_00000000", ".lock"}
+
+
+def test_the_figures_are_those_of_the_ladder_of_routers(moefied: Path) -> None:
+    found = figures(moefied)
+    points = {(p["split"], p["router"], p["top_k"]): p for p in found["comparison"]}
+    assert len(points) == 3 * 4 * len({p["top_k"] for p in found["comparison"]})
+    for split in ("clustering", "graph", "random"):
+        assert points[split, "mlp", 8]["loss"] == pytest.approx(found["dense"]["loss"], rel=1e-5)
+        for few in (1, 2, 3):
+            oracle, mlp, chance = (points[split, router, few]["recall"] for router in ("oracle", "mlp", "random"))
+            assert 1 > oracle >= mlp > chance > 0
+    assert found["sparse"]["loss"] == pytest.approx(points["clustering", "mlp", 3]["loss"], rel=1e-5)
+    assert found["calibrated"]["loss"] < found["sparse"]["loss"]
+    assert imread(moefied / "comparison.png").std() > 0.05
+
+
+@pytest.mark.parametrize("layout", [Layout(), pytest.param(TP2_EP2, marks=pytest.mark.layouts)], ids=str)
+def test_training_goes_on_with_its_experts(
+    config: dict[str, Any], moefied: Path, tmp_path: Path, layout: Layout
+) -> None:
+    """At next to no learning rate: the losses are the tool's."""
+    section = config["ssd_megatron"] | {"checkpoint": {"start_from": str(moefied)}}
+    section["ssd"] = {"schedule": "sparse", "num_experts": 8, "top_k": 3, "router": "mlp", "partition": "kept"}
+    section["ssd"] |= {"top_k_allocation": "equal", "backend": "torch"}
+    section["training"] = {"train_steps": 3, "eval_interval": 3, "eval_steps": 2}  # the tool's 16 samples
+    still = config | {"ssd_megatron": section, "optimizer": {"type": "AdamW", "params": {"lr": 1e-12}}}
+    run_dir = run_layout(tmp_path, layout, still)
+    (evaluation,) = records(run_dir, "eval")
+    found = figures(moefied)
+    assert evaluation["loss_sparse"] == pytest.approx(found["calibrated"]["loss"], rel=1e-5)
+    saved, kept = open_model(moefied), open_model(run_dir)
+    for name in (name for name in saved.shapes if is_router(name)):
+        assert torch.allclose(saved.tensor(name), kept.tensor(name), atol=1e-9)
+
+
+def test_networks_that_are_done_are_not_done_again(dense: Path, tmp_path: Path) -> None:
+    inputs = tmp_path / "inputs.npy"
+    np.save(inputs, np.random.default_rng(0).standard_normal((256, 32), dtype=np.float32))
+    folder = open_model(dense).folder
+    jobs = [
+        LayerJob(folder, f"blocks.{i}.layer.mlp", inputs, "graph", 8, ("similarity",), 1, tmp_path / f"{i}.safetensors")
+        for i in range(2)
+    ]
+    assert list(run_jobs(jobs[:1], 1)) == jobs[:1]
+    written = jobs[0].result.stat().st_mtime_ns
+    assert list(run_jobs(jobs, 2)) == jobs
+    assert jobs[0].result.stat().st_mtime_ns == written
+    assert not read_result(jobs[0]).labels.equal(read_result(jobs[1]).labels)
+
+
+def test_another_activation_is_refused_or_adapted(config: dict[str, Any], tmp_path: Path) -> None:
+    section = config["ssd_megatron"] | {"run_dir": str(tmp_path / "run")}
+    section["model"] = section["model"] | {"activation": "gelu"}
+    train(write_config(config | {"ssd_megatron": section}, tmp_path / "ds.json"))
+    assert moefy(tmp_path / "run", tmp_path / "no", "--router", "similarity") == 2
+    assert "model.activation (gelu) lets every neuron fire" in said(tmp_path / "no")
+    assert moefy(tmp_path / "run", tmp_path / "yes", "--router", "similarity", "--relu_adapt_steps", "10") == 0
+    assert open_model(tmp_path / "yes").settings.model.activation == "relu"
+
+
+def test_a_transformers_folder_is_taken_with_data_of_its_own(dense: Path, corpus: Corpus, tmp_path: Path) -> None:
+    export_model(open_model(dense), tmp_path / "hf", "dense")
+    ours = ("--router", "oracle", "--partition", "random")
+    assert moefy(tmp_path / "hf", tmp_path / "without", *ours) == 2
+    assert "give --data" in said(tmp_path / "without")
+    data = ("--data", str(corpus.prefix), "--tokenizer", str(corpus.tokenizer))
+    assert moefy(tmp_path / "hf", tmp_path / "with", *ours, *data) == 0
+    assert open_model(tmp_path / "with").settings.ssd.router == "oracle"
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (("--num_experts", "7"), "num_experts (7) must divide the 64 neurons: try 8"),
+        (("--top_k", "9"), "top_k (9) must be between 1 and num_experts (8)"),
+        (("--processes", "0"), "processes (0) must be at least 1"),
+    ],
+)
+def test_sizes_that_cannot_be_are_refused(
+    dense: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
+) -> None:
+    assert moefy(dense, tmp_path / "no", *arguments) == 2
+    assert message in said(tmp_path / "no")
+
+
+def test_a_finished_folder_is_not_written_again(dense: Path, moefied: Path) -> None:
+    log = said(moefied)
+    assert moefy(dense, moefied) == 2
+    assert "has a checkpoint already" in said(moefied)
+    moefied.with_suffix(".log").write_text(log)

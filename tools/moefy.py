@@ -1,0 +1,181 @@
+"""A trained dense model as one with experts, of which every token computes a few (MoEfication, arXiv 2110.01786).
+
+    python tools/moefy.py --from DIR --to DIR [--num_experts E] [--top_k K] [--partition clustering|graph|random]
+        [--router mlp|similarity|oracle|random] [--calibrate_steps N] [--compare] [--json FILE]
+
+--from is a run_dir, the folder of one checkpoint, or a transformers folder that tools/convert_checkpoint.py can import.
+--to gets a checkpoint of step 0 that trains, generates and exports like any other. Networks are worked on by several
+processes; started again after a stop, the tool goes on with those that are left.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from ssd_megatron.errors import ConfigError, DataError, ExportError
+from ssd_megatron.export.convert import import_model
+from ssd_megatron.files import locked, write_atomically
+from ssd_megatron.moefication.comparison import compare, compared, draw
+from ssd_megatron.moefication.conversion import (
+    Conversion,
+    Workshop,
+    adapt_to_relu,
+    convert,
+    converted_table,
+    write_converted,
+)
+from ssd_megatron.moefication.layers import ROUTERS
+from ssd_megatron.moefication.splits import SPLITS
+from ssd_megatron.moefication.task import LanguageTask, data_of
+from ssd_megatron.parallel.topology import Topology, initialize_topology, leave_topology
+from ssd_megatron.training.checkpoint_files import CheckpointError, checkpoints
+from ssd_megatron.training.model_alone import load_alone
+from ssd_megatron.training.plots import png
+from ssd_megatron.training.saved_model import SavedModel, open_model
+
+WORK = "work"  # below --to, while the tool works
+NEURONS = 32  # of an expert, by default, as in the paper
+LEAST_WIDTH = 100  # of the table, also where nobody says how wide lines may be
+SHARE = 0.2  # of the experts that a token computes, by default
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the tool; returns the exit status: 0 done, 1 damaged or not written, 2 it cannot be done so."""
+    arguments = _parse(argv)
+
+    try:
+        _moefy(arguments)
+    except (ConfigError, DataError, ExportError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    except (CheckpointError, OSError) as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _moefy(arguments: argparse.Namespace) -> None:
+    console = Console()
+    columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
+    with locked(arguments.to, "--to"):
+        if checkpoints(arguments.to):
+            raise ConfigError(f"--to ({arguments.to}) has a checkpoint already: give a folder that is not there yet")
+        saved, wanted = _source(arguments)
+        topology = initialize_topology()
+        with Progress(*columns, console=console) as progress:
+            written, table = _convert(arguments, saved, wanted, topology, progress)
+        leave_topology()
+        shutil.rmtree(arguments.to / WORK)
+        for path in written:
+            print(path)
+        Console(width=max(LEAST_WIDTH, console.width)).print(table)
+
+
+def _source(arguments: argparse.Namespace) -> tuple[SavedModel, Conversion]:
+    """The dense model, and what is to become of it."""
+    source = arguments.source
+    if (source / "config.json").exists() and not checkpoints(source / "checkpoints"):
+        source = arguments.to / WORK / "imported"
+        if not checkpoints(source):
+            import_model(arguments.source, source, arguments.tokenizer)
+    saved = open_model(source)
+    neurons = saved.settings.model.ffn_hidden_size
+    num_experts = arguments.num_experts or max(1, neurons // NEURONS)
+    wanted = Conversion(
+        num_experts=num_experts,
+        top_k=arguments.top_k or max(1, round(SHARE * num_experts)),
+        split=arguments.partition,
+        router=arguments.router,
+        calibrate_steps=arguments.calibrate_steps,
+        calibrate_rate=arguments.calibrate_lr,
+    )
+    wanted.check(neurons)
+    for name in ("processes", "tokens", "eval_tokens", "batch"):
+        if getattr(arguments, name) < 1:
+            raise ConfigError(f"{name} ({getattr(arguments, name)}) must be at least 1")
+    return saved, wanted
+
+
+def _convert(
+    arguments: argparse.Namespace, saved: SavedModel, wanted: Conversion, topology: Topology, progress: Progress
+) -> tuple[list[Path], Table]:
+    """Returns what was written, and what to show."""
+    work = arguments.to / WORK
+    data = data_of(saved, arguments.data, arguments.tokenizer)
+
+    def task_of(source: SavedModel) -> LanguageTask:
+        return LanguageTask(
+            load_alone(source, topology),
+            source.settings.model,
+            data,
+            work / "data_cache",
+            seed=arguments.seed,
+            tokens=arguments.tokens,
+            steps=max(arguments.calibrate_steps, arguments.relu_adapt_steps),
+            batch_size=arguments.batch,
+            held_out_tokens=arguments.eval_tokens,
+        )
+
+    adapt = arguments.relu_adapt_steps, arguments.relu_adapt_lr
+    saved = adapt_to_relu(saved, task_of, work / "adapted", *adapt, progress)
+    workshop = Workshop(
+        saved,
+        task_of(saved),
+        work,
+        ROUTERS if arguments.compare else (wanted.router,),
+        tokens=arguments.tokens,
+        seed=arguments.seed,
+        processes=arguments.processes,
+        progress=progress,
+    )
+    written: list[Path] = []
+    about = {"from": str(arguments.source), "step": saved.index.step} | asdict(wanted)
+    if arguments.compare:
+        dense, points = compare(workshop, wanted.num_experts)
+        about["comparison"] = [point.record() for point in points]
+        written.append(arguments.to / "comparison.png")
+        write_atomically(written[-1], png(draw(dense, points)))
+    converted = convert(workshop, wanted)
+    about |= converted.record()
+    written.append(arguments.json or arguments.to / "moefication.json")
+    write_atomically(written[-1], (json.dumps(about, indent=1) + "\n").encode())
+    written.append(write_converted(workshop, wanted, arguments.to))
+    return written, compared(dense, points) if arguments.compare else converted_table(converted)
+
+
+def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    add = parser.add_argument
+    add("--from", dest="source", type=Path, required=True, metavar="DIR")
+    add("--to", type=Path, required=True, metavar="DIR", help="a folder that is not there yet")
+    add("--num_experts", type=int, metavar="E", help=f"of each network (default: of {NEURONS} neurons each)")
+    add("--top_k", type=int, metavar="K", help=f"experts that a token computes (default: {SHARE:.0%})")
+    add("--partition", choices=SPLITS, default="clustering", help="how neurons are grouped")
+    add("--router", choices=ROUTERS, default="mlp", help="who chooses experts")
+    add("--data", metavar="PREFIX", help="a corpus, without .bin and .idx (default: what the model was trained on)")
+    add("--tokenizer", type=Path, help="default: the one that belongs to the model")
+    add("--tokens", type=int, default=65536, help="on which networks are observed (default: %(default)s)")
+    add("--eval_tokens", type=int, default=32768, help="held out, on which models are measured (default: %(default)s)")
+    add("--batch", type=int, default=16, help="samples of a batch (default: %(default)s)")
+    add("--calibrate_steps", type=int, default=0, metavar="N", help="train w_out alone, sparse (default: not at all)")
+    add("--calibrate_lr", type=float, default=1e-4, help="(default: %(default)s)")
+    add("--relu_adapt_steps", type=int, default=0, metavar="N", help="train with ReLU first, if it is another")
+    add("--relu_adapt_lr", type=float, default=1e-4, help="(default: %(default)s)")
+    add("--compare", action="store_true", help="measure every split with every router, 5 to 100 %% of the neurons")
+    add("--processes", type=int, default=os.cpu_count(), help="that share the networks (default: one a core)")
+    add("--seed", type=int, default=1234)
+    add("--json", type=Path, metavar="FILE", help="where the figures go (default: moefication.json in --to)")
+    return parser.parse_args(argv)
+
+
+if __name__ == "__main__":
+    sys.exit(main())
