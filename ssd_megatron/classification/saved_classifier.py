@@ -26,7 +26,8 @@ class Opened:
     """A classifier and what belongs to it.
 
     Attributes:
-        classifier: in fp32, its networks dense, with the experts per token of the last switch.
+        classifier: in fp32, its networks dense, with the experts per token of the last switch; sparse networks have
+            backend torch.
         settings: of the checkpoint that it becomes; `classification` names its labels.
         encoder: makes its samples.
     """
@@ -131,7 +132,7 @@ def _opened(
     path = tokenizer_path(saved, tokenizer)
     settings = replace(saved.settings, tokenizer=path, classification=classification)
     encoder = Encoder(settings.model, load_tokenizer(path), path)
-    model = build_alone(settings, topology)
+    model = build_alone(settings, topology, "torch")
     classifier = Classifier(model, settings.model, len(classification.labels), dropout, seed).to(topology.device)
     classifier.use("dense", settings.top_k)
     return Opened(classifier.eval(), settings, encoder)

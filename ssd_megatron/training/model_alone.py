@@ -32,8 +32,8 @@ def load_alone(saved: SavedModel, topology: Topology) -> LanguageModel:
     return model
 
 
-def build_alone(settings: Settings, topology: Topology) -> LanguageModel:
-    """The model with initial values."""
+def build_alone(settings: Settings, topology: Topology, backend: str | None = None) -> LanguageModel:
+    """The model with initial values; sparse with the fastest backend that is right here, unless one is given."""
     section = SsdMegatronConfig.model_construct(
         run_dir=Path(),
         seed=0,
@@ -42,7 +42,7 @@ def build_alone(settings: Settings, topology: Topology) -> LanguageModel:
         parallel=ParallelConfig(),
         training=TrainingConfig(train_steps=1),
     )
-    backend = _kernels(topology.device, settings.model.activation)
+    backend = backend or _kernels(topology.device, settings.model.activation)
     return LanguageModel(section, backend, topology).to(topology.device).eval()
 
 
