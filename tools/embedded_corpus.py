@@ -16,6 +16,7 @@ from pathlib import Path
 from rich.console import Console
 
 from ssd_megatron.data.documents import DocumentReader, find_inputs
+from ssd_megatron.data.library import find_sources
 from ssd_megatron.data.preprocess import corpus_files, preprocess, read_corpus_info
 from ssd_megatron.data.tokenizers import MARKERS, train_sentencepiece
 from ssd_megatron.errors import DataError
@@ -24,7 +25,6 @@ from ssd_megatron.files import sha256_of, write_atomically
 VOCAB_SIZE = 4096
 SEED = 1  # of the order of the documents, so that the validation split is not one corner of the alphabet
 MAX_LINES = 100_000  # that the tokenizer is trained on
-NOT_LIBRARY = {"test", "tests", "idle_test", "site-packages", "dist-packages"}
 EXAMPLE = "example:\n  python tools/embedded_corpus.py --out data/embedded\n"
 
 
@@ -103,13 +103,6 @@ def make_corpus(out: Path, library: Path, reserve: Sequence[str] = (), *, worker
         workers=workers,
         overwrite=True,
         console=Console(),
-    )
-
-
-def find_sources(library: Path) -> list[Path]:
-    """Python files of a library, sorted, without tests and installed packages."""
-    return sorted(
-        path for path in library.rglob("*.py") if NOT_LIBRARY.isdisjoint(path.relative_to(library).parent.parts)
     )
 
 

@@ -37,10 +37,10 @@ from ssd_megatron.inference.evaluate import (
     objective_of,
     windows,
 )
-from ssd_megatron.inference.load import DTYPES, from_saved, layer_top_k, tokenizer_path
+from ssd_megatron.inference.load import DTYPES, from_saved, layer_top_k
 from ssd_megatron.parallel.device import local_device
 from ssd_megatron.training.checkpoint_files import CheckpointError
-from ssd_megatron.training.saved_model import SavedModel, Settings, open_model
+from ssd_megatron.training.saved_model import SavedModel, Settings, open_model, tokenizer_path
 
 
 class Task(NamedTuple):

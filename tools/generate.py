@@ -24,7 +24,7 @@ from ssd_megatron.errors import ConfigError, DataError
 from ssd_megatron.files import write_atomically
 from ssd_megatron.inference.bert import MaskedModel, fill
 from ssd_megatron.inference.ffn import MODES
-from ssd_megatron.inference.load import DTYPES, from_saved, tokenizer_path
+from ssd_megatron.inference.load import DTYPES, from_saved
 from ssd_megatron.inference.marks import MarkedTokenizer, bert_tokenizer, t5_tokenizer
 from ssd_megatron.inference.model import CausalModel, Model
 from ssd_megatron.inference.sampling import Sampling
@@ -32,7 +32,7 @@ from ssd_megatron.inference.t5 import EncoderDecoder
 from ssd_megatron.inference.text import Piece, answer, complete
 from ssd_megatron.parallel.device import detect_hardware, local_device
 from ssd_megatron.training.checkpoint_files import CheckpointError
-from ssd_megatron.training.saved_model import open_model
+from ssd_megatron.training.saved_model import open_model, tokenizer_path
 
 GUESSES = 5
 # What says how a text goes on, with its defaults; a BERT has no use for it.

@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import pyarrow
 import pyarrow.parquet
@@ -112,29 +112,36 @@ def _records(file: InputFile, key: str) -> Iterator[Document | BrokenRecord]:
             return _read_parquet(file, key)
 
 
-def _read_jsonl(path: Path, key: str) -> Iterator[Document | BrokenRecord]:
+def read_objects(path: Path) -> Iterator[tuple[str, dict[str, Any] | BrokenRecord, int]]:
+    """JSON objects of a file's lines, blank lines left out: where each one is, itself or what is wrong with it, and the
+    bytes of its line."""
     with path.open("rb") as stream:
         for number, line in enumerate(stream, start=1):
-            if not line.strip():
-                continue
-            where = f"{path}:{number}"
-            try:
-                record = json.loads(line.rstrip(b"\r\n").decode("utf-8-sig"))
-            except UnicodeDecodeError as error:
-                yield BrokenRecord(where, _not_utf8(error))
-                continue
-            except json.JSONDecodeError as error:
-                yield BrokenRecord(where, f"broken JSON: {error.msg} at column {error.colno}")
-                continue
-            except RecursionError:
-                yield BrokenRecord(where, "broken JSON: nested too deeply")
-                continue
-            if not isinstance(record, dict):
-                yield BrokenRecord(where, f"a JSON {type(record).__name__}, not an object")
-            elif key not in record:
-                yield BrokenRecord(where, f'no key "{key}" among {sorted(record)}')
-            else:
-                yield _document(record[key], where, f'"{key}"', len(line))
+            if line.strip():
+                where = f"{path}:{number}"
+                yield where, _json_object(line, where), len(line)
+
+
+def _json_object(line: bytes, where: str) -> dict[str, Any] | BrokenRecord:
+    try:
+        record = json.loads(line.rstrip(b"\r\n").decode("utf-8-sig"))
+    except UnicodeDecodeError as error:
+        return BrokenRecord(where, not_utf8(error))
+    except json.JSONDecodeError as error:
+        return BrokenRecord(where, f"broken JSON: {error.msg} at column {error.colno}")
+    except RecursionError:
+        return BrokenRecord(where, "broken JSON: nested too deeply")
+    return record if isinstance(record, dict) else BrokenRecord(where, f"a JSON {type(record).__name__}, not an object")
+
+
+def _read_jsonl(path: Path, key: str) -> Iterator[Document | BrokenRecord]:
+    for where, record, size in read_objects(path):
+        if isinstance(record, BrokenRecord):
+            yield record
+        elif key not in record:
+            yield BrokenRecord(where, f'no key "{key}" among {sorted(record)}')
+        else:
+            yield _document(record[key], where, f'"{key}"', size)
 
 
 def _read_text(path: Path) -> Iterator[Document | BrokenRecord]:
@@ -143,7 +150,7 @@ def _read_text(path: Path) -> Iterator[Document | BrokenRecord]:
         text = content.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         number = content.count(b"\n", 0, error.start) + 1
-        yield BrokenRecord(f"{path}:{number}", _not_utf8(error))
+        yield BrokenRecord(f"{path}:{number}", not_utf8(error))
     else:
         yield Document(text, len(content))
 
@@ -168,7 +175,7 @@ def _parquet_document(value: pyarrow.Scalar, where: str, what: str, input_bytes:
     try:
         return _document(value.as_py(), where, what, input_bytes)
     except UnicodeDecodeError as error:
-        return BrokenRecord(where, _not_utf8(error))
+        return BrokenRecord(where, not_utf8(error))
 
 
 def _document(value: object, where: str, what: str, input_bytes: int) -> Document | BrokenRecord:
@@ -181,7 +188,8 @@ def _document(value: object, where: str, what: str, input_bytes: int) -> Documen
     return Document(value, input_bytes)
 
 
-def _not_utf8(error: UnicodeDecodeError) -> str:
+def not_utf8(error: UnicodeDecodeError) -> str:
+    """In words."""
     return f"not UTF-8: {error.reason} at byte {error.start}"
 
 

@@ -25,13 +25,13 @@ from torch.nn.utils.rnn import pad_sequence
 from ssd_megatron.data.tokenizers import load_tokenizer
 from ssd_megatron.errors import ConfigError, DataError
 from ssd_megatron.inference.ffn import Mode
-from ssd_megatron.inference.load import DTYPES, from_saved, tokenizer_path
+from ssd_megatron.inference.load import DTYPES, from_saved
 from ssd_megatron.inference.model import CausalModel
 from ssd_megatron.inference.sampling import Sampling
 from ssd_megatron.inference.text import complete_tokens
 from ssd_megatron.parallel.device import local_device
 from ssd_megatron.training.checkpoint_files import CheckpointError
-from ssd_megatron.training.saved_model import open_model
+from ssd_megatron.training.saved_model import open_model, tokenizer_path
 
 NAME = "ssd_megatron"
 MODES = ("dense", "sparse")  # `auto` would go by the tokens of a batch, and results by the batch size

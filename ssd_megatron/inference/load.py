@@ -106,18 +106,6 @@ def scale_top_k(saved: Sequence[int], mean: float, num_experts: int) -> list[int
     return scaled
 
 
-def tokenizer_path(saved: SavedModel, given: Path | None) -> Path:
-    """The tokenizer that a user gave, or the one that made the model's training data.
-
-    Raises:
-        ConfigError: neither is known.
-    """
-    path = given or saved.settings.tokenizer
-    if path is None:
-        raise ConfigError(f"{saved.folder} names no tokenizer: give one with --tokenizer")
-    return path
-
-
 def _choose_kernels(device: torch.device, dtype: torch.dtype, activation: str) -> str:
     """The backend of sparse mode for many tokens; torch unless the faster one shows that it is right here."""
     backend, _ = choose_backend("auto", device, dtype)

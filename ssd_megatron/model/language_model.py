@@ -80,6 +80,13 @@ class LanguageModel(nn.Module):
         outputs = self.run_stage(inputs)
         return self._head().logits(outputs if isinstance(outputs, Tensor) else outputs[0])
 
+    def hidden_states(self, inputs: tuple[Tensor, ...]) -> Tensor:
+        """What the last block gives for the batch's `fields.inputs`, [s, b, h], after the final norm where norms come
+        before the networks; of a model on one stage."""
+        x_sbh = self._streams.run(self.embedding, self.blocks.values(), inputs)
+        norm = self._head().norm
+        return x_sbh if norm is None else norm(x_sbh)
+
     def run_stage(self, inputs: Tensor | tuple[Tensor, ...]) -> Outputs:
         """This stage's layers.
 

@@ -50,7 +50,7 @@ def observe(task: Task, folder: Path, tokens: int, progress: Progress) -> list[P
     """Run training data through the dense model, once, until every network has seen `tokens` of them.
 
     Returns:
-        a file for each network, [T, H] float32, T at most `tokens`, which `read_inputs` reads; there already if this was
+        a file for each network, [T, H] float32, T at most `tokens`, for `read_inputs`; it is there already if this was
         done before.
     """
     paths = [folder / f"inputs_{number}.npy" for number in range(len(task.ffns))]

@@ -14,7 +14,6 @@ from ssd_megatron.model.language_model import LanguageModel
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.switching.statistics import Batch, ProbeBatch
 from ssd_megatron.training import checkpoint_files as files
-from ssd_megatron.training.checkpoint_checks import check_tensors
 from ssd_megatron.training.job import probe_samples
 from ssd_megatron.training.run_folder import read_written
 from ssd_megatron.training.saved_model import open_model
@@ -42,14 +41,8 @@ class Subject:
         Raises:
             CheckpointError: it cannot be read, or is not of this model.
         """
-        saved, parameters = open_model(folder), self.model.logical_parameters()
-        check_tensors(folder, saved.shapes, {name: tuple(value.shape) for name, value in parameters.items()})
-        identities = files.read_tensors(folder, files.SHARED, lambda key: key.endswith(files.NEURON_IDS))
-        with torch.no_grad():
-            for name, parameter in parameters.items():
-                parameter.copy_(saved.tensor(name))
-        for name, ffn in self.model.ffns.items():
-            ffn.bank.neuron_ids.copy_(identities[f"{name}{files.NEURON_IDS}"])
+        saved = open_model(folder)
+        saved.load_into(self.model.logical_parameters(), self.model.ffns)
         return saved.index.step
 
 

@@ -9,13 +9,11 @@ from ssd_megatron.ffn.kernels import SPECIAL, choose_backend
 from ssd_megatron.ffn.kernels.trial import trial
 from ssd_megatron.model.language_model import LanguageModel
 from ssd_megatron.parallel.topology import Topology
-from ssd_megatron.training.checkpoint_checks import check_tensors
-from ssd_megatron.training.saved_model import SavedModel, Settings, is_router
+from ssd_megatron.training.saved_model import SavedModel, Settings
 
 
 def load_alone(saved: SavedModel, topology: Topology) -> LanguageModel:
-    """The model, fp32, dense, with the checkpoint's weights and routers that say nothing yet; its neurons are numbered
-    as they lie there.
+    """The model, fp32, dense, with the checkpoint's weights.
 
     Args:
         topology: of one process.
@@ -23,17 +21,12 @@ def load_alone(saved: SavedModel, topology: Topology) -> LanguageModel:
         CheckpointError: the checkpoint has not exactly the tensors of the model.
     """
     model = build_alone(saved.settings, topology)
-    targets = {name: p for name, p in model.logical_parameters().items() if not is_router(name)}
-    found = {name: shape for name, shape in saved.shapes.items() if not is_router(name)}
-    check_tensors(saved.folder, found, {name: tuple(target.shape) for name, target in targets.items()})
-    with torch.no_grad():
-        for name, target in targets.items():
-            target.copy_(saved.tensor(name))
+    saved.load_into(model.logical_parameters(), model.ffns)
     return model
 
 
-def build_alone(settings: Settings, topology: Topology) -> LanguageModel:
-    """The model with initial values."""
+def build_alone(settings: Settings, topology: Topology, backend: str | None = None) -> LanguageModel:
+    """The model with initial values; sparse with the fastest backend that is right here, unless one is given."""
     section = SsdMegatronConfig.model_construct(
         run_dir=Path(),
         seed=0,
@@ -42,7 +35,7 @@ def build_alone(settings: Settings, topology: Topology) -> LanguageModel:
         parallel=ParallelConfig(),
         training=TrainingConfig(train_steps=1),
     )
-    backend = _kernels(topology.device, settings.model.activation)
+    backend = backend or _kernels(topology.device, settings.model.activation)
     return LanguageModel(section, backend, topology).to(topology.device).eval()
 
 

@@ -2,25 +2,44 @@
 
 import math
 from collections.abc import Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from pydantic import ValidationError
-from torch import Tensor
+from torch import Tensor, nn
 
 from ssd_megatron.config.fields import Section
 from ssd_megatron.config.schema import DataConfig, ModelConfig, SSDConfig
+from ssd_megatron.errors import ConfigError
+from ssd_megatron.ffn.switchable import SwitchableFFN
 from ssd_megatron.model.language_model import ffn_names
 from ssd_megatron.parallel.zero import MASTER
 from ssd_megatron.training import checkpoint_files as files
+from ssd_megatron.training.checkpoint_checks import check_tensors
 from ssd_megatron.training.checkpoint_files import CheckpointError, Index, Piece, key_of
 from ssd_megatron.training.checkpoint_tools import find_checkpoint
 
+CLASSIFIER = "classifier."  # how names begin of what a language model does not have
 ELEMENTS_PER_FILE = 2**28  # of files that hold weights alone, 1 GiB
 
 AnySection = TypeVar("AnySection", bound=Section)
+
+
+@dataclass(frozen=True)
+class Classification:
+    """What a classifier was fine-tuned for.
+
+    Attributes:
+        labels: by the number of their class.
+        columns: of the training file, those of the texts and then that of the label.
+        train: path of that file.
+    """
+
+    labels: list[str]
+    columns: list[str]
+    train: str
 
 
 @dataclass(frozen=True)
@@ -32,6 +51,7 @@ class Settings:
         top_k: experts per token of each layer, as the last switch dealt them out.
         has_experts: a switch has formed experts, so that the model can run sparse.
         tokenizer: the file that made the training data; None for a model that was imported without one.
+        classification: of a model that has a classifier beside its own head.
     """
 
     model: ModelConfig
@@ -39,6 +59,7 @@ class Settings:
     top_k: list[int]
     has_experts: bool
     tokenizer: Path | None
+    classification: Classification | None = None
 
     @property
     def only_in_training(self) -> str | None:
@@ -80,6 +101,31 @@ class SavedModel:
         found = files.read_tensors(self.folder, files.SHARED, lambda key: key.endswith(files.NEURON_IDS))
         return {key.removesuffix(files.NEURON_IDS): ids for key, ids in found.items()}
 
+    @torch.no_grad()
+    def load_into(self, parameters: Mapping[str, nn.Parameter], ffns: Mapping[str, SwitchableFFN]) -> None:
+        """Give a model of one process these weights, and its banks the identities of their neurons.
+
+        Routers stay as they are where no experts were ever formed, and a classifier is nothing to a model without one.
+
+        Args:
+            parameters: by logical name.
+        Raises:
+            CheckpointError: it cannot be read, or has not exactly the tensors of the model.
+        """
+        wanted = {name: shape for name, shape in self.shapes.items() if self._says(name, parameters)}
+        filled = {name: value for name, value in parameters.items() if self.settings.has_experts or not is_router(name)}
+        check_tensors(self.folder, wanted, {name: tuple(value.shape) for name, value in filled.items()})
+        for name, parameter in filled.items():
+            parameter.copy_(self.tensor(name))
+        for name, ids in self.neuron_ids().items():
+            ffns[name].bank.neuron_ids.copy_(ids)
+
+    def _says(self, name: str, parameters: Mapping[str, nn.Parameter]) -> bool:
+        """Whether a tensor says something to a model with these parameters."""
+        if is_router(name):
+            return self.settings.has_experts
+        return name in parameters or not name.startswith(CLASSIFIER)
+
 
 def open_model(path: Path) -> SavedModel:
     """The model of a run_dir's newest complete checkpoint, or of one checkpoint's folder.
@@ -95,13 +141,14 @@ def open_model(path: Path) -> SavedModel:
         model, ssd = _section(ModelConfig, identity, "model"), _section(SSDConfig, identity, "ssd")
     except ValidationError as error:
         raise CheckpointError(f"{folder} was made with settings that this version does not know: {error}") from error
-    tokenizer = identity.get("data.tokenizer")
+    tokenizer, classified = identity.get("data.tokenizer"), _below(identity, "classification")
     settings = Settings(
         model,
         ssd,
         top_k=[int(number) for number in coordinator["top_k"]],
         has_experts=bool(coordinator["has_partition"]),
         tokenizer=None if tokenizer is None else Path(tokenizer),
+        classification=Classification(**classified) if classified else None,
     )
     return SavedModel(folder, index, settings)
 
@@ -109,6 +156,18 @@ def open_model(path: Path) -> SavedModel:
 def is_router(name: str) -> bool:
     """Whether a logical tensor belongs to a router: dense mode has no use for it, and a switch sets it anew."""
     return ".mlp.router." in name
+
+
+def tokenizer_path(saved: SavedModel, given: Path | None) -> Path:
+    """The tokenizer that a user gave, or the one that made the model's training data.
+
+    Raises:
+        ConfigError: neither is known.
+    """
+    path = given or saved.settings.tokenizer
+    if path is None:
+        raise ConfigError(f"{saved.folder} names no tokenizer: give one with --tokenizer")
+    return path
 
 
 def write_model(
@@ -160,6 +219,8 @@ def _values(settings: Settings) -> dict[str, Any]:
     identity |= {f"ssd.{field}": value for field, value in settings.ssd.model_dump(mode="json").items()}
     if settings.tokenizer is not None:
         identity["data.tokenizer"] = str(settings.tokenizer)
+    if settings.classification is not None:
+        identity |= {f"classification.{field}": value for field, value in asdict(settings.classification).items()}
     coordinator = {
         "mode": "dense",
         "schedule": {"decisions": []},
@@ -171,5 +232,10 @@ def _values(settings: Settings) -> dict[str, Any]:
 
 
 def _section(kind: type[AnySection], identity: Mapping[str, Any], name: str) -> AnySection:
+    return kind.model_validate(_below(identity, name))
+
+
+def _below(identity: Mapping[str, Any], name: str) -> dict[str, Any]:
+    """Values of a section by field."""
     start = f"{name}."
-    return kind.model_validate({path.removeprefix(start): v for path, v in identity.items() if path.startswith(start)})
+    return {path.removeprefix(start): value for path, value in identity.items() if path.startswith(start)}

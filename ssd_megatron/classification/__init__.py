@@ -1,0 +1,1 @@
+"""Models fine-tuned for the classification of texts and of pairs of texts."""
