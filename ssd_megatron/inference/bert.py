@@ -1,17 +1,16 @@
 """Masked language models (BERT) in use: logits of every token, and what stands behind masks in texts.
 
-Shapes: b batch, s sequence, v vocabulary, T masks of all texts.
+Shapes: b batch, s sequence, v vocabulary.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.inference.cache import pad_in_front, whole_view
-from ssd_megatron.inference.layers import rotary
 from ssd_megatron.inference.marks import MarkedTokenizer
 from ssd_megatron.inference.model import Model
 
@@ -30,10 +29,7 @@ class MaskedModel(Model):
             token_types_bs: all of the first kind without it.
             padding_b: so many slots at the beginning of each text hold no token; None if all are equally long.
         """
-        view = whole_view(tokens_bs.size(1), padding_b, self.device)
-        if self.config.position_embedding == "rope":
-            rotation = rotary(view.positions_bs, self.config.head_dim, self.config.rotary_base, self.dtype)
-            view = replace(view, rotation=rotation)
+        view = self.rotated(whole_view(tokens_bs.size(1), padding_b, self.device))
         keys_T = self.router_keys(tokens_bs, view.positions_bs)
         x_bsh = self.embedding(tokens_bs, view.positions_bs, token_types_bs)
         for block in self.blocks:
@@ -71,25 +67,23 @@ def fill(model: MaskedModel, tokenizer: MarkedTokenizer, texts: Sequence[str], n
     if not 1 <= number <= vocab_size:
         raise ConfigError(f"the number of guesses ({number}) must be between 1 and the vocabulary's {vocab_size}")
     prompts = [tokenizer.encode(text) for text in texts]
-    mask_id, longest = tokenizer.ids[0], max(map(len, prompts))
+    longest = max(map(len, prompts))
     for text, ids in zip(texts, prompts, strict=True):
-        if mask_id not in ids:
+        if tokenizer.ids[0] not in ids:
             raise ConfigError(f"there is nothing to fill in, no {tokenizer.names[0]}, in {text!r}")
     if longest > model.config.seq_length:
         raise ConfigError(f"a text has {longest} tokens, but the model's have at most {model.config.seq_length}")
     tokens_bs, padding_b = pad_in_front(prompts, model.device)
-    logits_bsv = model(tokens_bs, padding_b=padding_b)
-    found = []
-    for ids, logits_sv in zip(prompts, logits_bsv, strict=True):
-        masks = [place for place, token in enumerate(ids) if token == mask_id]
-        p_Tv = logits_sv[-len(ids) :][masks, :vocab_size].softmax(dim=-1)
-        best = p_Tv.topk(number, dim=-1)
-        guesses = [
-            [Guess(tokenizer.decode([token]), p) for token, p in zip(tokens, values, strict=True)]
-            for tokens, values in zip(best.indices.tolist(), best.values.tolist(), strict=True)
-        ]
-        filled = list(ids)
-        for place, tokens in zip(masks, best.indices.tolist(), strict=True):
-            filled[place] = tokens[0]
-        found.append(Filled(tokenizer.decode(filled[1:-1]), guesses))
-    return found
+    logits_bsv = model(tokens_bs, padding_b=padding_b)[..., :vocab_size]
+    return [_filled(tokenizer, ids, logits_sv, number) for ids, logits_sv in zip(prompts, logits_bsv, strict=True)]
+
+
+def _filled(tokenizer: MarkedTokenizer, ids: list[int], logits_sv: Tensor, number: int) -> Filled:
+    """Of one text, whose tokens have the last logits."""
+    masks = [place for place, token in enumerate(ids) if token == tokenizer.ids[0]]
+    best = logits_sv[-len(ids) :][masks].softmax(dim=-1).topk(number, dim=-1)
+    filled, guesses = list(ids), []
+    for place, tokens, chances in zip(masks, best.indices.tolist(), best.values.tolist(), strict=True):
+        filled[place] = tokens[0]
+        guesses.append([Guess(tokenizer.decode([token]), p) for token, p in zip(tokens, chances, strict=True)])
+    return Filled(tokenizer.decode(filled[1:-1]), guesses)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from ssd_megatron.config.schema import ModelConfig
 from ssd_megatron.ffn.router_kinds import KINDS
-from ssd_megatron.inference.cache import KeyValueCache, view_of
+from ssd_megatron.inference.cache import KeyValueCache, View, view_of
 from ssd_megatron.inference.ffn import Experts, FeedForward, Mode
 from ssd_megatron.inference.layers import Block, Embedding, Head, PostNormBlock, rotary
 
@@ -50,6 +50,13 @@ class Model(nn.Module):
         """Where the logical tensors of a checkpoint go, by their names."""
         return dict(map(_logical, self.named_parameters()))
 
+    def rotated(self, view: View) -> View:
+        """The same with the rotation of rotary positions, where the model has these."""
+        config = self.config
+        if config.position_embedding != "rope":
+            return view
+        return replace(view, rotation=rotary(view.positions_bs, config.head_dim, config.rotary_base, self.dtype))
+
     def router_keys(self, tokens_bs: Tensor, positions_bs: Tensor) -> Tensor | None:
         """What routers go by that do not look at inputs, [b * s]."""
         if self._routers_read == "token_ids":
@@ -74,10 +81,7 @@ class CausalModel(Model):
             tokens_bs: int64, the tokens that follow those in `cache`, which takes them in; all tokens without it.
         """
         past, padding_b = (0, None) if cache is None else (cache.length, cache.padding_b)
-        view = view_of(tokens_bs.size(1), past, padding_b, self.device)
-        if self.config.position_embedding == "rope":
-            rotation = rotary(view.positions_bs, self.config.head_dim, self.config.rotary_base, self.dtype)
-            view = replace(view, rotation=rotation)
+        view = self.rotated(view_of(tokens_bs.size(1), past, padding_b, self.device))
         keys_T = self.router_keys(tokens_bs, view.positions_bs)
         x_bsh = self.embedding(tokens_bs, view.positions_bs)
         for block in self.blocks:
