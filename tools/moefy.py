@@ -3,7 +3,8 @@
     python tools/moefy.py --from DIR --to DIR [--num_experts E] [--top_k K] [--partition clustering|graph|random]
         [--router mlp|similarity|oracle|random] [--calibrate_steps N] [--compare] [--json FILE]
 
---from is a run_dir, the folder of one checkpoint, or a transformers folder that tools/convert_checkpoint.py can import.
+--from is a run_dir, the folder of one checkpoint, a classifier that tools/finetune.py has written, or a transformers
+folder that tools/convert_checkpoint.py can import.
 --to gets a checkpoint of step 0 that trains, generates and exports like any other. Networks are worked on by several
 processes; started again after a stop, the tool goes on with those that are left.
 """
@@ -13,7 +14,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict
 from pathlib import Path
 
@@ -21,9 +22,11 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
-from ssd_megatron.errors import ConfigError, DataError, ExportError
+from ssd_megatron.classification.saved_classifier import classifier_of
+from ssd_megatron.errors import ConfigError, DataError
 from ssd_megatron.export.convert import import_model
 from ssd_megatron.files import locked, write_atomically
+from ssd_megatron.moefication.classification_task import ClassificationTask
 from ssd_megatron.moefication.comparison import compare, compared, draw
 from ssd_megatron.moefication.conversion import (
     Conversion,
@@ -35,7 +38,7 @@ from ssd_megatron.moefication.conversion import (
 )
 from ssd_megatron.moefication.layers import ROUTERS
 from ssd_megatron.moefication.splits import SPLITS
-from ssd_megatron.moefication.task import LanguageTask, data_of
+from ssd_megatron.moefication.task import LanguageTask, Task, data_of
 from ssd_megatron.parallel.topology import Topology, initialize_topology, leave_topology
 from ssd_megatron.training.checkpoint_files import CheckpointError, checkpoints
 from ssd_megatron.training.model_alone import load_alone
@@ -54,7 +57,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     try:
         _moefy(arguments)
-    except (ConfigError, DataError, ExportError) as error:
+    except (ConfigError, DataError) as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except (CheckpointError, OSError) as error:
@@ -110,26 +113,12 @@ def _convert(
 ) -> tuple[list[Path], Table]:
     """Returns what was written, and what to show."""
     work = arguments.to / WORK
-    data = data_of(saved, arguments.data, arguments.tokenizer)
-
-    def task_of(source: SavedModel) -> LanguageTask:
-        return LanguageTask(
-            load_alone(source, topology),
-            source.settings.model,
-            data,
-            work / "data_cache",
-            seed=arguments.seed,
-            tokens=arguments.tokens,
-            steps=max(arguments.calibrate_steps, arguments.relu_adapt_steps),
-            batch_size=arguments.batch,
-            held_out_tokens=arguments.eval_tokens,
-        )
-
+    make_task = _classification(arguments, topology) if _classifies(saved) else _language(arguments, saved, topology)
     adapt = arguments.relu_adapt_steps, arguments.relu_adapt_lr
-    saved = adapt_to_relu(saved, task_of, work / "adapted", *adapt, progress)
+    saved = adapt_to_relu(saved, make_task, work / "adapted", *adapt, progress)
     workshop = Workshop(
         saved,
-        task_of(saved),
+        make_task(saved),
         work,
         ROUTERS if arguments.compare else (wanted.router,),
         tokens=arguments.tokens,
@@ -152,6 +141,46 @@ def _convert(
     return written, compared(dense, points) if arguments.compare else converted_table(converted)
 
 
+def _classifies(saved: SavedModel) -> bool:
+    return saved.settings.classification is not None
+
+
+def _language(arguments: argparse.Namespace, saved: SavedModel, topology: Topology) -> Callable[[SavedModel], Task]:
+    """Makes the task of a language model."""
+    if arguments.held_out is not None:
+        raise ConfigError(f"--held_out ({arguments.held_out}) is for classifiers: a corpus has its validation split")
+    data = data_of(saved, arguments.data, arguments.tokenizer)
+
+    def make(source: SavedModel) -> Task:
+        return LanguageTask(
+            load_alone(source, topology),
+            source.settings.model,
+            data,
+            arguments.to / WORK / "data_cache",
+            seed=arguments.seed,
+            tokens=arguments.tokens,
+            steps=max(arguments.calibrate_steps, arguments.relu_adapt_steps),
+            batch_size=arguments.batch,
+            held_out_tokens=arguments.eval_tokens,
+        )
+
+    return make
+
+
+def _classification(arguments: argparse.Namespace, topology: Topology) -> Callable[[SavedModel], Task]:
+    """Makes the task of a classifier."""
+    if arguments.held_out is None:
+        raise ConfigError("a classifier needs --held_out, a file of labelled texts to measure it on")
+
+    def make(source: SavedModel) -> Task:
+        assert source.settings.classification is not None
+        train = Path(arguments.data or source.settings.classification.train)
+        opened = classifier_of(source, topology, arguments.tokenizer)
+        return ClassificationTask(opened, train, arguments.held_out, seed=arguments.seed, batch_size=arguments.batch)
+
+    return make
+
+
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     add = parser.add_argument
@@ -161,7 +190,13 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--top_k", type=int, metavar="K", help=f"experts that a token computes (default: {SHARE:.0%})")
     add("--partition", choices=SPLITS, default="clustering", help="how neurons are grouped")
     add("--router", choices=ROUTERS, default="mlp", help="who chooses experts")
-    add("--data", metavar="PREFIX", help="a corpus, without .bin and .idx (default: what the model was trained on)")
+    add(
+        "--data",
+        metavar="PREFIX",
+        help="a corpus, without .bin and .idx (default: what the model was trained on); "
+        "of a classifier a file of labelled texts",
+    )
+    add("--held_out", type=Path, metavar="FILE", help="labelled texts on which a classifier is measured")
     add("--tokenizer", type=Path, help="default: the one that belongs to the model")
     add("--tokens", type=int, default=65536, help="on which networks are observed (default: %(default)s)")
     add("--eval_tokens", type=int, default=32768, help="held out, on which models are measured (default: %(default)s)")

@@ -81,7 +81,11 @@ def open_classifier(path: Path, topology: Topology, tokenizer: Path | None = Non
         CheckpointError: it cannot be read, or has not exactly the tensors of its model.
         ConfigError: it is of a model without a classifier.
     """
-    saved = open_model(path)
+    return classifier_of(open_model(path), topology, tokenizer)
+
+
+def classifier_of(saved: SavedModel, topology: Topology, tokenizer: Path | None = None) -> Opened:
+    """See open_classifier."""
     if saved.settings.classification is None:
         raise ConfigError(f"{saved.folder} is of a model without a classifier: fine-tune it first")
     opened = _opened(saved, topology, saved.settings.classification, tokenizer, dropout=0.0, seed=0)

@@ -10,6 +10,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+import torch
 from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
@@ -110,6 +111,8 @@ class Workshop:
     ) -> None:
         self.saved, self.task, self.routers, self.progress = saved, task, tuple(routers), progress
         self._tokens, self._seed, self._processes = tokens, seed, processes
+        for ffn in task.ffns.values():  # experts go by where a neuron lies in the dense checkpoint
+            torch.arange(len(ffn.bank.neuron_ids), out=ffn.bank.neuron_ids)
         # Results of other weights, other tokens or other routers are of no use.
         weights = sorted(record.sha256 for record in saved.index.files)
         asked = json.dumps([weights, task.name, tokens, seed, self.routers])

@@ -34,7 +34,7 @@ def form_experts(ffn: SwitchableFFN, labels: Tensor, num_experts: int) -> None:
     for parameter in bank.neuron_parameters().values():
         parameter.copy_(parameter[order])
     bank.neuron_ids.copy_(bank.neuron_ids[order])
-    ffn.settings = replace(ffn.settings, num_experts=num_experts)
+    ffn.settings = replace(ffn.settings, num_experts=num_experts, routing_granularity=1)
 
 
 @torch.no_grad()
