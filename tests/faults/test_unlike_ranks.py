@@ -81,13 +81,12 @@ class Unlike:
 
     def __call__(self, rank: int) -> None:
         import pretrain_ssd  # noqa: F401
-        from ssd_megatron.parallel import device
         from ssd_megatron.training import start
 
         if rank == LAST and self.what == "hardware":
-            device.detect_hardware = lambda: Hardware("cpu", bf16=True, name="another CPU")
+            start.detect_hardware = lambda: Hardware("cpu", bf16=True, name="another CPU")
         if rank == FIRST and self.what == "hardware":
-            device.detect_hardware = lambda: Hardware("cpu", bf16=False, name="a CPU")
+            start.detect_hardware = lambda: Hardware("cpu", bf16=False, name="a CPU")
         if rank == LAST and self.what == "torch":
             versions = start.package_versions()
             start.package_versions = lambda: versions | {"torch": "2.0.0"}
