@@ -20,6 +20,7 @@ from benchmarks.table import parser_for, report
 from benchmarks.timing import paired, take_turns
 from ssd_megatron.config.schema import ModelConfig, SSDConfig
 from ssd_megatron.export import opt
+from ssd_megatron.ffn.kernels import choose_backend
 from ssd_megatron.ffn.routers import router_weights_from_bank
 from ssd_megatron.inference.ffn import Experts, Mode
 from ssd_megatron.inference.generate import generate
@@ -62,14 +63,15 @@ def shape(hidden: int, layers: int, positions: int) -> ModelConfig:
     )
 
 
-FULL = Size(shape(2048, 8, 4096), new_tokens=12, prompt_layers=2, prompt_tokens=4096, turns=7)
+FULL = Size(shape(2048, 8, 4096), new_tokens=48, prompt_layers=2, prompt_tokens=4096, turns=5)
 QUICK = Size(shape(512, 4, 1024), new_tokens=8, prompt_layers=2, prompt_tokens=1024, turns=5)
 
 
 @torch.no_grad()
 def build(config: ModelConfig, dtype: torch.dtype) -> CausalModel:
     torch.manual_seed(0)
-    experts = Experts(EXPERTS, "centroid", "straight_through", balance_bias=False, backend="torch")
+    backend, _ = choose_backend("auto", torch.device("cpu"), dtype)
+    experts = Experts(EXPERTS, "centroid", "straight_through", balance_bias=False, backend=backend)
     model = CausalModel(config, experts, dtype=dtype, device=torch.device("cpu"))
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:

@@ -10,6 +10,7 @@ from benchmarks.peak_memory import PeakMemory
 from benchmarks.row import Row
 from benchmarks.timing import wait
 from ssd_megatron.config.load import RunConfig
+from ssd_megatron.ffn.kernels import cpp_products
 from ssd_megatron.ffn.kernels.dispatch import dispatch
 from ssd_megatron.ffn.switchable import Mode, SwitchableFFN
 from ssd_megatron.parallel.device import IS_CUDA
@@ -76,6 +77,8 @@ def _sorting_of(backend: str) -> Callable[[Tensor, int, int], object]:
     """How a backend sorts token copies by expert: of ids [T, K], number of experts, bytes of a row."""
     if backend == "torch":
         return dispatch
+    if backend == "cpp":
+        return lambda ids_TK, experts, _: cpp_products.sort_copies(ids_TK, experts)
     from ssd_megatron.ffn.kernels.triton_routing import sort_copies  # where the package triton is
 
     return lambda ids_TK, experts, _: sort_copies(ids_TK, experts)
