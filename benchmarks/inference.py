@@ -70,7 +70,9 @@ QUICK = Size(shape(512, 4, 1024), new_tokens=8, prompt_layers=2, prompt_tokens=1
 @torch.no_grad()
 def build(config: ModelConfig, dtype: torch.dtype) -> CausalModel:
     torch.manual_seed(0)
-    backend, _ = choose_backend("auto", torch.device("cpu"), dtype)
+    backend, _ = choose_backend(
+        "auto", torch.device("cpu"), dtype, (config.ffn_hidden_size // EXPERTS, config.hidden_size)
+    )
     experts = Experts(EXPERTS, "centroid", "straight_through", balance_bias=False, backend=backend)
     model = CausalModel(config, experts, dtype=dtype, device=torch.device("cpu"))
     for name, parameter in model.named_parameters():

@@ -296,6 +296,11 @@ class SSDConfig(Section):
         return self.straight_through or self.router == "switch"
 
 
+def expert_shape(model: ModelConfig, ssd: SSDConfig) -> tuple[int, int]:
+    """Neurons and hidden size of an expert."""
+    return model.ffn_hidden_size // ssd.num_experts, model.hidden_size
+
+
 class WeightSparsityConfig(Section):
     """Sparse weights (arXiv 2108.06277): each matrix of attention and feed-forward networks keeps a mask of blocks."""
 

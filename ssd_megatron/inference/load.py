@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 
+from ssd_megatron.config.schema import expert_shape
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.kernels import SPECIAL, choose_backend
 from ssd_megatron.ffn.kernels.trial import trial
@@ -56,7 +57,7 @@ def from_saved(
     _check_can_run(saved, mode, top_k)
     experts, runs_sparse = None, settings.has_experts and settings.only_in_training is None
     if runs_sparse:
-        backend, ssd = _choose_kernels(device, dtype, settings.model.activation), settings.ssd
+        backend, ssd = _choose_kernels(device, dtype, settings), settings.ssd
         experts = Experts(ssd.num_experts, ssd.router, ssd.router_update, ssd.balance_bias, backend)
     model = MODELS[settings.model.family](settings.model, experts, dtype=dtype, device=device)
     targets = model.logical_parameters()
@@ -106,10 +107,10 @@ def scale_top_k(saved: Sequence[int], mean: float, num_experts: int) -> list[int
     return scaled
 
 
-def _choose_kernels(device: torch.device, dtype: torch.dtype, activation: str) -> str:
+def _choose_kernels(device: torch.device, dtype: torch.dtype, settings: Settings) -> str:
     """The backend of sparse mode for many tokens; torch unless the faster one shows that it is right here."""
-    backend, _ = choose_backend("auto", device, dtype)
-    wrong = trial(backend, device, dtype, activation) if backend in SPECIAL else None
+    backend, _ = choose_backend("auto", device, dtype, expert_shape(settings.model, settings.ssd))
+    wrong = trial(backend, device, dtype, settings.model.activation) if backend in SPECIAL else None
     if wrong is None:
         return backend
     warnings.warn(f"sparse kernels: torch ({backend}, which should be faster, fails its trial: {wrong})", stacklevel=4)

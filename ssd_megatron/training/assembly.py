@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from ssd_megatron.config.load import RunConfig
-from ssd_megatron.config.schema import SsdMegatronConfig
+from ssd_megatron.config.schema import SsdMegatronConfig, expert_shape
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.kernels import SPECIAL, choose_backend, cpp_build
 from ssd_megatron.ffn.kernels.trial import trial
@@ -74,15 +74,16 @@ def choose_kernels(config: RunConfig, topology: Topology) -> tuple[str, str]:
     Raises:
         ConfigError: what `ssd.backend` asks for cannot run, or is wrong here.
     """
-    requested, dtype = config.ssd_megatron.ssd.backend, getattr(torch, config.dtype)
-    backend, reason = choose_backend(requested, device=topology.device, dtype=dtype)
+    section, dtype = config.ssd_megatron, getattr(torch, config.dtype)
+    requested = section.ssd.backend
+    backend, reason = choose_backend(requested, topology.device, dtype, expert_shape(section.model, section.ssd))
     if requested not in ("auto", *SPECIAL):
         return backend, reason
     lacking = None if backend in SPECIAL else reason
     wrong: str | None = None
     for first in (True, False):  # the first rank of each host compiles what the others load
         if lacking is None and first == (os.environ.get("LOCAL_RANK", "0") == "0"):
-            wrong = trial(backend, topology.device, dtype, config.ssd_megatron.model.activation)
+            wrong = trial(backend, topology.device, dtype, section.model.activation)
         seen = topology.world.gather_objects("trial of the sparse kernels", (lacking, wrong))
     if lacking is not None:
         return backend, lacking

@@ -13,6 +13,7 @@ from rich.table import Table
 from torch import nn
 
 from ssd_megatron.config.load import RunConfig
+from ssd_megatron.config.schema import expert_shape
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.kernels import choose_backend
 from ssd_megatron.model.language_model import LanguageModel, stage_blocks
@@ -70,7 +71,8 @@ def rehearse(config: RunConfig, rank: int) -> Rehearsal:
                 num_pp=topology.pipeline.size, num_mp=topology.tensor.size, num_dp=topology.data.size
             )
         )
-    backend, _ = choose_backend(section.ssd.backend, device=topology.device, dtype=getattr(torch, config.dtype))
+    shape = expert_shape(section.model, section.ssd)
+    backend, _ = choose_backend(section.ssd.backend, topology.device, getattr(torch, config.dtype), shape)
     with torch.device("meta"):
         model = LanguageModel(section, backend, topology)
     sent, received = _switch_traffic(model, topology, section.ssd.num_experts, section.model.ffn_hidden_size)

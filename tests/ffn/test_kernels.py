@@ -219,6 +219,13 @@ def test_choice_of_backend(monkeypatch: pytest.MonkeyPatch) -> None:
         "cpp",
         "sparse kernels: cpp (the fastest there is for cpu, bfloat16)",
     )
+    small, large = (256, 2048), (512, 2048)
+    assert choose_backend("auto", cpu, torch.bfloat16, small)[0] == "cpp"
+    assert choose_backend("auto", cpu, torch.bfloat16, large) == (
+        "torch",
+        "sparse kernels: torch (faster than cpp for experts of 512 x 2048; cpu, bfloat16)",
+    )
+    assert choose_backend("cpp", cpu, torch.bfloat16, large)[0] == "cpp"
     with pytest.raises(ConfigError, match=r"ssd.backend \(cpp\) needs a C\+\+ compiler: use auto or torch"):
         choose_backend("cpp", cpu, torch.float32)
     assert choose_backend("reference", cpu, torch.bfloat16) == (

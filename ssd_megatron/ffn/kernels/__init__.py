@@ -3,6 +3,7 @@
 Shapes: T tokens, H hidden, F neurons, E experts, K experts per token.
 """
 
+import math
 from collections.abc import Callable
 from importlib.util import find_spec
 
@@ -39,6 +40,8 @@ BACKENDS: dict[str, Kernel] = {
     "cpp": cpp_ffn.sparse_ffn,
     "triton": _triton,
 }
+# Bytes of an expert's matrix up to which cpp is faster than torch: from there on it leaves the cache (docs/log.md).
+CPP_UP_TO = 2**20
 # Those that a machine may lack something for; `auto` takes the first that the device can have, after a trial.
 SPECIAL = ("cpp", "triton")
 
@@ -83,10 +86,14 @@ def tiles_pay(backend: str, tile_size: int, expert_size: int, device: torch.devi
     return backend == "torch" and device.type == "cpu" and torch_tiles.pays(tile_size, expert_size, dtype)
 
 
-def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> tuple[str, str]:
+def choose_backend(
+    requested: str, device: torch.device, dtype: torch.dtype, expert_shape: tuple[int, int] | None = None
+) -> tuple[str, str]:
     """Resolve `ssd.backend` to a name in BACKENDS: cpp on CPUs and triton on CUDA devices where they can be had, else
-    torch. Compiles nothing.
+    torch, also where it is faster. Compiles nothing.
 
+    Args:
+        expert_shape: neurons and hidden size of an expert; small ones without it.
     Returns:
         The name, and the reason in words for the log.
     Raises:
@@ -99,6 +106,9 @@ def choose_backend(requested: str, device: torch.device, dtype: torch.dtype) -> 
         special, gain = (
             ("cpp", "takes about two thirds of its time") if device.type == "cpu" else ("triton", "is faster")
         )
+        if special == "cpp" and expert_shape is not None and math.prod(expert_shape) * dtype.itemsize > CPP_UP_TO:
+            size = " x ".join(map(str, expert_shape))
+            return "torch", f"sparse kernels: torch (faster than cpp for experts of {size}; {where})"
         lacking = _lacking(special, device, dtype)
         if lacking is None:
             return special, f"sparse kernels: {special} (the fastest there is for {where})"
