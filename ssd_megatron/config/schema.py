@@ -260,7 +260,7 @@ class SSDConfig(Section):
     backend: Literal["auto", "reference", "torch", "cpp", "triton"] = optional(
         "auto",
         "Kernels of sparse mode. `auto`: `triton` on CUDA devices (needs the package), `cpp` on CPUs with AVX-512 and "
-        "for bf16 AMX (needs a C++ compiler), else `torch`.",
+        "for bf16 AMX (needs a C++ compiler) unless an expert's matrix has more than 1 MiB, else `torch`.",
     )
     probe_samples: Positive = optional(8, "Fixed held-out samples on which activation statistics are taken.")
     rebalance_limit: Annotated[float, Field(gt=1)] | None = optional(
