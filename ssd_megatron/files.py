@@ -3,12 +3,14 @@
 import fcntl
 import hashlib
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
 from ssd_megatron.errors import ConfigError
+
+LOCK = ".lock"
 
 
 @contextmanager
@@ -33,6 +35,16 @@ def write_atomically(path: Path, content: bytes) -> None:
         file.write(content)
 
 
+def require_empty(folder: Path, but: Collection[str] = ()) -> None:
+    """Raises ConfigError if a folder to write into has something in it.
+
+    Args:
+        but: names that may be there.
+    """
+    if folder.exists() and any(path.name not in but for path in folder.iterdir()):
+        raise ConfigError(f"{folder} is not empty: give a folder that is not there yet")
+
+
 @contextmanager
 def locked(folder: Path, field: str) -> Iterator[None]:
     """A folder, made if missing, in which no other process works within.
@@ -43,7 +55,7 @@ def locked(folder: Path, field: str) -> Iterator[None]:
         ConfigError: another one does.
     """
     folder.mkdir(parents=True, exist_ok=True)
-    with (folder / ".lock").open("a") as lock:
+    with (folder / LOCK).open("a") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:

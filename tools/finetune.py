@@ -62,7 +62,8 @@ def _finetune(arguments: argparse.Namespace, source: Path, topology: "Topology")
 
     from ssd_megatron.classification.finetune import finetune
     from ssd_megatron.classification.labelled import labels_of, read_labelled
-    from ssd_megatron.classification.saved_classifier import begin_classifier, require_empty
+    from ssd_megatron.classification.saved_classifier import begin_classifier
+    from ssd_megatron.files import require_empty
     from ssd_megatron.training.saved_model import Classification
 
     require_empty(arguments.to)

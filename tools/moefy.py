@@ -10,12 +10,13 @@ processes; started again after a stop, the tool goes on with those that are left
 """
 
 import argparse
+import hashlib
 import json
 import os
 import shutil
 import sys
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 from rich.console import Console
@@ -25,7 +26,7 @@ from rich.table import Table
 from ssd_megatron.classification.saved_classifier import classifier_of
 from ssd_megatron.errors import ConfigError, DataError
 from ssd_megatron.export.convert import import_model
-from ssd_megatron.files import locked, write_atomically
+from ssd_megatron.files import LOCK, locked, require_empty, write_atomically
 from ssd_megatron.moefication.classification_task import ClassificationTask
 from ssd_megatron.moefication.comparison import compare, compared, draw
 from ssd_megatron.moefication.conversion import (
@@ -45,8 +46,9 @@ from ssd_megatron.training.model_alone import load_alone
 from ssd_megatron.training.plots import png
 from ssd_megatron.training.saved_model import SavedModel, open_model
 
-WORK = "work"  # below --to, while the tool works
+WORK = ".moefy"  # below --to, while the tool works
 NEURONS = 32  # of an expert, by default, as in the paper
+LEAST = {"processes": 1, "tokens": 1, "eval_tokens": 1, "batch": 1, "calibrate_steps": 0, "relu_adapt_steps": 0}
 LEAST_WIDTH = 100  # of the table, also where nobody says how wide lines may be
 SHARE = 0.2  # of the experts that a token computes, by default
 
@@ -70,8 +72,8 @@ def _moefy(arguments: argparse.Namespace) -> None:
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with locked(arguments.to, "--to"):
-        if checkpoints(arguments.to):
-            raise ConfigError(f"--to ({arguments.to}) has a checkpoint already: give a folder that is not there yet")
+        if not (arguments.to / WORK).exists():  # of a start that was interrupted
+            require_empty(arguments.to, but=(LOCK,))
         saved, wanted = _source(arguments)
         topology = initialize_topology()
         with Progress(*columns, console=console) as progress:
@@ -83,28 +85,39 @@ def _moefy(arguments: argparse.Namespace) -> None:
         Console(width=max(LEAST_WIDTH, console.width)).print(table)
 
 
+def _work(arguments: argparse.Namespace) -> Path:
+    """Folder for what is made on the way, of these arguments alone."""
+    mattering = ("source", "data", "tokenizer", "held_out", "seed", "batch", "relu_adapt_steps", "relu_adapt_lr")
+    files = sorted((path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in arguments.source.glob("*.*"))
+    asked = [files, *(str(getattr(arguments, name)) for name in mattering)]
+    return Path(arguments.to) / WORK / hashlib.sha256(json.dumps(asked).encode()).hexdigest()[:12]
+
+
 def _source(arguments: argparse.Namespace) -> tuple[SavedModel, Conversion]:
     """The dense model, and what is to become of it."""
     source = arguments.source
     if (source / "config.json").exists() and not checkpoints(source / "checkpoints"):
-        source = arguments.to / WORK / "imported"
+        source = _work(arguments) / "imported"
         if not checkpoints(source):
+            shutil.rmtree(source, ignore_errors=True)  # what an interrupted import left
             import_model(arguments.source, source, arguments.tokenizer)
     saved = open_model(source)
+    if arguments.tokenizer is not None:
+        saved = replace(saved, settings=replace(saved.settings, tokenizer=arguments.tokenizer))
     neurons = saved.settings.model.ffn_hidden_size
-    num_experts = arguments.num_experts or max(1, neurons // NEURONS)
+    num_experts = max(1, neurons // NEURONS) if arguments.num_experts is None else arguments.num_experts
     wanted = Conversion(
         num_experts=num_experts,
-        top_k=arguments.top_k or max(1, round(SHARE * num_experts)),
+        top_k=max(1, round(SHARE * num_experts)) if arguments.top_k is None else arguments.top_k,
         split=arguments.partition,
         router=arguments.router,
         calibrate_steps=arguments.calibrate_steps,
         calibrate_rate=arguments.calibrate_lr,
     )
     wanted.check(neurons)
-    for name in ("processes", "tokens", "eval_tokens", "batch"):
-        if getattr(arguments, name) < 1:
-            raise ConfigError(f"{name} ({getattr(arguments, name)}) must be at least 1")
+    for name, least in LEAST.items():
+        if getattr(arguments, name) < least:
+            raise ConfigError(f"{name} ({getattr(arguments, name)}) must be at least {least}")
     return saved, wanted
 
 
@@ -112,7 +125,7 @@ def _convert(
     arguments: argparse.Namespace, saved: SavedModel, wanted: Conversion, topology: Topology, progress: Progress
 ) -> tuple[list[Path], Table]:
     """Returns what was written, and what to show."""
-    work = arguments.to / WORK
+    work = _work(arguments)
     make_task = _classification(arguments, topology) if _classifies(saved) else _language(arguments, saved, topology)
     adapt = arguments.relu_adapt_steps, arguments.relu_adapt_lr
     saved = adapt_to_relu(saved, make_task, work / "adapted", *adapt, progress)
@@ -156,7 +169,7 @@ def _language(arguments: argparse.Namespace, saved: SavedModel, topology: Topolo
             load_alone(source, topology),
             source.settings.model,
             data,
-            arguments.to / WORK / "data_cache",
+            _work(arguments) / "data_cache",
             seed=arguments.seed,
             tokens=arguments.tokens,
             steps=max(arguments.calibrate_steps, arguments.relu_adapt_steps),

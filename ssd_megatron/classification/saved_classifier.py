@@ -8,6 +8,7 @@ from ssd_megatron.classification.labelled import Columns
 from ssd_megatron.classification.samples import Encoder, Samples
 from ssd_megatron.data.tokenizers import load_tokenizer
 from ssd_megatron.errors import ConfigError
+from ssd_megatron.files import require_empty
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.training.model_alone import build_alone
 from ssd_megatron.training.saved_model import (
@@ -115,12 +116,6 @@ def begin_classifier(
     model = opened.classifier.model
     saved.load_into(model.logical_parameters(), model.ffns)
     return opened
-
-
-def require_empty(root: Path) -> None:
-    """Raises ConfigError if a folder to write into has something in it."""
-    if root.exists() and any(root.iterdir()):
-        raise ConfigError(f"{root} is not empty: give a folder that is not there yet")
 
 
 def _opened(

@@ -19,7 +19,7 @@ from ssd_megatron.export.hf_folder import SHARD_BYTES, read_json, read_tensors, 
 from ssd_megatron.export.hf_tokenizer import find_tokenizer, write_tokenizer
 from ssd_megatron.export.model_card import model_card
 from ssd_megatron.export.settings import unmet
-from ssd_megatron.files import write_atomically
+from ssd_megatron.files import require_empty, write_atomically
 from ssd_megatron.training.saved_model import SavedModel, Settings, is_router, write_model
 
 ExportMode = Literal["dense", "sparse"]
@@ -58,8 +58,7 @@ def export_model(
         ConfigError: the model cannot be exported so, or the folder is not empty.
         CheckpointError: the checkpoint is damaged.
     """
-    if folder.exists() and any(folder.iterdir()):
-        raise ConfigError(f"{folder} is not empty: give a folder that is not there yet")
+    require_empty(folder)
     exported = _sparse(saved) if mode == "sparse" else _dense(saved)
     folder.mkdir(parents=True, exist_ok=True)
     dtype_name = str(dtype).removeprefix("torch.")
@@ -82,8 +81,7 @@ def import_model(folder: Path, root: Path, tokenizer: Path | None = None) -> Pat
         DataError: the folder is not one of a transformers model with safetensors.
         ConfigError: the model has no equivalent here, or `root` is not empty.
     """
-    if root.exists() and any(root.iterdir()):
-        raise ConfigError(f"{root} is not empty: give a folder that is not there yet")
+    require_empty(root)
     config, found = read_json(folder / "config.json"), read_tensors(folder)
     kinds = {module.MODEL_TYPE: module for module in (opt, llama, bert, t5, ssd)}
     kind = kinds.get(config.get("model_type", ""))

@@ -55,7 +55,7 @@ def generate(
     vocab_size = vocab_size or model.config.vocab_size
     for _ in range(max_new_tokens):
         logits_bv = model(tokens_bs, cache, last_only=True)[:, 0, :vocab_size]
-        chosen_b = choose(logits_bv, seen_bv, sampling, generator)
+        chosen_b = choose(logits_bv, None if seen_bv is None else seen_bv[:, :vocab_size], sampling, generator)
         if seen_bv is not None:
             seen_bv.scatter_(1, chosen_b[:, None], True)
         tokens = chosen_b.tolist()

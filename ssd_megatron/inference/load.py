@@ -1,6 +1,5 @@
 """Checkpoints as models to use: any layout's onto one device."""
 
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -8,8 +7,7 @@ import torch
 
 from ssd_megatron.config.schema import expert_shape
 from ssd_megatron.errors import ConfigError
-from ssd_megatron.ffn.kernels import SPECIAL, choose_backend
-from ssd_megatron.ffn.kernels.trial import trial
+from ssd_megatron.ffn.kernels.trial import fastest_right
 from ssd_megatron.ffn.router_kinds import KINDS
 from ssd_megatron.inference.bert import MaskedModel
 from ssd_megatron.inference.ffn import MODES, Experts, Mode
@@ -57,7 +55,8 @@ def from_saved(
     _check_can_run(saved, mode, top_k)
     experts, runs_sparse = None, settings.has_experts and settings.only_in_training is None
     if runs_sparse:
-        backend, ssd = _choose_kernels(device, dtype, settings), settings.ssd
+        ssd, shape = settings.ssd, expert_shape(settings.model, settings.ssd)
+        backend = fastest_right(device, dtype, settings.model.activation, shape)
         experts = Experts(ssd.num_experts, ssd.router, ssd.router_update, ssd.balance_bias, backend)
     model = MODELS[settings.model.family](settings.model, experts, dtype=dtype, device=device)
     targets = model.logical_parameters()
@@ -105,16 +104,6 @@ def scale_top_k(saved: Sequence[int], mean: float, num_experts: int) -> list[int
         open_layers = [layer for layer, number in enumerate(scaled) if number < num_experts]
         scaled[max(open_layers, key=lambda layer: shares[layer] - scaled[layer])] += 1
     return scaled
-
-
-def _choose_kernels(device: torch.device, dtype: torch.dtype, settings: Settings) -> str:
-    """The backend of sparse mode for many tokens; torch unless the faster one shows that it is right here."""
-    backend, _ = choose_backend("auto", device, dtype, expert_shape(settings.model, settings.ssd))
-    wrong = trial(backend, device, dtype, settings.model.activation) if backend in SPECIAL else None
-    if wrong is None:
-        return backend
-    warnings.warn(f"sparse kernels: torch ({backend}, which should be faster, fails its trial: {wrong})", stacklevel=4)
-    return "torch"
 
 
 def _check_can_run(saved: SavedModel, mode: str, top_k: object) -> None:

@@ -47,6 +47,7 @@ def set_router(ffn: SwitchableFFN, router: Router, weights: Mapping[str, Tensor]
         top_k,
         "frozen",
         kind=KINDS[router],
+        salt=ffn.settings.hash_salt,
         dtype=like.dtype,
         device=like.device,
     )

@@ -53,8 +53,8 @@ def balanced_near(labels: Tensor, neighbours_NM: Tensor, weights_NM: Tensor, num
     these the ones that lose least of the weight to neighbours in their part."""
     inside_NE = weights_NM.new_zeros(len(labels), num_experts)
     inside_NE.scatter_add_(1, labels[neighbours_NM], weights_NM)
-    # To stay is worth more than all that moving could win.
-    stay = 1 + 2 * float(inside_NE.amax())
+    # To stay is worth more than all that moving could win everywhere.
+    stay = 1 + len(labels) * float(inside_NE.amax())
     return balanced_assignment(inside_NE + stay * F.one_hot(labels, num_experts))
 
 

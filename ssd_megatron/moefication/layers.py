@@ -8,6 +8,7 @@ import multiprocessing
 import os
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -16,6 +17,7 @@ import torch
 from safetensors.torch import load_file, save
 from torch import Tensor
 
+from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.activations import ACTIVATIONS
 from ssd_megatron.ffn.bank import NEURON_TENSORS, NeuronTensors
 from ssd_megatron.ffn.router_kinds import activation_mass, expert_scores, neuron_scores
@@ -84,9 +86,14 @@ def run_jobs(jobs: Sequence[LayerJob], processes: int) -> Iterator[LayerJob]:
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(workers, context, initializer=torch.set_num_threads, initargs=(threads,)) as pool:
         futures = {pool.submit(run_job, job): job for job in left}
-        for future in as_completed(futures):
-            future.result()
-            yield futures[future]
+        try:
+            for future in as_completed(futures):
+                future.result()
+                yield futures[future]
+        except BrokenProcessPool as error:
+            raise ConfigError("a process was killed, perhaps for its memory: use fewer --processes") from error
+        finally:
+            pool.shutdown(cancel_futures=True)
 
 
 @torch.no_grad()

@@ -75,8 +75,9 @@ def data_of(saved: SavedModel, prefix: str | None, tokenizer: Path | None) -> Da
     """
     trained_on = saved.data
     tokenizer = tokenizer or saved.settings.tokenizer
-    if prefix is None and trained_on is not None:
-        return trained_on
+    if trained_on is not None:
+        other = {} if prefix is None else {"paths": (prefix,), "train_paths": None, "valid_paths": None}
+        return trained_on.model_copy(update=other | {"tokenizer": tokenizer})
     if prefix is None or tokenizer is None:
         needed = "--data (a corpus that tools/preprocess_data.py made)" if prefix is None else "--tokenizer"
         raise ConfigError(f"{saved.folder} does not say what the model was trained on: give {needed}")

@@ -125,6 +125,11 @@ class Coordinator:
         layers = {name: labels_of(ffn.bank, self._ssd.num_experts) for name, ffn in local.items()}
         return self.networks.all_stages("partition", layers)
 
+    def keep_experts(self, top_k: list[int]) -> None:
+        """Take the slices of the banks as they are for experts, of which a token computes so many in each layer."""
+        self.networks.set_top_k(top_k)
+        self.has_partition = True
+
     def set_mode(self, mode: Mode) -> None:
         """Compute in `mode` from now on; nothing else changes."""
         self.mode = mode

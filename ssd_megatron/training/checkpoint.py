@@ -163,9 +163,11 @@ class Checkpointer:
             CheckpointError: it is damaged, or has not exactly the tensors of this model.
         """
         shapes, state = self._shapes(), self._trained.engine.state
+        top_k: list[int] = []
 
         def read() -> Path:
             saved = open_model(path)
+            top_k.extend(saved.settings.top_k)
             read_start_weights(saved, state, shapes, with_routers=keep_experts)
             if keep_experts:
                 self._set_identities(files.read_tensors(saved.folder, files.SHARED, self._is_of_this_stage))
@@ -173,6 +175,8 @@ class Checkpointer:
 
         folder = self._agree("read to start the run of", read)[0]
         state.publish()
+        if keep_experts:
+            self._trained.coordinator.keep_experts(top_k)
         return folder
 
     def _set_aside(self, damaged: list[Path]) -> None:

@@ -5,8 +5,7 @@ from pathlib import Path
 import torch
 
 from ssd_megatron.config.schema import ParallelConfig, SsdMegatronConfig, TrainingConfig, expert_shape
-from ssd_megatron.ffn.kernels import SPECIAL, choose_backend
-from ssd_megatron.ffn.kernels.trial import trial
+from ssd_megatron.ffn.kernels.trial import fastest_right
 from ssd_megatron.model.language_model import LanguageModel
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.training.saved_model import SavedModel, Settings
@@ -35,12 +34,6 @@ def build_alone(settings: Settings, topology: Topology, backend: str | None = No
         parallel=ParallelConfig(),
         training=TrainingConfig(train_steps=1),
     )
-    backend = backend or _kernels(topology.device, settings)
+    shape = expert_shape(settings.model, settings.ssd)
+    backend = backend or fastest_right(topology.device, torch.float32, settings.model.activation, shape)
     return LanguageModel(section, backend, topology).to(topology.device).eval()
-
-
-def _kernels(device: torch.device, settings: Settings) -> str:
-    """The fastest backend that is right here."""
-    backend, _ = choose_backend("auto", device, torch.float32, expert_shape(settings.model, settings.ssd))
-    wrong = trial(backend, device, torch.float32, settings.model.activation) if backend in SPECIAL else None
-    return backend if wrong is None else "torch"

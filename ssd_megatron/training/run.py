@@ -1,11 +1,13 @@
 """A run in one call, for Python: what pretrain_ssd.py does for the command line."""
 
+import signal
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ssd_megatron.parallel.topology import initialize_topology, leave_topology
 from ssd_megatron.training.job import run_job
+from ssd_megatron.training.signals import SIGNALS
 from ssd_megatron.training.start import meet, prepare_job, read_config
 
 
@@ -31,6 +33,12 @@ def train(ds_config: Path | str, overrides: Sequence[str] = ()) -> Path:
             print(text, file=sys.stderr, flush=True)
 
     config, folder, tokenizer = prepare_job(meeting, read, tell)
-    run_job(config, folder, tokenizer, initialize_topology(config.ssd_megatron.parallel, meeting))
-    leave_topology()
+    handlers = {number: signal.getsignal(number) for number in SIGNALS}
+    topology = initialize_topology(config.ssd_megatron.parallel, meeting)
+    try:
+        run_job(config, folder, tokenizer, topology)
+    finally:
+        leave_topology()
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     return folder.path

@@ -1,6 +1,7 @@
 """A checkpoint as a model: its settings and logical tensors, whatever layout wrote them, without a process group."""
 
 import math
+import shutil
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -78,8 +79,8 @@ class SavedModel:
 
     @property
     def shapes(self) -> dict[str, tuple[int, ...]]:
-        """Of the logical tensors, by name."""
-        return self.index.shapes
+        """Of the language model's logical tensors, by name: all but a classifier's."""
+        return {name: shape for name, shape in self.index.shapes.items() if not name.startswith(CLASSIFIER)}
 
     @property
     def data(self) -> DataConfig | None:
@@ -93,7 +94,7 @@ class SavedModel:
         Raises:
             CheckpointError: the checkpoint does not hold all of its elements.
         """
-        shape = self.shapes[name]
+        shape = self.index.shapes[name]
         return files.read_interval(self.folder, self.index, key_of(name, MASTER), 0, math.prod(shape)).view(shape)
 
     def neuron_ids(self) -> dict[str, Tensor]:
@@ -112,7 +113,7 @@ class SavedModel:
         Raises:
             CheckpointError: it cannot be read, or has not exactly the tensors of the model.
         """
-        wanted = {name: shape for name, shape in self.shapes.items() if self._says(name, parameters)}
+        wanted = {name: shape for name, shape in self.index.shapes.items() if self._says(name, parameters)}
         filled = {name: value for name, value in parameters.items() if self.settings.has_experts or not is_router(name)}
         check_tensors(self.folder, wanted, {name: tuple(value.shape) for name, value in filled.items()})
         for name, parameter in filled.items():
@@ -184,6 +185,7 @@ def write_model(
         neuron_ids: which neuron lies at each position, [F] int64 by the name of every network; as numbered without.
     """
     folder = files.temporary_folder(root, 0)
+    shutil.rmtree(folder, ignore_errors=True)  # what an interrupted write left
     folder.mkdir(parents=True)
     if neuron_ids is None:
         names = ffn_names(settings.model.total_layers)

@@ -41,9 +41,9 @@ def cases(documents: dict[Path, list[Block]]) -> list[object]:
 
 
 @pytest.fixture(scope="session")
-def workplace(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def scratch(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as after `make quickstart`, beside it texts of one's own in my_text/."""
-    folder = tmp_path_factory.mktemp("documents") / "workplace"
+    folder = tmp_path_factory.mktemp("documents") / "scratch"
     shutil.copytree(ROOT / "examples", folder / "examples")
     for name in ("tools", "pretrain_ssd.py", "README.md", "docs"):
         (folder / name).symlink_to(ROOT / name)
@@ -82,9 +82,9 @@ def run(folder: Path, command: list[str], where: str) -> None:
 
 
 @pytest.mark.parametrize("document", cases(RUN))
-def test_a_document_runs_as_written(document: Path, workplace: Path, tmp_path: Path) -> None:
-    folder = tmp_path / "workplace"
-    shutil.copytree(workplace, folder, symlinks=True)
+def test_a_document_runs_as_written(document: Path, scratch: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "scratch"
+    shutil.copytree(scratch, folder, symlinks=True)
     for language, group in groupby(RUN[document], key=lambda block: block.language):
         found = list(group)
         script = folder / f"line_{found[0].line}"

@@ -6,6 +6,7 @@ import pytest
 
 from ssd_megatron.classification.finetune import Recipe, finetune
 from ssd_megatron.classification.saved_classifier import begin_classifier
+from ssd_megatron.inference.load import load
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.training.saved_model import Classification, open_model
 from tests.classification.helpers import FAMILIES, write_random_model, write_task, write_tokenizer
@@ -36,6 +37,7 @@ def test_a_classifier_keeps_its_accuracy_with_all_experts(family: str, tmp_path:
     settings = open_model(tmp_path / "moefied").settings
     assert settings.classification is not None and settings.classification.labels == ["bright", "dark"]
     assert (settings.has_experts, settings.ssd.router) == (True, "mlp")
+    load(tmp_path / "moefied", mode="sparse")  # as the language model that it also is
 
 
 def test_it_must_be_said_what_it_is_measured_on(tmp_path: Path) -> None:

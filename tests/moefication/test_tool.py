@@ -170,8 +170,15 @@ def test_sizes_that_cannot_be_are_refused(
     assert message in said(tmp_path / "no")
 
 
+def test_what_an_interrupted_start_left_is_no_hindrance(dense: Path, tmp_path: Path) -> None:
+    (tmp_path / "moefied" / ".tmp-step_00000000").mkdir(parents=True)
+    assert moefy(dense, tmp_path / "moefied", "--router", "random") == 2  # somebody's, for all that is known
+    (tmp_path / "moefied" / ".moefy").mkdir()
+    assert moefy(dense, tmp_path / "moefied", "--router", "random") == 0
+
+
 def test_a_finished_folder_is_not_written_again(dense: Path, moefied: Path) -> None:
     log = said(moefied)
     assert moefy(dense, moefied) == 2
-    assert "has a checkpoint already" in said(moefied)
+    assert "is not empty" in said(moefied)
     moefied.with_suffix(".log").write_text(log)

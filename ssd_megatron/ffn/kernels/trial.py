@@ -5,13 +5,14 @@ Shapes: T tokens, H hidden, F neurons, E experts, K experts per token.
 
 import importlib
 import importlib.util
+import warnings
 
 import torch
 from torch import Tensor
 
 from ssd_megatron.ffn.activations import ACTIVATIONS
 from ssd_megatron.ffn.bank import NeuronBank
-from ssd_megatron.ffn.kernels import sparse_ffn
+from ssd_megatron.ffn.kernels import SPECIAL, choose_backend, sparse_ffn
 
 TOKENS, HIDDEN, EXPERTS, TOP_K, EXPERT_SIZE = 192, 128, 4, 2, 64
 # Norm of the error of the output and of each gradient, relative to brute force in fp32; fp32 may compute in TF32.
@@ -35,6 +36,20 @@ def trial(backend: str, device: torch.device, dtype: torch.dtype, activation: st
         if not error <= TOLERANCE[dtype]:
             return f"{name} differs from brute force by {error:.0e}"
     return None
+
+
+def fastest_right(device: torch.device, dtype: torch.dtype, activation: str, expert_shape: tuple[int, int]) -> str:
+    """The backend that `auto` takes, of one process: torch, with a warning, if the faster one is wrong here.
+
+    Args:
+        expert_shape: neurons and hidden size of an expert.
+    """
+    backend, _ = choose_backend("auto", device, dtype, expert_shape)
+    wrong = trial(backend, device, dtype, activation) if backend in SPECIAL else None
+    if wrong is None:
+        return backend
+    warnings.warn(f"sparse kernels: torch ({backend}, which should be faster, fails its trial: {wrong})", stacklevel=2)
+    return "torch"
 
 
 def _run(backend: str, device: torch.device, dtype: torch.dtype, activation: str) -> dict[str, Tensor]:
