@@ -129,7 +129,7 @@ def round_trip(topology: Topology, root: Path, tokenizer: Path, task: Path) -> d
     ids, ids_again = source.neuron_ids(), written.neuron_ids()
     return {
         "damages": verify(folder),
-        "classifier": sorted(written.shapes.keys() - source.shapes.keys()),
+        "classifier": sorted(written.index.shapes.keys() - source.shapes.keys()),
         "changed": [name for name in source.shapes if not source.tensor(name).equal(written.tensor(name))],
         "settings": again.settings == opened.settings and again.settings.classification == TASK,
         "ids": [len(ids), all(ids[name].equal(ids_again[name]) for name in ids)],
