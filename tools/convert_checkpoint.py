@@ -20,43 +20,34 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssd_megatron.errors import ConfigError, DataError
 from ssd_megatron.export.convert import export_model, import_model
-from ssd_megatron.training.checkpoint_files import CheckpointError
 from ssd_megatron.training.checkpoint_tools import DTYPES
+from ssd_megatron.training.exit_status import exit_status
 from ssd_megatron.training.saved_model import open_model
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit status: 0 done, 1 damaged or not written, 2 it cannot be converted."""
     arguments = _parse(argv)
-    try:
-        if arguments.command == "export":
-            saved = open_model(arguments.source)
-            what = export_model(
-                saved,
-                arguments.to,
-                arguments.mode,
-                tokenizer=arguments.tokenizer,
-                dtype=DTYPES[arguments.dtype],
-            )
-            print(f"{arguments.to}: {what}, of {saved.folder}")
-        else:
-            folder = import_model(arguments.source, arguments.to, arguments.tokenizer)
-            model = open_model(folder).settings.model.model_dump(mode="json")
-            print(f"{folder}: weights of {arguments.source}; a run that starts from it has in its ds.json:")
-            print(
-                json.dumps(
-                    {"ssd_megatron": {"model": model, "checkpoint": {"start_from": str(arguments.to)}}}, indent=1
-                )
-            )
-    except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: _convert(arguments))
+
+
+def _convert(arguments: argparse.Namespace) -> None:
+    if arguments.command == "export":
+        saved = open_model(arguments.source)
+        what = export_model(
+            saved,
+            arguments.to,
+            arguments.mode,
+            tokenizer=arguments.tokenizer,
+            dtype=DTYPES[arguments.dtype],
+        )
+        print(f"{arguments.to}: {what}, of {saved.folder}")
+    else:
+        folder = import_model(arguments.source, arguments.to, arguments.tokenizer)
+        model = open_model(folder).settings.model.model_dump(mode="json")
+        print(f"{folder}: weights of {arguments.source}; a run that starts from it has in its ds.json:")
+        print(json.dumps({"ssd_megatron": {"model": model, "checkpoint": {"start_from": str(arguments.to)}}}, indent=1))
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -37,9 +37,9 @@ from ssd_megatron.inference.evaluate import (
     objective_of,
     windows,
 )
-from ssd_megatron.inference.load import DTYPES, from_saved, layer_top_k
+from ssd_megatron.inference.load import DTYPES, from_saved, variants
 from ssd_megatron.parallel.device import local_device
-from ssd_megatron.training.checkpoint_files import CheckpointError
+from ssd_megatron.training.exit_status import exit_status
 from ssd_megatron.training.saved_model import SavedModel, Settings, open_model, tokenizer_path
 
 
@@ -61,28 +61,24 @@ class Text(NamedTuple):
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit status: 0 done, 1 the checkpoint is damaged, 2 it cannot be used so."""
     arguments = _parse(argv)
-    try:
-        saved = open_model(arguments.checkpoint)
-        path, is_gpt = tokenizer_path(saved, arguments.tokenizer), saved.settings.model.family == "gpt"
-        tokenizer = load_tokenizer(path)
-        variants = _variants(saved.settings, arguments)
-        task = _windows(saved, tokenizer, arguments) if is_gpt else _samples(saved, tokenizer, path, arguments)
-        model = from_saved(saved, local_device(), DTYPES[arguments.dtype], variants[0].mode)
-        scores = evaluate(model, task.parts, variants)
-        records = [_record(score, scores[0], task.bytes) for score in scores]
-        Console().print(_table(records, scores[0].variant.label))
-        if arguments.json is not None:
-            about = {"checkpoint": str(saved.folder), "step": saved.index.step, "bytes": task.bytes}
-            about |= {"tokens": int(scores[0].counts.sum())} | task.about
-            content = json.dumps(about | {"results": records}, indent=1) + "\n"
-            write_atomically(arguments.json, content.encode())
-    except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: _evaluate(arguments))
+
+
+def _evaluate(arguments: argparse.Namespace) -> None:
+    saved = open_model(arguments.checkpoint)
+    path, is_gpt = tokenizer_path(saved, arguments.tokenizer), saved.settings.model.family == "gpt"
+    tokenizer = load_tokenizer(path)
+    wanted = _variants(saved.settings, arguments)
+    task = _windows(saved, tokenizer, arguments) if is_gpt else _samples(saved, tokenizer, path, arguments)
+    model = from_saved(saved, local_device(), DTYPES[arguments.dtype], wanted[0].mode)
+    scores = evaluate(model, task.parts, wanted)
+    records = [_record(score, scores[0], task.bytes) for score in scores]
+    Console().print(_table(records, scores[0].variant.label))
+    if arguments.json is not None:
+        about = {"checkpoint": str(saved.folder), "step": saved.index.step, "bytes": task.bytes}
+        about |= {"tokens": int(scores[0].counts.sum())} | task.about
+        content = json.dumps(about | {"results": records}, indent=1) + "\n"
+        write_atomically(arguments.json, content.encode())
 
 
 def _windows(saved: SavedModel, tokenizer: Tokenizer, arguments: argparse.Namespace) -> Task:
@@ -114,21 +110,9 @@ def _samples(saved: SavedModel, tokenizer: Tokenizer, path: Path, arguments: arg
 
 
 def _variants(settings: Settings, arguments: argparse.Namespace) -> list[Variant]:
-    modes = arguments.mode.split(",") if arguments.mode else ["dense", "sparse"] if settings.has_experts else ["dense"]
-    unknown = [mode for mode in modes if mode not in ("dense", "sparse")]
-    if unknown:
-        raise ConfigError(f"mode ({unknown[0]}) must be dense or sparse")
-    if "sparse" not in modes and arguments.top_k:
-        raise ConfigError(f"top_k ({arguments.top_k}) has no effect without mode sparse")
-    if "sparse" in modes and not settings.has_experts:
-        raise ConfigError("mode (sparse) needs experts, which this model never formed: use dense")
-    found = [Variant("dense", [], "dense")] if "dense" in modes else []
-    if "sparse" in modes:
-        means = [float(number) for number in arguments.top_k.split(",")] if arguments.top_k else [None]
-        for mean in means:
-            top_k = layer_top_k(settings, mean)
-            found.append(Variant("sparse", top_k, f"sparse, top_k {sum(top_k) / len(top_k):g}"))
-    return found
+    means = map(float, arguments.top_k.split(",")) if arguments.top_k else [None]
+    found = variants(settings, arguments.mode, means, {"top_k": arguments.top_k})
+    return [Variant("sparse" if top_k else "dense", top_k or [], label) for label, top_k in found]
 
 
 def _texts(arguments: argparse.Namespace, tokenizer: Tokenizer) -> Iterator[Text]:

@@ -14,12 +14,11 @@ from dataclasses import asdict, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ssd_megatron.errors import ConfigError, DataError
+from ssd_megatron.errors import ConfigError
 
 if TYPE_CHECKING:
     from ssd_megatron.classification.finetune import Epoch, Recipe
     from ssd_megatron.classification.labelled import Columns
-    from ssd_megatron.classification.saved_classifier import Opened
     from ssd_megatron.parallel.topology import Topology
 
 EXAMPLE = """examples:
@@ -33,28 +32,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit status: 0 done, 1 the checkpoint is damaged, 2 it cannot be used so."""
     arguments = _parse(argv)
     # After the arguments: importing torch and DeepSpeed takes seconds.
+    from ssd_megatron.training.exit_status import exit_status
+
+    return exit_status(lambda: _run(arguments))
+
+
+def _run(arguments: argparse.Namespace) -> None:
     from ssd_megatron.files import write_atomically
     from ssd_megatron.parallel.device import share_cores
     from ssd_megatron.parallel.topology import initialize_topology, leave_topology
-    from ssd_megatron.training.checkpoint_files import CheckpointError
     from ssd_megatron.training.checkpoint_tools import find_checkpoint
 
-    try:
-        _refuse_without_effect(arguments)
-        folder = find_checkpoint(arguments.start or arguments.evaluate)
-        share_cores()
-        topology = initialize_topology()
-        result = (_finetune if arguments.start else _evaluate)(arguments, folder, topology)
-        leave_topology()
-        if arguments.json is not None:
-            write_atomically(arguments.json, f"{json.dumps(result, indent=1)}\n".encode())
-    except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    _refuse_without_effect(arguments)
+    folder = find_checkpoint(arguments.start or arguments.evaluate)
+    share_cores()
+    topology = initialize_topology()
+    result = (_finetune if arguments.start else _evaluate)(arguments, folder, topology)
+    leave_topology()
+    if arguments.json is not None:
+        write_atomically(arguments.json, f"{json.dumps(result, indent=1)}\n".encode())
 
 
 def _finetune(arguments: argparse.Namespace, source: Path, topology: "Topology") -> dict[str, Any]:
@@ -121,15 +117,17 @@ def _evaluate(arguments: argparse.Namespace, folder: Path, topology: "Topology")
 
     from ssd_megatron.classification.classifier import accuracy
     from ssd_megatron.classification.saved_classifier import open_classifier
+    from ssd_megatron.inference.load import variants
 
     opened = open_classifier(folder, topology, arguments.tokenizer)
-    variants = _variants(arguments, opened)
+    only_sparse = {name: getattr(arguments, name) for name in ("top_k", "router")}
+    found = variants(opened.settings, arguments.mode, arguments.top_k or [None], only_sparse)
     data = opened.read(arguments.dev, _columns(arguments))
     if arguments.router == "recomputed":
         opened.classifier.recompute_routers()
     table = Table("variant", "accuracy", "loss")
     results = []
-    for name, top_k in variants:
+    for name, top_k in found:
         opened.classifier.use("sparse" if top_k else "dense", top_k)
         score = accuracy(opened.classifier, data.samples)
         table.add_row(name, _shown(score.accuracy, score.error), f"{score.loss:.4f}")
@@ -155,27 +153,6 @@ def _evaluate(arguments: argparse.Namespace, folder: Path, topology: "Topology")
         "router": arguments.router or "as_saved",
         "results": results,
     }
-
-
-def _variants(arguments: argparse.Namespace, opened: "Opened") -> list[tuple[str, list[int] | None]]:
-    """Names, and experts per token of each layer; None: dense."""
-    from ssd_megatron.inference.load import layer_top_k
-
-    settings = opened.settings
-    modes = (arguments.mode or ("dense,sparse" if settings.has_experts else "dense")).split(",")
-    unknown = [mode for mode in modes if mode not in ("dense", "sparse")]
-    if unknown:
-        raise ConfigError(f"mode ({unknown[0]}) must be dense or sparse")
-    if "sparse" in modes and not settings.has_experts:
-        raise ConfigError("mode (sparse) needs experts, which this model never formed: use dense")
-    for name in ("top_k", "router"):
-        if "sparse" not in modes and getattr(arguments, name):
-            raise ConfigError(f"{name} ({getattr(arguments, name)}) has no effect without mode sparse")
-    found: list[tuple[str, list[int] | None]] = [("dense", None)] if "dense" in modes else []
-    for mean in (arguments.top_k or [None]) if "sparse" in modes else []:
-        top_k = layer_top_k(settings, mean)
-        found.append((f"sparse, top_k {sum(top_k) / len(top_k):g}", top_k))
-    return found
 
 
 def _recipe(arguments: argparse.Namespace) -> "Recipe":

@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ssd_megatron.data.tokenizers import Tokenizer, load_tokenizer
-from ssd_megatron.errors import ConfigError, DataError
+from ssd_megatron.errors import ConfigError
 from ssd_megatron.files import write_atomically
 from ssd_megatron.inference.bert import MaskedModel, fill
 from ssd_megatron.inference.ffn import MODES
@@ -31,7 +31,7 @@ from ssd_megatron.inference.sampling import Sampling
 from ssd_megatron.inference.t5 import EncoderDecoder
 from ssd_megatron.inference.text import Piece, answer, complete
 from ssd_megatron.parallel.device import detect_hardware, local_device
-from ssd_megatron.training.checkpoint_files import CheckpointError
+from ssd_megatron.training.exit_status import exit_status
 from ssd_megatron.training.saved_model import open_model, tokenizer_path
 
 GUESSES = 5
@@ -51,24 +51,20 @@ GENERATION: dict[str, Any] = {
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit status: 0 done, 1 the checkpoint is damaged, 2 it cannot be used so."""
     arguments = _parse(argv)
-    try:
-        saved = open_model(arguments.checkpoint)
-        path = tokenizer_path(saved, arguments.tokenizer)
-        tokenizer = load_tokenizer(path)
-        dtype = DTYPES[arguments.dtype or ("bf16" if detect_hardware().bf16 else "fp32")]
-        model = from_saved(saved, local_device(), dtype, arguments.mode, arguments.top_k)
-        run = _runner(model, tokenizer, path, arguments)
-        common = {"checkpoint": str(saved.folder), "mode": arguments.mode}
-        records = [common | run(prompts) for prompts in _prompts(arguments)]
-        if arguments.json is not None:
-            write_atomically(arguments.json, (json.dumps(records, indent=1, ensure_ascii=False) + "\n").encode())
-    except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: _generate(arguments))
+
+
+def _generate(arguments: argparse.Namespace) -> None:
+    saved = open_model(arguments.checkpoint)
+    path = tokenizer_path(saved, arguments.tokenizer)
+    tokenizer = load_tokenizer(path)
+    dtype = DTYPES[arguments.dtype or ("bf16" if detect_hardware().bf16 else "fp32")]
+    model = from_saved(saved, local_device(), dtype, arguments.mode, arguments.top_k)
+    run = _runner(model, tokenizer, path, arguments)
+    common = {"checkpoint": str(saved.folder), "mode": arguments.mode}
+    records = [common | run(prompts) for prompts in _prompts(arguments)]
+    if arguments.json is not None:
+        write_atomically(arguments.json, (json.dumps(records, indent=1, ensure_ascii=False) + "\n").encode())
 
 
 def _runner(

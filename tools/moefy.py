@@ -24,7 +24,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 from rich.table import Table
 
 from ssd_megatron.classification.saved_classifier import classifier_of
-from ssd_megatron.errors import ConfigError, DataError
+from ssd_megatron.errors import ConfigError
 from ssd_megatron.export.convert import import_model
 from ssd_megatron.files import LOCK, locked, require_empty, write_atomically
 from ssd_megatron.moefication.classification_task import ClassificationTask
@@ -41,7 +41,8 @@ from ssd_megatron.moefication.layers import ROUTERS
 from ssd_megatron.moefication.splits import SPLITS
 from ssd_megatron.moefication.task import LanguageTask, Task, data_of
 from ssd_megatron.parallel.topology import Topology, initialize_topology, leave_topology
-from ssd_megatron.training.checkpoint_files import CheckpointError, checkpoints
+from ssd_megatron.training.checkpoint_files import checkpoints
+from ssd_megatron.training.exit_status import exit_status
 from ssd_megatron.training.model_alone import load_alone
 from ssd_megatron.training.plots import png
 from ssd_megatron.training.saved_model import SavedModel, open_model
@@ -56,16 +57,7 @@ SHARE = 0.2  # of the experts that a token computes, by default
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit status: 0 done, 1 damaged or not written, 2 it cannot be done so."""
     arguments = _parse(argv)
-
-    try:
-        _moefy(arguments)
-    except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    return exit_status(lambda: _moefy(arguments))
 
 
 def _moefy(arguments: argparse.Namespace) -> None:

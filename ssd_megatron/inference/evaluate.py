@@ -24,8 +24,6 @@ from ssd_megatron.data.tokenizers import Tokenizer
 from ssd_megatron.inference.model import Model
 from ssd_megatron.training.saved_model import SavedModel
 
-# Of section `data`, what a sample is made by.
-OBJECTIVE_FIELDS = ("mask_fraction", "mean_span_length", "mask_token_fraction", "random_token_fraction", "whole_words")
 CONFIDENCE = 1.96  # standard errors on both sides of a mean for 95 %, of a normal distribution
 
 
@@ -120,9 +118,8 @@ def objective_of(saved: SavedModel, tokenizer: Tokenizer, path: Path) -> Objecti
     Raises:
         DataError: the tokenizer lacks a token that the objective needs.
     """
-    identity = saved.index.values["identity"]
-    known = {name: identity[f"data.{name}"] for name in OBJECTIVE_FIELDS if f"data.{name}" in identity}
-    return make_objective(saved.settings.model, DataConfig(tokenizer=path, **known), tokenizer, seed=0)
+    data = DataConfig(tokenizer=path) if saved.data is None else saved.data
+    return make_objective(saved.settings.model, data.model_copy(update={"tokenizer": path}), tokenizer, seed=0)
 
 
 def masked_samples(tokens: Sequence[int], objective: Objective) -> Iterator[MaskedSample]:

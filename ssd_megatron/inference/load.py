@@ -1,6 +1,6 @@
 """Checkpoints as models to use: any layout's onto one device."""
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -72,6 +72,35 @@ def from_saved(
             ffn.bank.neuron_ids.copy_(neuron_ids[name])
     model.set_mode(mode)
     return model
+
+
+def variants(
+    settings: Settings, modes: str | None, means: Iterable[float | None], only_sparse: Mapping[str, object]
+) -> list[tuple[str, list[int] | None]]:
+    """The ways to run a model that are asked for: what people call each, and experts per token of each layer, None of
+    dense mode.
+
+    Args:
+        modes: dense, sparse, or both with a comma; None: what the model can.
+        means: of the sparse ways, each as `layer_top_k` takes it.
+        only_sparse: what else was asked for and has no effect in dense mode, by name.
+    Raises:
+        ConfigError: the model cannot run so.
+    """
+    names = (modes or ("dense,sparse" if settings.has_experts else "dense")).split(",")
+    unknown = [name for name in names if name not in ("dense", "sparse")]
+    if unknown:
+        raise ConfigError(f"mode ({unknown[0]}) must be dense or sparse")
+    for name, value in only_sparse.items():
+        if "sparse" not in names and value:
+            raise ConfigError(f"{name} ({value}) has no effect without mode sparse")
+    if "sparse" in names and not settings.has_experts:
+        raise ConfigError("mode (sparse) needs experts, which this model never formed: use dense")
+    found: list[tuple[str, list[int] | None]] = [("dense", None)] if "dense" in names else []
+    for mean in means if "sparse" in names else ():
+        top_k = layer_top_k(settings, mean)
+        found.append((f"sparse, top_k {sum(top_k) / len(top_k):g}", top_k))
+    return found
 
 
 def layer_top_k(settings: Settings, top_k: float | Sequence[int] | None) -> list[int]:
