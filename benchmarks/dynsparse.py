@@ -42,7 +42,7 @@ Arm = tuple[str, dict[str, Any]]  # name, and settings of the section
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_for(__doc__)
-    parser.add_argument("--family", default="gpt")
+    parser.add_argument("--family", choices=("gpt", "bert"), default="gpt")
     parser.add_argument("--layers", type=int, default=4)
     parser.add_argument("--hidden", type=int, default=256)
     parser.add_argument("--sparsities", type=float, nargs="+", default=[0.5, 0.9])
@@ -58,7 +58,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.quick:
         arguments.layers, arguments.hidden, arguments.sparsities, arguments.blocks = 2, 64, [0.9], [16]
         arguments.steps, arguments.updates, arguments.out = 20, 5, arguments.out / "quick"
-    make_embedded_corpus()
+    make_embedded_corpus(arguments.family)
     return 0 if report("sparse weights", rows(arguments), arguments.json) else 1
 
 
@@ -114,10 +114,10 @@ def config_of(arguments: Any, out: Path, arm: Arm, rate: float = 1.0) -> dict[st
     """The ds.json of one arm, in a folder of its own below `out`."""
     name, settings = arm
     folder = out / (name if rate == 1 else f"{name}-rate-{rate:g}")
-    config = base_config(arguments.steps, arguments.seed, folder, SEQ_LENGTH)
+    config = base_config(arguments.steps, arguments.seed, folder, SEQ_LENGTH, arguments.family)
     config["optimizer"]["params"]["lr"] *= rate
     section = config["ssd_megatron"]
-    section["model"] |= {"family": arguments.family} | _shape(arguments, arguments.hidden)
+    section["model"] |= _shape(arguments, arguments.hidden)
     section["ssd"] = {"schedule": "dense", "num_experts": 8, "check_interval": arguments.steps}
     section["training"]["eval_interval"] = max(10, arguments.steps // 5)
     section["logging"] = {"plots": False}
@@ -166,8 +166,9 @@ def _shape(arguments: Any, hidden: int) -> dict[str, int]:
 
 
 def _flops(arguments: Any, hidden: int, live: float = 1.0) -> float:
-    common = base_config(arguments.steps, arguments.seed, Path("run"), SEQ_LENGTH)["ssd_megatron"]["model"]
-    return flops_per_token(ModelConfig(**common | _shape(arguments, hidden)), SSDConfig(), live).dense
+    config = base_config(arguments.steps, arguments.seed, Path("run"), SEQ_LENGTH, arguments.family)
+    model = config["ssd_megatron"]["model"]
+    return flops_per_token(ModelConfig(**model | _shape(arguments, hidden)), SSDConfig(), live).dense
 
 
 def _draw(out: Path) -> None:

@@ -25,6 +25,7 @@ from ssd_megatron.ffn.routers import router_weights_from_bank
 from ssd_megatron.inference.ffn import Experts, Mode
 from ssd_megatron.inference.generate import generate
 from ssd_megatron.inference.model import CausalModel
+from ssd_megatron.inference.place import Place
 from ssd_megatron.inference.sampling import Sampling
 from ssd_megatron.model.cost import Layer, ffn_matrices, forward_flops, parameter_counts
 
@@ -74,7 +75,7 @@ def build(config: ModelConfig, dtype: torch.dtype) -> CausalModel:
         "auto", torch.device("cpu"), dtype, (config.ffn_hidden_size // EXPERTS, config.hidden_size)
     )
     experts = Experts(EXPERTS, "centroid", "straight_through", balance_bias=False, backend=backend)
-    model = CausalModel(config, experts, dtype=dtype, device=torch.device("cpu"))
+    model = CausalModel(config, experts, Place(dtype, torch.device("cpu")))
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:
             parameter.normal_(std=config.hidden_size**-0.5)

@@ -10,9 +10,16 @@ from typing import Any
 ROOT = Path(__file__).resolve().parents[1]
 
 
-def make_embedded_corpus() -> None:
-    """data/embedded: the corpus and tokenizer that every machine can make; at once if they are there."""
-    subprocess.run([sys.executable, "tools/embedded_corpus.py", "--out", "data/embedded"], cwd=ROOT, check=True)
+def make_embedded_corpus(family: str = "gpt") -> None:
+    """The corpus and tokenizer that every machine can make; at once if they are there."""
+    reserve = [] if family == "gpt" else ["--reserve", family]
+    command = [sys.executable, "tools/embedded_corpus.py", "--out", embedded_corpus(family), *reserve]
+    subprocess.run(command, cwd=ROOT, check=True)
+
+
+def embedded_corpus(family: str) -> str:
+    """Its folder; the tokenizers of BERT and T5 reserve tokens."""
+    return "data/embedded" if family == "gpt" else f"data/embedded-{family}"
 
 
 def is_finished(run_dir: Path) -> bool:

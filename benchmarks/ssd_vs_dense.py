@@ -1,6 +1,7 @@
 """Does SSD reach the dense loss with fewer FLOPs? Real runs on the embedded corpus, same data and steps for each arm.
 
     python -m benchmarks.ssd_vs_dense --out runs/ssd_vs_dense [--seeds 1 2 3] [--steps 1000] [--jobs 2] [--quick]
+    python -m benchmarks.ssd_vs_dense --out runs/bert --family bert
     python -m benchmarks.ssd_vs_dense --out runs/granularity --granularity 8 32 128
 
 Arms: `dense`; `ssd` (adaptive schedule); `sparse` (experts from the first step to the last); `convert` (experts from
@@ -23,7 +24,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.runs import finish_run, is_finished, make_embedded_corpus
+from benchmarks.runs import embedded_corpus, finish_run, is_finished, make_embedded_corpus
 from ssd_megatron.switching.schedule import PhaseSpan
 from ssd_megatron.training.metrics import phases_of, read_metrics
 
@@ -47,8 +48,9 @@ class Result:
     seconds: float
 
 
-def base_config(steps: int, seed: int, run_dir: Path, seq_length: int) -> dict[str, Any]:
-    """4 layers, hidden 256, d_ff 1024 in 32 experts of which 8 are computed; 2,048 tokens a step."""
+def base_config(steps: int, seed: int, run_dir: Path, seq_length: int, family: str = "gpt") -> dict[str, Any]:
+    """4 layers (of T5 2 and 2), hidden 256, d_ff 1024 in 32 experts of which 8 are computed; 2,048 tokens a step."""
+    corpus, t5 = embedded_corpus(family), {"num_layers": 2, "decoder_seq_length": seq_length // 4}
     return {
         "train_batch_size": TOKENS // seq_length,
         "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}},
@@ -62,16 +64,18 @@ def base_config(steps: int, seed: int, run_dir: Path, seq_length: int) -> dict[s
             "run_dir": str(run_dir),
             "seed": seed,
             "model": {
+                "family": family,
                 "num_layers": 4,
                 "hidden_size": 256,
                 "num_attention_heads": 4,
                 "ffn_hidden_size": 1024,
                 "seq_length": seq_length,
                 "vocab_size": 4096,
-            },
+            }
+            | (t5 if family == "t5" else {}),
             "data": {
-                "paths": ["data/embedded/corpus"],
-                "tokenizer": "data/embedded/tokenizer.model",
+                "paths": [f"{corpus}/corpus"],
+                "tokenizer": f"{corpus}/tokenizer.model",
                 "split": "949,50,1",
                 "cache_dir": str(run_dir.parent / "data_cache"),
             },
@@ -102,10 +106,10 @@ def arm_settings(arm: str, steps: int, ssd_phases: Sequence[PhaseSpan]) -> dict[
     return {"schedule": arm}
 
 
-def run_arm(out: Path, arm: str, seed: int, steps: int, threads: int, seq_length: int) -> Result:
+def run_arm(out: Path, arm: str, seed: int, steps: int, threads: int, seq_length: int, family: str) -> Result:
     """Run, or resume, or take the finished run of one arm and seed."""
     run_dir = _run_dir(out, arm, seed)
-    config = base_config(steps, seed, run_dir, seq_length)
+    config = base_config(steps, seed, run_dir, seq_length, family)
     if not is_finished(run_dir):
         follows = arm == "convert" or arm.startswith(TILES)
         phases = phases_of(read_metrics(_run_dir(out, "ssd", seed))) if follows else []
@@ -201,18 +205,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, each with its share of the cores")
     parser.add_argument("--quick", action="store_true", help="one seed, 50 steps: shows that it works, not how well")
+    parser.add_argument("--family", choices=("gpt", "bert", "t5"), default="gpt")
     parser.add_argument("--granularity", type=int, nargs="+", default=[], help="tokens that share their experts")
     arguments = parser.parse_args(argv)
     seeds, steps = ([1], 50) if arguments.quick else (arguments.seeds, arguments.steps)
     out = arguments.out.resolve()
-    make_embedded_corpus()
+    make_embedded_corpus(arguments.family)
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
     following = tuple(f"{TILES}{size}" for size in arguments.granularity) or FOLLOWING
     seq_length = 512 if arguments.granularity else 128
     results: list[Result] = []
     with ThreadPoolExecutor(arguments.jobs) as pool:
         for arms in (FIRST, following):
-            runs = [pool.submit(run_arm, out, arm, seed, steps, threads, seq_length) for seed in seeds for arm in arms]
+            common = (steps, threads, seq_length, arguments.family)
+            runs = [pool.submit(run_arm, out, arm, seed, *common) for seed in seeds for arm in arms]
             results += [run.result() for run in runs]
     arms = FIRST + following
     rows = table_rows(results, arms)

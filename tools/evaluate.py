@@ -6,7 +6,8 @@
 DIR is a run_dir, of which the newest checkpoint is taken, or the folder of one checkpoint. Texts are files or folders
 as tools/preprocess_data.py reads them; PREFIX is what it has written. Intervals are of 95 %, with windows taken as
 independent; one window alone has none. Of BERT and T5 the loss is that of masked tokens and of spans, in samples as in
-training, the same ones each time; bits per byte are of a GPT alone.
+training, the same ones each time; bits per byte are of a GPT alone. Several processes that a launcher starts use the
+model together (tensor parallel).
 """
 
 import argparse
@@ -38,6 +39,7 @@ from ssd_megatron.inference.evaluate import (
     windows,
 )
 from ssd_megatron.inference.load import DTYPES, from_saved, variants
+from ssd_megatron.inference.place import launched_group
 from ssd_megatron.parallel.device import local_device
 from ssd_megatron.training.exit_status import exit_status
 from ssd_megatron.training.saved_model import SavedModel, Settings, open_model, tokenizer_path
@@ -65,16 +67,21 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _evaluate(arguments: argparse.Namespace) -> None:
+    for name in ("window", "stride", "max_tokens"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} ({value}) must be at least 1")
     saved = open_model(arguments.checkpoint)
     path, is_gpt = tokenizer_path(saved, arguments.tokenizer), saved.settings.model.family == "gpt"
     tokenizer = load_tokenizer(path)
     wanted = _variants(saved.settings, arguments)
     task = _windows(saved, tokenizer, arguments) if is_gpt else _samples(saved, tokenizer, path, arguments)
-    model = from_saved(saved, local_device(), DTYPES[arguments.dtype], wanted[0].mode)
-    scores = evaluate(model, task.parts, wanted)
-    records = [_record(score, scores[0], task.bytes) for score in scores]
-    Console().print(_table(records, scores[0].variant.label))
-    if arguments.json is not None:
+    with launched_group() as group:
+        model = from_saved(saved, local_device(), DTYPES[arguments.dtype], wanted[0].mode, group=group)
+        scores = evaluate(model, task.parts, wanted)
+        records = [_record(score, scores[0], task.bytes) for score in scores]
+        Console().print(_table(records, scores[0].variant.label))
+    if arguments.json is not None and model.place.rank == 0:
         about = {"checkpoint": str(saved.folder), "step": saved.index.step, "bytes": task.bytes}
         about |= {"tokens": int(scores[0].counts.sum())} | task.about
         content = json.dumps(about | {"results": records}, indent=1) + "\n"
@@ -110,7 +117,10 @@ def _samples(saved: SavedModel, tokenizer: Tokenizer, path: Path, arguments: arg
 
 
 def _variants(settings: Settings, arguments: argparse.Namespace) -> list[Variant]:
-    means = map(float, arguments.top_k.split(",")) if arguments.top_k else [None]
+    try:
+        means = [None] if arguments.top_k is None else [float(mean) for mean in arguments.top_k.split(",")]
+    except ValueError as error:
+        raise ConfigError(f"top_k ({arguments.top_k}) must be numbers with commas between them") from error
     found = variants(settings, arguments.mode, means, {"top_k": arguments.top_k})
     return [Variant("sparse" if top_k else "dense", top_k or [], label) for label, top_k in found]
 

@@ -8,6 +8,9 @@ with sentinels is what they stand for.
     python tools/generate.py --checkpoint DIR --prompt "A <extra_id_0> text" --greedy     of a T5
 
 DIR is a run_dir, of which the newest checkpoint is taken, or the folder of one checkpoint. FILE has a prompt a line.
+A model that is too large for one device, or should be faster, is used by several processes together (tensor parallel):
+
+    torchrun --nproc_per_node 2 tools/generate.py --checkpoint DIR --prompt TEXT
 """
 
 import argparse
@@ -27,6 +30,7 @@ from ssd_megatron.inference.ffn import MODES
 from ssd_megatron.inference.load import DTYPES, from_saved
 from ssd_megatron.inference.marks import MarkedTokenizer, bert_tokenizer, t5_tokenizer
 from ssd_megatron.inference.model import CausalModel, Model
+from ssd_megatron.inference.place import launched_group
 from ssd_megatron.inference.sampling import Sampling
 from ssd_megatron.inference.t5 import EncoderDecoder
 from ssd_megatron.inference.text import Piece, answer, complete
@@ -55,15 +59,20 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
+    if arguments.batch_size < 1:
+        raise ConfigError(f"batch_size ({arguments.batch_size}) must be at least 1")
     saved = open_model(arguments.checkpoint)
     path = tokenizer_path(saved, arguments.tokenizer)
     tokenizer = load_tokenizer(path)
     dtype = DTYPES[arguments.dtype or ("bf16" if detect_hardware().bf16 else "fp32")]
-    model = from_saved(saved, local_device(), dtype, arguments.mode, arguments.top_k)
-    run = _runner(model, tokenizer, path, arguments)
     common = {"checkpoint": str(saved.folder), "mode": arguments.mode}
-    records = [common | run(prompts) for prompts in _prompts(arguments)]
-    if arguments.json is not None:
+    with launched_group() as group:
+        if group is not None and arguments.prompt is None and arguments.prompts is None:
+            raise ConfigError(f"{group.size} processes cannot ask for prompts: give --prompt or --prompts")
+        model = from_saved(saved, local_device(), dtype, arguments.mode, arguments.top_k, group)
+        run = _runner(model, tokenizer, path, arguments)
+        records = [common | run(prompts) for prompts in _prompts(arguments)]
+    if arguments.json is not None and model.place.rank == 0:
         write_atomically(arguments.json, (json.dumps(records, indent=1, ensure_ascii=False) + "\n").encode())
 
 

@@ -6,7 +6,6 @@ Shapes: T tokens, H hidden.
 from dataclasses import dataclass
 from typing import Literal
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -15,6 +14,8 @@ from ssd_megatron.ffn.kernels import sparse_ffn
 from ssd_megatron.ffn.kernels.decode import MOST_TOKENS, few_tokens_ffn
 from ssd_megatron.ffn.router_kinds import RouterKind
 from ssd_megatron.ffn.routers import Router, Seen
+from ssd_megatron.ffn.routes import within
+from ssd_megatron.inference.place import Place
 
 Mode = Literal["dense", "sparse", "auto"]
 MODES: tuple[Mode, ...] = ("dense", "sparse", "auto")
@@ -45,6 +46,7 @@ class FeedForward(nn.Module):
 
     Args:
         layer: number of the layer; hashes of different layers differ.
+        place: each rank has some of the neurons.
     """
 
     def __init__(
@@ -55,12 +57,21 @@ class FeedForward(nn.Module):
         add_bias: bool,
         experts: Experts | None,
         layer: int,
-        *,
-        dtype: torch.dtype,
-        device: torch.device,
+        place: Place,
     ) -> None:
         super().__init__()
-        self.bank = NeuronBank(hidden_size, num_neurons, activation, add_bias, dtype=dtype, device=device)
+        dtype, device = place.dtype, place.device
+        self.bank = NeuronBank(
+            hidden_size,
+            num_neurons,
+            activation,
+            add_bias,
+            home=place.rank,
+            homes=place.ranks,
+            dtype=dtype,
+            device=device,
+        )
+        self.place = place
         self.experts = experts
         self.router = None
         if experts is not None:
@@ -94,6 +105,7 @@ class FeedForward(nn.Module):
             keys_T: int64, ids or positions of the tokens, for a router that goes by them.
         """
         y_TH = self._sparse(x_TH, keys_T) if self._is_sparse(x_TH) else self._dense(x_TH)
+        y_TH = self.place.sum("feed-forward network", y_TH)
         return y_TH if self.bank.b_out is None else y_TH + self.bank.b_out
 
     def _is_sparse(self, x_TH: Tensor) -> bool:
@@ -111,7 +123,9 @@ class FeedForward(nn.Module):
     def _sparse(self, x_TH: Tensor, keys_T: Tensor | None) -> Tensor:
         assert self.router is not None and self.experts is not None
         ids_TK, gates_TK, scaled = self.router.route(x_TH, self._seen(self.router.kind, self.experts.count, keys_T))
-        tensors, activation, count = self.bank.tensors(), self.bank.activation, self.experts.count
+        tensors, activation, count = self.bank.tensors(), self.bank.activation, self.place.part(self.experts.count)
+        if self.place.ranks > 1:
+            ids_TK = within(ids_TK, self.place.rank * count, count)
         if len(x_TH) <= MOST_TOKENS and not scaled:
             if x_TH.device.type == "cpu":
                 return few_tokens_ffn(x_TH, ids_TK, tensors, activation, count)
@@ -125,7 +139,11 @@ class FeedForward(nn.Module):
     def _seen(self, kind: RouterKind, count: int, keys_T: Tensor | None) -> Seen:
         """What the router looks at beside the inputs. The weights do not change: what follows from them is kept."""
         if self._known is None:
-            means_EH = self.bank.expert_means(count) if kind.reads == "means" else None
-            position_E = self.bank.expert_numbers(count).argsort() if kind.by_identity else None
-            self._known = Seen(means_EH, self.bank.tensors(), self.bank.activation, None, position_E)
+            bank, place, means_EH, neurons = self.bank, self.place, None, None
+            if kind.reads == "means":
+                means_EH = place.all_rows("means of experts", bank.expert_means(place.part(count)))
+            if kind.reads == "neurons":
+                neurons = bank.tensors().each(lambda shard: place.all_rows("neurons", shard))
+            position_E = bank.expert_numbers(count).argsort() if kind.by_identity else None
+            self._known = Seen(means_EH, neurons, bank.activation, None, position_E)
         return self._known._replace(keys_T=keys_T)

@@ -1,7 +1,8 @@
-"""The layers of a trained model on one device, for use: no process group, no gradients; keys and values may be kept.
+"""The layers of a trained model, for use: no gradients; keys and values may be kept. Of what `Place` deals out over
+tensor-parallel ranks each has its part.
 
 The arithmetic is that of `model/` (tests compare logits). Shapes: b batch, s new tokens, S tokens that they look at, h
-hidden, n query heads, g key/value heads, r = n / g, d head size.
+hidden, n query heads, g key/value heads, r = n / g, d head size; n and g are those of this rank.
 """
 
 from typing import NamedTuple
@@ -12,8 +13,10 @@ from torch import Tensor, nn
 
 from ssd_megatron.config.schema import ModelConfig
 from ssd_megatron.ffn.kernels.decode import linear_row
+from ssd_megatron.ffn.routes import within
 from ssd_megatron.inference.cache import KeyValueCache, View
 from ssd_megatron.inference.ffn import Experts, FeedForward
+from ssd_megatron.inference.place import Place
 from ssd_megatron.model.cost import qkv_size
 from ssd_megatron.model.heads import SentenceHead, Transform
 from ssd_megatron.model.norms import make_norm
@@ -31,32 +34,47 @@ class Context(NamedTuple):
 class Table(nn.Module):
     """Rows by ids."""
 
-    def __init__(self, rows: int, columns: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, rows: int, columns: int, place: Place) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(rows, columns, dtype=dtype, device=device))
+        self.weight = place.parameter(rows, columns)
 
     def forward(self, ids: Tensor) -> Tensor:
         return F.embedding(ids, self.weight)
 
 
+class SharedTable(nn.Module):
+    """The same, of which each rank has some of the rows."""
+
+    def __init__(self, rows: int, columns: int, place: Place) -> None:
+        super().__init__()
+        self.place = place
+        self.weight = place.rows(rows, columns)
+
+    def forward(self, ids: Tensor) -> Tensor:
+        if self.place.ranks == 1:
+            return F.embedding(ids, self.weight)
+        rows = len(self.weight)
+        mine = within(ids, self.place.rank * rows, rows)
+        found = F.embedding(mine.clamp(min=0), self.weight).masked_fill((mine < 0)[..., None], 0)
+        return self.place.sum("word embeddings", found)
+
+
 class Embedding(nn.Module):
     """Tokens, and what a family adds to them; the tables of T5's position biases."""
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, place: Place) -> None:
         super().__init__()
         h = config.hidden_size
-        self.word = Table(config.padded_vocab_size, h, dtype=dtype, device=device)
+        self.word = SharedTable(config.padded_vocab_size, h, place)
         learned, kinds = config.position_embedding == "learned", config.num_token_types
-        self.position = Table(config.seq_length, h, dtype=dtype, device=device) if learned else None
-        self.token_type = Table(kinds, h, dtype=dtype, device=device) if kinds else None
+        self.position = Table(config.seq_length, h, place) if learned else None
+        self.token_type = Table(kinds, h, place) if kinds else None
         self.position_bias = None
         if config.position_embedding == "relative":
             shape = (config.relative_attention_num_buckets, config.num_attention_heads)
-            tables = {
-                name: nn.Parameter(torch.empty(shape, dtype=dtype, device=device)) for name in ("encoder", "decoder")
-            }
+            tables = {name: place.parameter(*shape) for name in ("encoder", "decoder")}
             self.position_bias = nn.ParameterDict(tables)
-        self.norm = make_norm(config).to(device, dtype) if config.norm_position == "post" else None
+        self.norm = _norm(config, place) if config.norm_position == "post" else None
 
     def forward(self, tokens_bs: Tensor, positions_bs: Tensor, token_types_bs: Tensor | None = None) -> Tensor:
         """Hidden states [b, s, h]; tokens are of the first kind unless something else is said."""
@@ -75,14 +93,15 @@ class Head(nn.Module):
         word: the embedding's weight, which is the head's if they are tied.
     """
 
-    def __init__(self, config: ModelConfig, word: nn.Parameter, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, word: nn.Parameter, place: Place) -> None:
         super().__init__()
-        is_bert = config.family == "bert"
-        self.norm = make_norm(config).to(device, dtype) if config.norm_position == "pre" else None
-        self.transform = Transform(config).to(device, dtype) if is_bert else None
-        self.weight = word if config.tie_embeddings else nn.Parameter(torch.empty_like(word))
-        self.bias = nn.Parameter(torch.empty_like(word[:, 0])) if is_bert else None
-        self.sentence = SentenceHead(config).to(device, dtype) if config.predicts_sentences else None
+        is_bert, rows = config.family == "bert", config.padded_vocab_size
+        self.place = place
+        self.norm = _norm(config, place) if config.norm_position == "pre" else None
+        self.transform = Transform(config).to(place.device, place.dtype) if is_bert else None
+        self.weight = word if config.tie_embeddings else place.rows(rows, config.hidden_size)
+        self.bias = place.rows(rows) if is_bert else None
+        self.sentence = SentenceHead(config).to(place.device, place.dtype) if config.predicts_sentences else None
 
     def forward(self, x_bsh: Tensor) -> Tensor:
         """fp32 [b, s, vocabulary]."""
@@ -90,25 +109,23 @@ class Head(nn.Module):
             x_bsh = self.norm(x_bsh)
         if self.transform is not None:
             x_bsh = self.transform(x_bsh)
-        return _linear(x_bsh, self.weight, self.bias).float()
+        return self.place.all_columns("logits", _linear(x_bsh, self.weight, self.bias)).float()
 
 
 class Block(nn.Module):
     """One layer: attention, in a decoder beside an encoder also to that, and feed-forward network, each behind its norm
     and added to what came in."""
 
-    def __init__(
-        self, config: ModelConfig, experts: Experts | None, index: int, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, config: ModelConfig, experts: Experts | None, index: int, place: Place) -> None:
         super().__init__()
         looks_at_context = index >= config.num_layers
-        self.input_layernorm = make_norm(config).to(device, dtype)
-        place = index - config.num_layers if looks_at_context else index
-        self.self_attention = Attention(config, place, dtype=dtype, device=device)
-        self.pre_cross_attn_layernorm = make_norm(config).to(device, dtype) if looks_at_context else None
-        self.cross_attention = CrossAttention(config, dtype=dtype, device=device) if looks_at_context else None
-        self.pre_mlp_layernorm = make_norm(config).to(device, dtype)
-        self.mlp = make_ffn(config, experts, index, dtype=dtype, device=device)
+        self.input_layernorm = _norm(config, place)
+        number = index - config.num_layers if looks_at_context else index
+        self.self_attention = Attention(config, number, place)
+        self.pre_cross_attn_layernorm = _norm(config, place) if looks_at_context else None
+        self.cross_attention = CrossAttention(config, place) if looks_at_context else None
+        self.pre_mlp_layernorm = _norm(config, place)
+        self.mlp = make_ffn(config, experts, index, place)
 
     def forward(
         self,
@@ -133,14 +150,12 @@ class Block(nn.Module):
 class PostNormBlock(nn.Module):
     """The same with each norm after what is added up; without a context."""
 
-    def __init__(
-        self, config: ModelConfig, experts: Experts | None, index: int, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, config: ModelConfig, experts: Experts | None, index: int, place: Place) -> None:
         super().__init__()
-        self.self_attention = Attention(config, index, dtype=dtype, device=device)
-        self.post_attention_layernorm = make_norm(config).to(device, dtype)
-        self.mlp = make_ffn(config, experts, index, dtype=dtype, device=device)
-        self.post_mlp_layernorm = make_norm(config).to(device, dtype)
+        self.self_attention = Attention(config, index, place)
+        self.post_attention_layernorm = _norm(config, place)
+        self.mlp = make_ffn(config, experts, index, place)
+        self.post_mlp_layernorm = _norm(config, place)
 
     def forward(
         self, x_bsh: Tensor, view: View, cache: KeyValueCache | None = None, keys_T: Tensor | None = None
@@ -154,14 +169,14 @@ class PostNormBlock(nn.Module):
 class Attention(nn.Module):
     """Grouped-query attention over the cache and the new tokens; `index` counts the layers of one cache."""
 
-    def __init__(self, config: ModelConfig, index: int, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, index: int, place: Place) -> None:
         super().__init__()
-        self.index, self.groups, self.head_dim = index, config.num_query_groups, config.head_dim
-        self.linear_qkv = Linear(config.hidden_size, qkv_size(config), config.add_bias, dtype=dtype, device=device)
-        self.linear_proj = Linear(config.hidden_size, config.hidden_size, config.add_bias, dtype=dtype, device=device)
+        self.index, self.groups, self.head_dim = index, place.part(config.num_query_groups), config.head_dim
+        self.linear_qkv = Linear(config.hidden_size, qkv_size(config), config.add_bias, place)
+        self.linear_proj = OutputLinear(config.hidden_size, config.add_bias, place)
 
     def forward(self, x_bsh: Tensor, view: View, cache: KeyValueCache | None) -> Tensor:
-        b, s, h = x_bsh.shape
+        b, s, _ = x_bsh.shape
         # megatron-core's order: each group's query heads, then its key, then its value.
         heads_bgsrd = self.linear_qkv(x_bsh).view(b, s, self.groups, -1, self.head_dim).transpose(1, 2)
         per_group = heads_bgsrd.size(3) - 2
@@ -177,13 +192,13 @@ class Attention(nn.Module):
         if s == 1:
             # A group's heads are queries of one head: nothing has to be repeated for them.
             context_bgrd = F.scaled_dot_product_attention(query_bgsrd[:, :, 0], key_bgsd, value_bgsd, view.mask)
-            context_bsh = context_bgrd.reshape(b, 1, h)
+            context_bsh = context_bgrd.reshape(b, 1, -1)
         else:
             query_bnsd = query_bgsrd.transpose(2, 3).flatten(1, 2)
             context_bnsd = F.scaled_dot_product_attention(
                 query_bnsd, key_bgsd, value_bgsd, view.mask, is_causal=view.causal, enable_gqa=per_group > 1
             )
-            context_bsh = context_bnsd.transpose(1, 2).reshape(b, s, h)
+            context_bsh = context_bnsd.transpose(1, 2).reshape(b, s, -1)
         projected: Tensor = self.linear_proj(context_bsh)
         return projected
 
@@ -191,12 +206,12 @@ class Attention(nn.Module):
 class CrossAttention(nn.Module):
     """Attention of a decoder to its encoder's output."""
 
-    def __init__(self, config: ModelConfig, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, config: ModelConfig, place: Place) -> None:
         super().__init__()
-        h, self.heads, self.head_dim = config.hidden_size, config.num_attention_heads, config.head_dim
-        self.linear_q = Linear(h, h, config.add_bias, dtype=dtype, device=device)
-        self.linear_kv = Linear(h, 2 * h, config.add_bias, dtype=dtype, device=device)
-        self.linear_proj = Linear(h, h, config.add_bias, dtype=dtype, device=device)
+        h, self.heads, self.head_dim = config.hidden_size, place.part(config.num_attention_heads), config.head_dim
+        self.linear_q = Linear(h, h, config.add_bias, place)
+        self.linear_kv = Linear(h, 2 * h, config.add_bias, place)
+        self.linear_proj = OutputLinear(h, config.add_bias, place)
 
     def context(self, encoded_bSh: Tensor, mask: Tensor | None) -> Context:
         """What this layer looks at, computed once for all of a decoder's tokens."""
@@ -207,23 +222,39 @@ class CrossAttention(nn.Module):
         return Context(key_bnSd.contiguous(), value_bnSd.contiguous(), mask)
 
     def forward(self, x_bsh: Tensor, context: Context) -> Tensor:
-        b, s, h = x_bsh.shape
+        b, s, _ = x_bsh.shape
         query_bnsd = self.linear_q(x_bsh).view(b, s, self.heads, self.head_dim).transpose(1, 2)
         looked_bnsd = F.scaled_dot_product_attention(query_bnsd, *context)
-        projected: Tensor = self.linear_proj(looked_bnsd.transpose(1, 2).reshape(b, s, h))
+        projected: Tensor = self.linear_proj(looked_bnsd.transpose(1, 2).reshape(b, s, -1))
         return projected
 
 
 class Linear(nn.Module):
-    """y = x weight^T + bias."""
+    """y = x weight^T + bias; each rank has some of the outputs."""
 
-    def __init__(self, inputs: int, outputs: int, bias: bool, *, dtype: torch.dtype, device: torch.device) -> None:
+    def __init__(self, inputs: int, outputs: int, bias: bool, place: Place) -> None:
         super().__init__()
-        self.weight = nn.Parameter(torch.empty(outputs, inputs, dtype=dtype, device=device))
-        self.bias = nn.Parameter(torch.empty(outputs, dtype=dtype, device=device)) if bias else None
+        self.weight = place.rows(outputs, inputs)
+        self.bias = place.rows(outputs) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         return _linear(x, self.weight, self.bias)
+
+
+class OutputLinear(nn.Module):
+    """The same of attention's outputs, `size` of as many inputs; each rank has some of the inputs."""
+
+    def __init__(self, size: int, bias: bool, place: Place) -> None:
+        super().__init__()
+        self.place = place
+        self.weight = place.parameter(size, place.part(size))
+        self.bias = place.parameter(size) if bias else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.place.ranks == 1:
+            return _linear(x, self.weight, self.bias)
+        y = self.place.sum("attention", _linear(x, self.weight, None))
+        return y if self.bias is None else y + self.bias
 
 
 def rotary(positions_bs: Tensor, head_dim: int, base: float, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
@@ -246,16 +277,10 @@ def _linear(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return F.linear(x, weight, bias)
 
 
-def make_ffn(
-    config: ModelConfig, experts: Experts | None, index: int, *, dtype: torch.dtype, device: torch.device
-) -> FeedForward:
-    return FeedForward(
-        config.hidden_size,
-        config.ffn_hidden_size,
-        config.activation,
-        config.add_bias,
-        experts,
-        index,
-        dtype=dtype,
-        device=device,
-    )
+def _norm(config: ModelConfig, place: Place) -> nn.Module:
+    return make_norm(config).to(place.device, place.dtype)
+
+
+def make_ffn(config: ModelConfig, experts: Experts | None, index: int, place: Place) -> FeedForward:
+    c = config
+    return FeedForward(c.hidden_size, c.ffn_hidden_size, c.activation, c.add_bias, experts, index, place)

@@ -1,10 +1,11 @@
-"""Checkpoints as models to use: any layout's onto one device."""
+"""Checkpoints as models to use: any layout's onto one device, or over those of tensor-parallel ranks."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
 
+from ssd_megatron.config.check_list import divisors_near
 from ssd_megatron.config.schema import expert_shape
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.kernels.trial import fastest_right
@@ -12,8 +13,11 @@ from ssd_megatron.ffn.router_kinds import KINDS
 from ssd_megatron.inference.bert import MaskedModel
 from ssd_megatron.inference.ffn import MODES, Experts, Mode
 from ssd_megatron.inference.model import CausalModel, Model
+from ssd_megatron.inference.place import Place
 from ssd_megatron.inference.t5 import EncoderDecoder
 from ssd_megatron.model.language_model import ffn_names
+from ssd_megatron.parallel.collectives import Group
+from ssd_megatron.parallel.sharding import row_shard
 from ssd_megatron.training.checkpoint_checks import check_tensors
 from ssd_megatron.training.saved_model import SavedModel, Settings, is_router, open_model
 
@@ -27,6 +31,7 @@ def load(
     dtype: torch.dtype = torch.float32,
     mode: Mode = "auto",
     top_k: float | Sequence[int] | None = None,
+    group: Group | None = None,
 ) -> Model:
     """The model of a run_dir's newest complete checkpoint, or of one checkpoint's folder, ready to use: `CausalModel`,
     of a bert `MaskedModel`, of a t5 `EncoderDecoder`.
@@ -35,12 +40,14 @@ def load(
         mode: dense; sparse; auto: sparse where that is faster (inference/ffn.py).
         top_k: experts per token: as saved without it; a mean over the layers, which scales what the last switch gave
             each of them; or a list, one number a layer.
+        group: ranks that use the model together, each with its part of heads, neurons and vocabulary; all of them call
+            this, and the model. `place.launched_group` has those that a launcher started.
     Raises:
         DataError: there is no checkpoint.
         CheckpointError: it cannot be read, or has not exactly the tensors of its model.
         ConfigError: the model cannot run as asked.
     """
-    return from_saved(open_model(Path(path)), device, dtype, mode, top_k)
+    return from_saved(open_model(Path(path)), device, dtype, mode, top_k, group)
 
 
 def from_saved(
@@ -49,22 +56,24 @@ def from_saved(
     dtype: torch.dtype = torch.float32,
     mode: Mode = "auto",
     top_k: float | Sequence[int] | None = None,
+    group: Group | None = None,
 ) -> Model:
     """See `load`."""
-    device, settings = torch.device(device), saved.settings
+    place, settings = Place(dtype, torch.device(device), group), saved.settings
     _check_can_run(saved, mode, top_k)
     experts, runs_sparse = None, settings.has_experts and settings.only_in_training is None
+    _check_parts(settings, place.ranks, runs_sparse)
     if runs_sparse:
         ssd, shape = settings.ssd, expert_shape(settings.model, settings.ssd)
-        backend = fastest_right(device, dtype, settings.model.activation, shape)
+        backend = fastest_right(place.device, dtype, settings.model.activation, shape)
         experts = Experts(ssd.num_experts, ssd.router, ssd.router_update, ssd.balance_bias, backend)
-    model = MODELS[settings.model.family](settings.model, experts, dtype=dtype, device=device)
+    model = MODELS[settings.model.family](settings.model, experts, place)
     targets = model.logical_parameters()
     # Of a run that has never formed experts, the routers say nothing.
     wanted = {name: shape for name, shape in saved.shapes.items() if runs_sparse or not is_router(name)}
-    check_tensors(saved.folder, wanted, {name: tuple(target.shape) for name, target in targets.items()})
+    check_tensors(saved.folder, wanted, {name: row_shard(target).shape(target) for name, target in targets.items()})
     for name, target in targets.items():
-        target.copy_(saved.tensor(name))
+        target.copy_(saved.rows(name, row_shard(target).first, len(target)))
     if runs_sparse:
         names, neuron_ids = ffn_names(settings.model.total_layers), saved.neuron_ids()
         for name, ffn, number in zip(names, model.ffns, layer_top_k(settings, top_k), strict=True):
@@ -133,6 +142,19 @@ def scale_top_k(saved: Sequence[int], mean: float, num_experts: int) -> list[int
         open_layers = [layer for layer, number in enumerate(scaled) if number < num_experts]
         scaled[max(open_layers, key=lambda layer: shares[layer] - scaled[layer])] += 1
     return scaled
+
+
+def _check_parts(settings: Settings, ranks: int, runs_sparse: bool) -> None:
+    model, ssd = settings.model, settings.ssd
+    for name, number in (
+        ("model.num_attention_heads", model.num_attention_heads),
+        ("model.num_query_groups", model.num_query_groups),
+        ("the padded vocabulary", model.padded_vocab_size),
+        ("ssd.num_experts", ssd.num_experts) if runs_sparse else ("model.ffn_hidden_size", model.ffn_hidden_size),
+    ):
+        if number % ranks:
+            hint = divisors_near(number, ranks)
+            raise ConfigError(f"the number of processes ({ranks}) must divide {name} ({number}): start {hint}")
 
 
 def _check_can_run(saved: SavedModel, mode: str, top_k: object) -> None:

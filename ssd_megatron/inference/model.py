@@ -1,4 +1,4 @@
-"""Trained models on one device, for use: the parts that all families have, and the decoder (GPT).
+"""Trained models, for use: the parts that all families have, and the decoder (GPT).
 
 Shapes: b batch, s new tokens, v vocabulary.
 """
@@ -13,6 +13,8 @@ from ssd_megatron.ffn.router_kinds import KINDS
 from ssd_megatron.inference.cache import KeyValueCache, View, view_of
 from ssd_megatron.inference.ffn import Experts, FeedForward, Mode
 from ssd_megatron.inference.layers import Block, Embedding, Head, PostNormBlock, rotary
+from ssd_megatron.inference.place import Place
+from ssd_megatron.parallel.sharding import shard_rows
 
 
 class Model(nn.Module):
@@ -20,21 +22,18 @@ class Model(nn.Module):
 
     Attributes:
         config: shape of the model.
+        place: where it is, and how much of it.
         ffns: its feed-forward networks, first layer first.
     """
 
-    def __init__(
-        self, config: ModelConfig, experts: Experts | None, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
+    def __init__(self, config: ModelConfig, experts: Experts | None, place: Place) -> None:
         super().__init__()
-        self.config, self.dtype, self.device = config, dtype, device
+        self.config, self.place = config, place
         self._routers_read = None if experts is None else KINDS[experts.router].reads
-        self.embedding = Embedding(config, dtype=dtype, device=device)
+        self.embedding = Embedding(config, place)
         kind = Block if config.norm_position == "pre" else PostNormBlock
-        self.blocks = nn.ModuleList(
-            kind(config, experts, index, dtype=dtype, device=device) for index in range(config.total_layers)
-        )
-        self.head = Head(config, self.embedding.word.weight, dtype=dtype, device=device)
+        self.blocks = nn.ModuleList(kind(config, experts, index, place) for index in range(config.total_layers))
+        self.head = Head(config, self.embedding.word.weight, place)
         self.requires_grad_(False)
         self.eval()
 
@@ -42,20 +41,35 @@ class Model(nn.Module):
     def ffns(self) -> list[FeedForward]:
         return [ffn for block in self.blocks if isinstance(ffn := block.mlp, FeedForward)]
 
+    @property
+    def device(self) -> torch.device:
+        return self.place.device
+
     def set_mode(self, mode: Mode) -> None:
         for ffn in self.ffns:
             ffn.mode = mode
 
     def logical_parameters(self) -> dict[str, Tensor]:
-        """Where the logical tensors of a checkpoint go, by their names."""
-        return dict(map(_logical, self.named_parameters()))
+        """Where the logical tensors of a checkpoint go, by their names; `row_shard` says which rows of them."""
+        return dict(self._logical(*item) for item in self.named_parameters())
+
+    def _logical(self, name: str, parameter: nn.Parameter) -> tuple[str, Tensor]:
+        if name.startswith("blocks."):
+            blocks, number, rest = name.split(".", 2)
+            name = f"{blocks}.{number}.layer.{rest}"
+        if not name.endswith("_attention.linear_proj.weight"):
+            return name, parameter
+        # Checkpoints have a row for each input, as everything that is sharded.
+        rows = parameter.t()
+        shard_rows(rows, self.place.rank, self.place.ranks)
+        return name, rows
 
     def rotated(self, view: View) -> View:
         """The same with the rotation of rotary positions, where the model has these."""
         config = self.config
         if config.position_embedding != "rope":
             return view
-        return replace(view, rotation=rotary(view.positions_bs, config.head_dim, config.rotary_base, self.dtype))
+        return replace(view, rotation=rotary(view.positions_bs, config.head_dim, config.rotary_base, self.place.dtype))
 
     def router_keys(self, tokens_bs: Tensor, positions_bs: Tensor) -> Tensor | None:
         """What routers go by that do not look at inputs, [b * s]."""
@@ -69,9 +83,9 @@ class CausalModel(Model):
 
     def new_cache(self, batch: int, capacity: int, padding_b: Tensor | None = None) -> KeyValueCache:
         """Room for the keys and values of `capacity` tokens of each of `batch` texts."""
-        config = self.config
-        shape = (batch, config.num_query_groups, config.head_dim)
-        return KeyValueCache(config.num_layers, shape, capacity, padding_b, dtype=self.dtype, device=self.device)
+        config, place = self.config, self.place
+        shape = (batch, place.part(config.num_query_groups), config.head_dim)
+        return KeyValueCache(config.num_layers, shape, capacity, padding_b, dtype=place.dtype, device=place.device)
 
     @torch.inference_mode()
     def forward(self, tokens_bs: Tensor, cache: KeyValueCache | None = None, *, last_only: bool = False) -> Tensor:
@@ -90,13 +104,3 @@ class CausalModel(Model):
             cache.advance(tokens_bs.size(1))
         logits_bsv: Tensor = self.head(x_bsh[:, -1:] if last_only else x_bsh)
         return logits_bsv
-
-
-def _logical(item: tuple[str, nn.Parameter]) -> tuple[str, Tensor]:
-    name, parameter = item
-    if name.startswith("blocks."):
-        blocks, number, rest = name.split(".", 2)
-        name = f"{blocks}.{number}.layer.{rest}"
-    # Checkpoints have a row for each input, as everything that is sharded.
-    is_transposed = name.endswith("_attention.linear_proj.weight")
-    return name, parameter.t() if is_transposed else parameter

@@ -14,6 +14,7 @@ from ssd_megatron.inference.cache import KeyValueCache, View, whole_view
 from ssd_megatron.inference.ffn import Experts
 from ssd_megatron.inference.layers import Context, CrossAttention
 from ssd_megatron.inference.model import Model
+from ssd_megatron.inference.place import Place
 from ssd_megatron.model.norms import make_norm
 from ssd_megatron.model.relative_positions import bias_between
 
@@ -21,11 +22,9 @@ from ssd_megatron.model.relative_positions import bias_between
 class EncoderDecoder(Model):
     """T5."""
 
-    def __init__(
-        self, config: ModelConfig, experts: Experts | None, *, dtype: torch.dtype, device: torch.device
-    ) -> None:
-        super().__init__(config, experts, dtype=dtype, device=device)
-        self.final_norm = make_norm(config).to(device, dtype).requires_grad_(False)
+    def __init__(self, config: ModelConfig, experts: Experts | None, place: Place) -> None:
+        super().__init__(config, experts, place)
+        self.final_norm = make_norm(config).to(place.device, place.dtype).requires_grad_(False)
 
     def logical_parameters(self) -> dict[str, Tensor]:
         found = super().logical_parameters()
@@ -77,6 +76,8 @@ class EncoderDecoder(Model):
     def _bias(self, part: str, queries_s: Tensor, keys_S: Tensor) -> Tensor:
         assert self.embedding.position_bias is not None
         table_BN = self.embedding.position_bias[part]
+        heads = self.place.part(table_BN.shape[1])
+        table_BN = table_BN.narrow(1, self.place.rank * heads, heads)
         return bias_between(table_BN, queries_s, keys_S, self.config, causal=part == "decoder")
 
 
@@ -94,9 +95,9 @@ class Decoder:
     def new_cache(self, batch: int, capacity: int, padding_b: Tensor | None = None) -> KeyValueCache:
         """Room for `capacity` tokens of the decoder, whose texts all begin in the first slot."""
         assert padding_b is None
-        config, dtype = self.config, self._model.dtype
-        shape = (batch, config.num_attention_heads, config.head_dim)
-        return KeyValueCache(config.num_decoder_layers, shape, capacity, None, dtype=dtype, device=self.device)
+        config, place = self.config, self._model.place
+        shape = (batch, place.part(config.num_attention_heads), config.head_dim)
+        return KeyValueCache(config.num_decoder_layers, shape, capacity, None, dtype=place.dtype, device=place.device)
 
     @torch.inference_mode()
     def __call__(self, tokens_bt: Tensor, cache: KeyValueCache | None = None, *, last_only: bool = False) -> Tensor:

@@ -30,7 +30,7 @@ def row_size(parameter: Tensor) -> int:
     return parameter.numel() // max(1, parameter.shape[0])
 
 
-def shard_rows(parameter: nn.Parameter, index: int, shards: int) -> None:
+def shard_rows(parameter: Tensor, index: int, shards: int) -> None:
     """Declare that a parameter holds the `index`-th of `shards` equal parts of a logical tensor's rows."""
     rows = parameter.shape[0]
     # DeepSpeed reads `tensor_model_parallel`: without it a gradient norm counts the parameter on one tensor rank only.
@@ -52,7 +52,7 @@ def expert_group_of(parameter: nn.Parameter) -> str | None:
     return name
 
 
-def row_shard(parameter: nn.Parameter) -> RowShard:
+def row_shard(parameter: Tensor) -> RowShard:
     """What `shard_rows` declared; a parameter without declaration is whole on every tensor-parallel rank."""
     whole = RowShard(0, parameter.shape[0], replicated=True)
     shard = vars(parameter).get("row_shard", whole)

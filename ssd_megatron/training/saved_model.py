@@ -94,8 +94,14 @@ class SavedModel:
         Raises:
             CheckpointError: the checkpoint does not hold all of its elements.
         """
-        shape = self.index.shapes[name]
-        return files.read_interval(self.folder, self.index, key_of(name, MASTER), 0, math.prod(shape)).view(shape)
+        return self.rows(name, 0, self.index.shapes[name][0])
+
+    def rows(self, name: str, first: int, count: int) -> Tensor:
+        """So many of its rows."""
+        row = self.index.shapes[name][1:]
+        size = math.prod(row)
+        values = files.read_interval(self.folder, self.index, key_of(name, MASTER), first * size, count * size)
+        return values.view(count, *row)
 
     def neuron_ids(self) -> dict[str, Tensor]:
         """Which neuron lies at each position of a bank, [F] int64 by the name of the network."""

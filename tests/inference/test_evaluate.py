@@ -81,5 +81,10 @@ def test_the_tool_compares_modes_and_top_k(
     assert tool.main([*command, "--data", str(corpus.prefix), "--max_tokens", "100", "--mode", "sparse"]) == 0
     result = json.loads(out.read_text())
     assert result["tokens"] == 100 and [r["top_k"] for r in result["results"]] == [TOP_K]
-    assert tool.main([*command, "--text", str(text), "--mode", "dense", "--top_k", "2"]) == 2
-    assert "top_k (2) has no effect without mode sparse" in capsys.readouterr().err
+    for wrong, message in (
+        (["--mode", "dense", "--top_k", "2"], "top_k (2) has no effect without mode sparse"),
+        (["--top_k", "2,"], "top_k (2,) must be numbers with commas between them"),
+        (["--window", "0"], "window (0) must be at least 1"),
+    ):
+        assert tool.main([*command, "--text", str(text), *wrong]) == 2
+        assert message in capsys.readouterr().err

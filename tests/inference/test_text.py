@@ -133,5 +133,9 @@ def test_the_tool_streams_and_writes_json(
     monkeypatch.setattr("builtins.input", lambda _: next(answers, None) or (_ for _ in ()).throw(EOFError))
     assert tool.main([*common, "--mode", "sparse"]) == 0
     assert capsys.readouterr().out == printed.out
-    assert tool.main([*common, "--prompt", "x", "--top_p", "0.5"]) == 2
-    assert "top_p (0.5) has no effect with greedy" in capsys.readouterr().err
+    for wrong, message in (
+        (["--prompt", "x", "--top_p", "0.5"], "top_p (0.5) has no effect with greedy"),
+        (["--prompts", str(lines), "--batch_size", "0"], "batch_size (0) must be at least 1"),
+    ):
+        assert tool.main([*common, *wrong]) == 2
+        assert message in capsys.readouterr().err

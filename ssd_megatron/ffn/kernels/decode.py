@@ -39,6 +39,8 @@ def _dense(x_H: Tensor, bank: NeuronTensors, activation: Activation) -> Tensor:
 def _sparse(x_H: Tensor, ids_K: Tensor, experts: NeuronTensors, w_out_FH: Tensor, activation: Activation) -> Tensor:
     w_ENH, b_EN = experts.firing
     numbers = ids_K.tolist()
+    elsewhere = numbers.count(-1)  # of other ranks; they come first
+    numbers, ids_K = numbers[elsewhere:], ids_K[elsewhere:]
     hidden_KN = activation.act(_linear(x_H, numbers, ids_K, w_ENH, b_EN))
     if experts.w_gate is not None:
         hidden_KN = hidden_KN * _linear(x_H, numbers, ids_K, experts.w_in, experts.b_in)

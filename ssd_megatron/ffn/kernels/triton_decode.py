@@ -39,15 +39,17 @@ def up(
     x, ids, w, b, w_up, b_up, hidden, H: tl.constexpr, N: tl.constexpr, K: tl.constexpr, ACT: tl.constexpr,
     BN: tl.constexpr, BH: tl.constexpr,
 ):  # fmt: skip
-    """hidden[t, k] = phi(x[t] w^T + b) (x[t] w_up^T + b_up) for the k-th expert of token t; BN of its neurons."""
+    """hidden[t, k] = phi(x[t] w^T + b) (x[t] w_up^T + b_up) for the k-th expert of token t, 0 for one of other ranks;
+    BN of its neurons."""
     copy = tl.program_id(0)
     n = tl.program_id(1) * BN + tl.arange(0, BN)
-    row, live = tl.load(ids + copy) * N + n, n < N
+    expert = tl.load(ids + copy)
+    row, live = expert * N + n, (n < N) & (expert >= 0)
     token = x + (copy // K) * H
     out = _act(_row_sums(w, b, token, row, live, H, BH), ACT)
     if w_up is not None:
         out *= _row_sums(w_up, b_up, token, row, live, H, BH)
-    tl.store(hidden + copy * N + n, out.to(hidden.dtype.element_ty), mask=live)
+    tl.store(hidden + copy * N + n, tl.where(live, out, 0.0).to(hidden.dtype.element_ty), mask=n < N)
 
 
 @triton.jit
