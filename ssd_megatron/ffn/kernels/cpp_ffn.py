@@ -19,7 +19,6 @@ from torch.autograd.function import once_differentiable
 from ssd_megatron.ffn.activations import Activation
 from ssd_megatron.ffn.bank import NeuronTensors
 from ssd_megatron.ffn.kernels.cpp_products import Products, Rows, sort_copies
-from ssd_megatron.ffn.kernels.workspace import scratch
 
 
 def sparse_ffn(
@@ -76,7 +75,6 @@ class _SparseFFN(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, dy_TH: Tensor) -> tuple[Tensor | None, ...]:
-        # First of all: under checkpointing this line runs the forward again, which uses the scratch memory.
         x_TH, token_C, copy_C, first_E, pre_CN, up_CN, gate_C1, *neuron_tensors = ctx.saved_tensors
         activation: Activation = ctx.activation
         bank, dy_TH = NeuronTensors(*neuron_tensors), dy_TH.contiguous()
@@ -84,7 +82,7 @@ class _SparseFFN(torch.autograd.Function):
         rows = Rows(token_C, copy_C, first_E)
         products = Products(rows, x_TH, len(bank.w_in) // ctx.num_experts)
         dgates_TK = x_TH.new_zeros(len(x_TH), ctx.top_k, dtype=torch.float32) if ctx.needs_input_grad[2] else None
-        d_CN, d_up_CN = scratch("d", products.shape, pre_CN), None
+        d_CN, d_up_CN = torch.empty_like(pre_CN), None
         if activation.name == "relu":
             products.linear_grad(pre_CN if gate_C1 is None else pre_CN * gate_C1, dy_TH, grads.w_out)
             products.up(dy_TH, bank.w_out, None, d_CN, outputs_CN=pre_CN, dgates_TK=dgates_TK)
@@ -94,8 +92,7 @@ class _SparseFFN(torch.autograd.Function):
             products.linear_grad(hidden_CN if gate_C1 is None else hidden_CN * gate_C1, dy_TH, grads.w_out)
             products.up(dy_TH, bank.w_out, None, d_CN)
             if dgates_TK is not None:
-                product_CN = torch.mul(d_CN, hidden_CN, out=scratch("product", products.shape, d_CN))
-                dgate_C = product_CN[: len(copy_C)].sum(dim=1, dtype=torch.float32)
+                dgate_C = (d_CN * hidden_CN)[: len(copy_C)].sum(dim=1, dtype=torch.float32)
                 dgates_TK.view(-1).index_copy_(0, copy_C.long(), dgate_C)
             d_up_CN = None if up_CN is None else d_CN * fired_CN
             activation.slope_(d_CN if up_CN is None else d_CN.mul_(up_CN), pre_CN)

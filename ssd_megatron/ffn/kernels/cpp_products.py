@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from ssd_megatron.ffn.kernels.cpp_build import DTYPES, library
-from ssd_megatron.ffn.kernels.workspace import scratch
 
 BLOCK = 32  # rows and columns of a product; blocks.h
 
@@ -121,6 +120,6 @@ class Products:
     def linear_grad(self, d_CN: Tensor, source_TH: Tensor, dw_FH: Tensor, db_F: Tensor | None = None) -> None:
         """Gradients of the weights and the bias of source w^T + b; zeros for an expert without rows."""
         room = self._width * (len(self._rows.token_C) + BLOCK * len(self._rows.first_E))
-        self._call("weight_grad", d_CN, source_TH, scratch("transposed", (room,), d_CN), dw_FH)
+        self._call("weight_grad", d_CN, source_TH, d_CN.new_empty(room), dw_FH)
         if db_F is not None:
             self._call("bias_grad", d_CN, db_F)
