@@ -16,6 +16,7 @@ from megatron.core.transformer.enums import AttnMaskType
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
+from ssd_megatron.model.attention_gradients import attend, pays
 from ssd_megatron.parallel.regions import leave_region
 from ssd_megatron.parallel.sharding import shard_rows
 
@@ -53,15 +54,19 @@ class ScaledDotProductCore(nn.Module):
         """
         assert attention_mask is None or attention_bias is None
         query, key, value = (x.permute(1, 2, 0, 3) for x in (query_sbnd, key_sbgd, value_sbgd))
+        mask = attention_bias if attention_mask is None else ~attention_mask
+        is_causal = self.is_causal and mask is None
         dropout = self.dropout if self.training else 0.0
+        if dropout == 0.0 and pays(query, key):
+            return attend(query, key, value, mask, is_causal).permute(2, 0, 1, 3).flatten(2)
         with _own_dropout(dropout, self.tensor_group, query.device):
             context_bnsd = F.scaled_dot_product_attention(
                 query,
                 key,
                 value,
-                attn_mask=attention_bias if attention_mask is None else ~attention_mask,
+                attn_mask=mask,
                 dropout_p=dropout,
-                is_causal=self.is_causal and attention_mask is None and attention_bias is None,
+                is_causal=is_causal,
                 enable_gqa=query.size(1) != key.size(1),
             )
         return context_bnsd.permute(2, 0, 1, 3).flatten(2)

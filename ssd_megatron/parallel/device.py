@@ -86,8 +86,9 @@ def peak_memory(device: torch.device) -> int:
 def keep_freed_memory() -> None:
     """Let glibc keep large freed blocks: on a CPU, page faults of fresh activations cost more than the arithmetic.
 
-    Sets mallopt's M_MMAP_MAX to 0, M_TRIM_THRESHOLD and M_TOP_PAD high and one arena; the resident size then stays at
-    its peak. Does nothing on a GPU machine, and on a C library without mallopt.
+    Sets mallopt's M_MMAP_MAX to 0, M_TRIM_THRESHOLD and M_TOP_PAD high; the resident size then stays at its peak. Not
+    fewer arenas: threads inside an operator would wait for each other's small blocks (docs/log.md). Does nothing on a
+    GPU machine, and on a C library without mallopt.
     """
     if IS_CUDA:
         return
@@ -96,8 +97,8 @@ def keep_freed_memory() -> None:
         mallopt = libc.mallopt
     except AttributeError:
         return
-    m_trim_threshold, m_top_pad, m_mmap_max, m_arena_max = -1, -2, -4, -8
-    for option, value in ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 2**26), (m_arena_max, 1)):
+    m_trim_threshold, m_top_pad, m_mmap_max = -1, -2, -4
+    for option, value in ((m_mmap_max, 0), (m_trim_threshold, 2**31 - 1), (m_top_pad, 2**26)):
         mallopt(option, value)
 
 
