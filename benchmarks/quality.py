@@ -101,9 +101,7 @@ def check_pair(dense: SavedModel, ssd: SavedModel) -> None:
     differing = [] if dense.index.step == ssd.index.step else [f"steps ({dense.index.step}, {ssd.index.step})"]
     for name, one, other in (("model", dense.settings.model, ssd.settings.model), ("data", dense.data, ssd.data)):
         if one is None or other is None:
-            raise ConfigError(
-                f"--dense ({dense.folder}) and --ssd ({ssd.folder}) do not both say what they were trained on: give runs"
-            )
+            raise ConfigError(f"--dense ({dense.folder}) or --ssd ({ssd.folder}) does not say what it was trained on")
         differing += [
             f"{name}.{field} ({getattr(one, field)}, {getattr(other, field)})"
             for field in type(one).model_fields
@@ -139,7 +137,8 @@ def ssd_line(ssd: SavedModel, shares: Iterable[float], task: LanguageTask) -> Li
     """The model with its own experts and router; layers share the neurons out as its last switch did."""
     settings = ssd.settings
     every = settings.ssd.num_experts
-    level, sparse = task.evaluate(), {}
+    level = task.evaluate()
+    sparse: dict[float, float] = {}
     set_mode(task.ffns, "sparse")
     for share in shares:
         top_k = layer_top_k(settings, round(share * every))
