@@ -20,6 +20,7 @@ def runs(corpus: Corpus, tmp_path_factory: pytest.TempPathFactory) -> dict[str, 
     for name, ssd in (("dense", {"schedule": "dense", "phases": None}), ("ssd", {})):
         config = small_config(corpus, folder / name)
         config["ssd_megatron"]["ssd"] |= ssd
+        config["ssd_megatron"]["model"]["init_std"] = 0.2  # so that networks matter from the first step on
         train(write_config(config, folder / f"{name}.json"))
     return {name: folder / name for name in ("dense", "ssd")}
 
