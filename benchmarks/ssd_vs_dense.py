@@ -106,13 +106,13 @@ def arm_settings(arm: str, steps: int, ssd_phases: Sequence[PhaseSpan]) -> dict[
     return {"schedule": arm}
 
 
-def run_arm(out: Path, arm: str, seed: int, steps: int, threads: int, seq_length: int, family: str) -> Result:
+def run_arm(out: Path, arm: str, seed: int, steps: int, threads: int, seq_length: int, family: str = "gpt") -> Result:
     """Run, or resume, or take the finished run of one arm and seed."""
-    run_dir = _run_dir(out, arm, seed)
+    run_dir = run_folder(out, arm, seed)
     config = base_config(steps, seed, run_dir, seq_length, family)
     if not is_finished(run_dir):
         follows = arm == "convert" or arm.startswith(TILES)
-        phases = phases_of(read_metrics(_run_dir(out, "ssd", seed))) if follows else []
+        phases = phases_of(read_metrics(run_folder(out, "ssd", seed))) if follows else []
         config["ssd_megatron"]["ssd"] |= arm_settings(arm, steps, phases)
     summary = finish_run(config, threads)
     saved = summary["flops_saved_fraction"]
@@ -128,7 +128,7 @@ def run_arm(out: Path, arm: str, seed: int, steps: int, threads: int, seq_length
     )
 
 
-def _run_dir(out: Path, arm: str, seed: int) -> Path:
+def run_folder(out: Path, arm: str, seed: int) -> Path:
     return out / f"{arm.replace(' ', '-')}-{seed}"
 
 
@@ -185,7 +185,7 @@ def draw(out: Path, results: Sequence[Result], arms: Sequence[str]) -> None:
     figure = Figure(figsize=(11, 4.5), layout="constrained")
     axes = figure.subplots(1, 2, sharey=True)
     for result in results:
-        records = read_metrics(_run_dir(out, result.arm, result.seed))
+        records = read_metrics(run_folder(out, result.arm, result.seed))
         flops = {r["step"]: r["flops"] for r in records if r["kind"] == "train"}
         evals = [r for r in records if r["kind"] == "eval"]
         color, label = f"C{arms.index(result.arm)}", result.arm if result.seed == results[0].seed else None

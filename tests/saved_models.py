@@ -32,7 +32,8 @@ ROPE = {
 }
 BERT: dict[str, Any] = {"family": "bert", "vocab_size": 500}
 T5: dict[str, Any] = {"family": "t5", "vocab_size": 500, "decoder_seq_length": 8}
-EXACT_T5 = T5 | {"hidden_size": 64, "num_attention_heads": 4}  # whose constants are powers of 2
+# Whose constants are powers of 2; it begins as transformers' do.
+EXACT_T5 = T5 | {"hidden_size": 64, "num_attention_heads": 4, "decoder_start_token": 0}
 
 
 @dataclass(frozen=True)

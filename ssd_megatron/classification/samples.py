@@ -16,6 +16,7 @@ from torch import Tensor
 from ssd_megatron.classification.labelled import Columns, class_numbers, read_labelled
 from ssd_megatron.config.schema import ModelConfig
 from ssd_megatron.data.masking import CLS_TOKENS, SEP_TOKENS
+from ssd_megatron.data.spans import first_decoder_token
 from ssd_megatron.data.tokenizers import Tokenizer, require_token
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.model.families import batch_fields
@@ -49,8 +50,8 @@ class Encoder:
     """Makes samples of texts.
 
     Each text ends with an end token: [SEP] for BERT, which begins with [CLS], and the end of document for GPT and T5,
-    whose decoder reads a single one. A class is read at BERT's first position, GPT's last, and T5's only one of the
-    decoder. What is too long for the model is cut at the ends of the texts, of the longer one first.
+    whose decoder reads its first token alone. A class is read at BERT's first position, GPT's last, and T5's only one
+    of the decoder. What is too long for the model is cut at the ends of the texts, of the longer one first.
 
     Args:
         path: of the tokenizer.
@@ -97,7 +98,7 @@ class Encoder:
             "tokens": tokens,
             "position_ids": list(range(len(tokens))),
             "token_types": kinds,
-            "decoder_tokens": [self._end],
+            "decoder_tokens": [first_decoder_token(self._model, self._tokenizer.eod)],
         }
         return {name: torch.tensor(values[name]) for name in self._fields}, sum(lengths) < sum(map(len, ids))
 

@@ -33,7 +33,12 @@ _BERT_ONLY = (
     "data.random_token_fraction",
     "data.whole_words",
 )
-_T5_ONLY = ("model.num_decoder_layers", "model.decoder_seq_length", "data.mean_span_length")
+_T5_ONLY = (
+    "model.num_decoder_layers",
+    "model.decoder_seq_length",
+    "model.decoder_start_token",
+    "data.mean_span_length",
+)
 _RELATIVE_ONLY = ("model.relative_attention_num_buckets", "model.relative_attention_max_distance")
 _DYNAMIC_ONLY = ("updates", "prune_ratio", "criterion", "regrow")
 # Settings that act only if another field has one of some values.

@@ -53,6 +53,16 @@ def _heads_of_t5(family: str, heads: int, groups: int) -> Iterator[str]:
         )
 
 
+@FAMILY_CHECKS("model.family", "model.decoder_start_token", "model.vocab_size")
+def _decoder_start(family: str, token: int | None, size: int) -> Iterator[str]:
+    if family == "t5" and token is not None and token >= size:
+        yield problem(
+            "model.decoder_start_token",
+            token,
+            f"must be below model.vocab_size ({size}): leave it out for the token that ends a document",
+        )
+
+
 @FAMILY_CHECKS("model.relative_attention_num_buckets", "model.relative_attention_max_distance")
 def _buckets(buckets: int, distance: int) -> Iterator[str]:
     if distance <= buckets // 2:

@@ -62,6 +62,9 @@ class ModelConfig(Section):
     decoder_seq_length: Positive = derived(
         "seq_length", 0.25, "Tokens of the decoder per sample (`t5`); at least what span corruption gives."
     )
+    decoder_start_token: NonNegative | None = optional(
+        None, "Id of the token that the decoder begins with (`t5`); null: the one that ends a document."
+    )
     vocab_size: Positive = required("Token ids the model knows: at least the tokenizer's.")
     make_vocab_size_divisible_by: Positive = optional(128, "The vocabulary is padded up to a multiple of this.")
     activation: Activation = optional("relu", "Feed-forward activation; gelu, silu, geglu, swiglu are less sparse.")

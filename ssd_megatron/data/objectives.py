@@ -9,7 +9,7 @@ from torch.utils.data import Dataset
 from ssd_megatron.config.schema import DataConfig, ModelConfig
 from ssd_megatron.config.span_sizes import span_sizes
 from ssd_megatron.data.masking import MaskedObjective, Masking
-from ssd_megatron.data.spans import SpanCorruption, find_sentinels
+from ssd_megatron.data.spans import SpanCorruption, find_sentinels, first_decoder_token
 from ssd_megatron.data.tokenizers import Tokenizer
 
 Sample = Mapping[str, Tensor]
@@ -56,6 +56,7 @@ def make_objective(model: ModelConfig, data: DataConfig, tokenizer: Tokenizer, s
             sizes,
             decoder_length=model.decoder_seq_length,
             sentinels=find_sentinels(tokenizer, data.tokenizer, model.vocab_size, sizes.spans),
+            start=first_decoder_token(model, tokenizer.eod),
             eod=tokenizer.eod,
             seed=seed,
         )

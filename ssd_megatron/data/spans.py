@@ -9,6 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ssd_megatron.config.schema import ModelConfig
 from ssd_megatron.config.span_sizes import SpanSizes
 from ssd_megatron.data.tokenizers import Tokenizer
 from ssd_megatron.errors import DataError
@@ -18,19 +19,21 @@ SENTINEL = "<extra_id_{}>"
 
 
 class SpanCorruption:
-    """T5: the encoder sees the text with a sentinel for each span; the decoder, which begins with the end of document,
-    predicts sentinels and spans. Both end with the end of document.
+    """T5: the encoder sees the text with a sentinel for each span; the decoder, which begins with `start`, predicts
+    sentinels and spans. Both end with the end of document.
 
     Samples have `tokens` (int64 [seq_length], always full), `decoder_tokens`, `labels` (int64) and `loss_mask`
     (float32, 0 where the targets are over), each [decoder_seq_length].
     """
 
-    def __init__(self, sizes: SpanSizes, *, decoder_length: int, sentinels: Ids, eod: int, seed: int) -> None:
+    def __init__(
+        self, sizes: SpanSizes, *, decoder_length: int, sentinels: Ids, start: int, eod: int, seed: int
+    ) -> None:
         assert len(sentinels) >= sizes.spans and decoder_length >= sizes.targets, (sizes, decoder_length)
         self._sizes = sizes
         self._decoder_length = decoder_length
         self._sentinels = sentinels[: sizes.spans]
-        self._eod = eod
+        self._start, self._eod = start, eod
         self._seed = seed
         self.text_length = sizes.text
 
@@ -41,7 +44,7 @@ class SpanCorruption:
         labels = np.concatenate([targets, over])
         return {
             "tokens": torch.from_numpy(np.append(inputs, self._eod)),
-            "decoder_tokens": torch.from_numpy(np.concatenate([[self._eod], labels[:-1]])),
+            "decoder_tokens": torch.from_numpy(np.concatenate([[self._start], labels[:-1]])),
             "labels": torch.from_numpy(labels),
             "loss_mask": torch.from_numpy((np.arange(len(labels)) <= len(targets)).astype(np.float32)),
         }
@@ -69,6 +72,11 @@ def random_parts(total: int, parts: int, generator: np.random.Generator) -> list
     cuts = np.sort(generator.choice(total - 1, parts - 1, replace=False)) + 1
     lengths: list[int] = np.diff(np.concatenate([[0], cuts, [total]])).tolist()
     return lengths
+
+
+def first_decoder_token(model: ModelConfig, eod: int) -> int:
+    """What T5's decoder begins with: what the model says, else the token that ends a document."""
+    return eod if model.decoder_start_token is None else model.decoder_start_token
 
 
 def named_sentinels(tokenizer: Tokenizer) -> list[int]:

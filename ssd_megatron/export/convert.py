@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ssd_megatron.config.fields import Section
 from ssd_megatron.config.schema import ModelConfig, SSDConfig
+from ssd_megatron.data.spans import first_decoder_token
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.export import bert, llama, opt, ssd, t5
 from ssd_megatron.export.hf_folder import SHARD_BYTES, read_json, read_tensors, write_json, write_tensors
@@ -142,8 +143,10 @@ def _write_tokenizer(saved: SavedModel, tokenizer: Path | None, folder: Path, co
         eod, size = write_tokenizer(tokenizer, folder, model)
         config["eos_token_id"] = generation["eos_token_id"] = generation["pad_token_id"] = eod
         if model.family == "t5":
-            config["pad_token_id"] = config["decoder_start_token_id"] = generation["decoder_start_token_id"] = eod
+            config["pad_token_id"], config["decoder_start_token_id"] = eod, first_decoder_token(model, eod)
         tokens = min(tokens, size)
+    if model.family == "t5":
+        generation["decoder_start_token_id"] = config["decoder_start_token_id"]
     if tokens < config["vocab_size"]:  # what stands for no text is nothing to generate
         generation["suppress_tokens"] = list(range(tokens, config["vocab_size"]))
     return generation

@@ -13,6 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.errors import ConfigError
 from ssd_megatron.export.mapping import to_ours, to_theirs
 from ssd_megatron.export.rules import Rule, by_vocabulary, projections, same, scaled, tied_head, transposed
 from ssd_megatron.export.settings import our_activation, refuse_others, unmet
@@ -67,6 +68,7 @@ def config_of(model: ModelConfig) -> dict[str, Any]:
         "layer_norm_epsilon": model.norm_epsilon,
         "feed_forward_proj": ACTIVATIONS[model.activation],
         "tie_word_embeddings": model.tie_embeddings,
+        "decoder_start_token_id": model.decoder_start_token,
     }
 
 
@@ -93,7 +95,19 @@ def settings_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dic
         "relative_attention_num_buckets": config.get("relative_attention_num_buckets", 32),
         "relative_attention_max_distance": config.get("relative_attention_max_distance", 128),
         "tie_embeddings": is_tied,
+        "decoder_start_token": _decoder_start(config),
     }
+
+
+def _decoder_start(config: Mapping[str, Any]) -> int:
+    token, size = config.get("decoder_start_token_id"), config["vocab_size"]
+    if not isinstance(token, int) or not 0 <= token < size:
+        shown = "missing or null" if token is None else token
+        raise ConfigError(
+            f"decoder_start_token_id ({shown}) of this T5 must be the token that its decoder begins with, below "
+            f"vocab_size ({size}): in most T5s that is pad_token_id ({config.get('pad_token_id')})"
+        )
+    return token
 
 
 def _table(model: ModelConfig) -> list[Rule]:

@@ -3,6 +3,7 @@
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple, Protocol
 
+from ssd_megatron.data.spans import first_decoder_token
 from ssd_megatron.data.tokenizers import Tokenizer
 from ssd_megatron.inference.cache import pad_in_front
 from ssd_megatron.inference.generate import Continues, generate
@@ -122,7 +123,8 @@ def answer(
         tokenizer: see `t5_tokenizer`.
     """
     decoder = model.encode(*pad_in_front([tokenizer.encode(prompt) for prompt in prompts], model.device))
-    yield from complete_tokens(decoder, tokenizer, [[tokenizer.eod]] * len(prompts), sampling, max_new_tokens, stop)
+    starts = [[first_decoder_token(model.config, tokenizer.eod)]] * len(prompts)
+    yield from complete_tokens(decoder, tokenizer, starts, sampling, max_new_tokens, stop)
 
 
 def complete_tokens(

@@ -44,6 +44,8 @@ def test_t5_s_decoder_reads_its_start_alone(tokenizer: Path) -> None:
     sample, _ = encoder(tokenizer, family="t5").encode(["stone"])
     assert sample["tokens"].tolist() == [*known.encode("stone"), known.eod]
     assert sample["decoder_tokens"].tolist() == [known.eod]
+    other, _ = encoder(tokenizer, family="t5", decoder_start_token=7).encode(["stone"])
+    assert other["tokens"].equal(sample["tokens"]) and other["decoder_tokens"].tolist() == [7]
 
 
 @pytest.mark.parametrize(

@@ -251,6 +251,18 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
     ),
     ({f"{MODEL}.decoder_seq_length": 9}, "model.decoder_seq_length (9) has no effect: leave it out, or set model.fam"),
     (
+        {f"{MODEL}.family": "bert", f"{MODEL}.decoder_start_token": 0},
+        'model.decoder_start_token (0) has no effect: leave it out, or set model.family "t5"',
+    ),
+    (
+        {f"{MODEL}.family": "t5", f"{MODEL}.decoder_start_token": 1000, f"{MODEL}.vocab_size": 1000},
+        "model.decoder_start_token (1000) must be below model.vocab_size (1000): leave it out for the token that ends",
+    ),
+    (
+        {f"{MODEL}.family": "t5", f"{MODEL}.decoder_start_token": -1},
+        "model.decoder_start_token (-1) must be at least 0",
+    ),
+    (
         {f"{MODEL}.family": "t5", f"{MODEL}.relative_attention_max_distance": 16},
         "model.relative_attention_max_distance (16) must be above half of model.relative_attention_num_buckets (32)",
     ),

@@ -78,6 +78,17 @@ def test_a_sample(sentencepiece_model: Path) -> None:
         assert all(torch.equal(sample[name], again[name]) for name in sample)
 
 
+def test_the_decoder_begins_with_the_model_s_token(sentencepiece_model: Path) -> None:
+    tokenizer, data = load_tokenizer(sentencepiece_model), DataConfig(paths="corpus", tokenizer=sentencepiece_model)
+    plain, other = (
+        make_objective(t5(decoder_start_token=start), data, tokenizer, seed=1).sample(Texts(), 500, 0)
+        for start in (None, 0)
+    )
+    assert tokenizer.eod != 0
+    assert other["decoder_tokens"].tolist() == [0, *plain["decoder_tokens"].tolist()[1:]]
+    assert all(torch.equal(other[name], plain[name]) for name in ("tokens", "labels", "loss_mask"))
+
+
 def test_sentinels_of_the_tokenizer_and_too_few(tmp_path: Path, sentencepiece_model: Path) -> None:
     path = tmp_path / "t.model"
     train_sentencepiece(TEXTS, path, 440, reserve=["t5"])

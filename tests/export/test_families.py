@@ -1,5 +1,6 @@
 """BERT and T5 as folders that transformers loads, and back."""
 
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -67,7 +68,7 @@ def test_models_load_in_transformers_and_come_back_bit_by_bit(tmp_path: Path, na
 
 
 def test_other_sizes_of_t5_come_back_to_the_last_bit(tmp_path: Path) -> None:
-    expected = trained(**T5)
+    expected = trained(**T5, decoder_start_token=7)
     export_model(open_model(expected.write(tmp_path / "saved")), tmp_path / "hf", "dense")
     torch.testing.assert_close(their_logits(tmp_path / "hf", expected), expected.dense[..., :500], rtol=1e-4, atol=1e-4)
     saved = open_model(import_model(tmp_path / "hf", tmp_path / "ours"))
@@ -81,9 +82,8 @@ def test_models_made_by_transformers_come_back(tmp_path: Path) -> None:
     bert = transformers.BertConfig(
         vocab_size=99, hidden_size=32, num_hidden_layers=2, num_attention_heads=2, intermediate_size=48
     )
-    t5 = transformers.T5Config(
-        vocab_size=99, d_model=64, d_kv=16, d_ff=48, num_layers=1, num_decoder_layers=2, num_heads=4
-    )
+    sizes = {"d_model": 64, "d_kv": 16, "d_ff": 48, "num_layers": 1, "num_decoder_layers": 2, "num_heads": 4}
+    t5 = transformers.T5Config(vocab_size=99, decoder_start_token_id=0, **sizes)
     old = {
         "bert": {"bert.embeddings.position_ids": torch.arange(512)},
         "t5": {"decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight": torch.zeros(32, 4)},
@@ -111,6 +111,12 @@ def test_models_made_by_transformers_come_back(tmp_path: Path) -> None:
             {"feed_forward_proj": "gated-gelu"},
             r"feed_forward_proj \(gated-gelu\) is none of ours: relu, gelu",
         ),
+        (
+            EXACT_T5,
+            {"decoder_start_token_id": None},
+            r"decoder_start_token_id \(missing or null\) of this T5 must be the token that its decoder begins with",
+        ),
+        (EXACT_T5, {"decoder_start_token_id": 500}, r"decoder_start_token_id \(500\) .* below vocab_size \(500\)"),
         (BERT, {"num_hidden_layers": 3}, r"missing: bert.encoder.layer.2.attention.self.query.weight"),
         (EXACT_T5, {"num_layers": 1}, r"unused: encoder.block.1.layer.0.SelfAttention.k.weight"),
     ],
@@ -175,6 +181,20 @@ def test_texts_get_the_markers_of_training(tmp_path: Path, marked_tokenizer: Pat
     first = [*before, ours.find("<extra_id_0>"), *after, ours.eod]
     assert ids["t5"][0] == {"input_ids": first, "attention_mask": [1] * len(first)}
     assert ids["t5"][1]["input_ids"] == [*first, *second, ours.eod]
+
+
+@pytest.mark.parametrize("start", [None, 0])
+def test_t5_keeps_its_first_decoder_token(tmp_path: Path, marked_tokenizer: Path, start: int | None) -> None:
+    """Or, without one of its own, says the one that training and generation take: the end of document."""
+    expected = trained(**EXACT_T5 | {"decoder_start_token": start})
+    saved = open_model(expected.write(tmp_path / "saved"))
+    export_model(saved, tmp_path / "hf", "dense", tokenizer=marked_tokenizer)
+    token = load_tokenizer(marked_tokenizer).eod if start is None else start
+    imported = open_model(import_model(tmp_path / "hf", tmp_path / "ours"))
+    assert imported.settings.model.decoder_start_token == token
+    export_model(imported, tmp_path / "again", "dense")
+    for folder, file in itertools.product(("hf", "again"), ("config.json", "generation_config.json")):
+        assert json.loads((tmp_path / folder / file).read_text())["decoder_start_token_id"] == token
 
 
 def test_sentinels_without_names_get_them(tmp_path: Path, corpus: Any) -> None:

@@ -8,11 +8,18 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
-from transformers import AutoModelForMaskedLM, AutoModelForSeq2SeqLM, AutoTokenizer, pipeline
+from transformers import (
+    AutoModelForMaskedLM,
+    AutoModelForSeq2SeqLM,
+    AutoTokenizer,
+    T5Config,
+    T5ForConditionalGeneration,
+    pipeline,
+)
 
 from ssd_megatron.config.span_sizes import span_sizes
 from ssd_megatron.data.tokenizers import load_tokenizer
-from ssd_megatron.export.convert import export_model
+from ssd_megatron.export.convert import export_model, import_model
 from ssd_megatron.inference.bert import fill
 from ssd_megatron.inference.evaluate import Variant, evaluate, masked_samples, objective_of
 from ssd_megatron.inference.load import load
@@ -121,19 +128,51 @@ def test_masks_are_filled_as_by_transformers(tmp_path: Path, bert: Path, marked_
         assert filled.text == text.replace(" [MASK]", guesses[0].text)
 
 
-def test_generate_of_transformers_gives_our_tokens(tmp_path: Path, t5: Path, marked_tokenizer: Path) -> None:
+@pytest.mark.parametrize("start", [None, 7])
+def test_generate_of_transformers_gives_our_tokens(tmp_path: Path, marked_tokenizer: Path, start: int | None) -> None:
+    t5 = written(tmp_path / "saved", marked_tokenizer, T5 | {"decoder_start_token": start})
     export_model(open_model(t5), tmp_path / "hf", "dense")
     theirs = AutoModelForSeq2SeqLM.from_pretrained(tmp_path / "hf").eval()
     their_tokenizer = AutoTokenizer.from_pretrained(tmp_path / "hf")
     texts = ["import <extra_id_0> for", "x", "def f(<extra_id_0>): return <extra_id_1>"]
     inputs = their_tokenizer(texts, return_tensors="pt", padding=True)
-    outputs = theirs.generate(**inputs, max_new_tokens=8, do_sample=False)[:, 1:]
+    outputs = theirs.generate(**inputs, max_new_tokens=8, do_sample=False)
     model = load(t5, mode="dense")
     tokenizer = t5_tokenizer(load_tokenizer(marked_tokenizer), marked_tokenizer, model.config)
+    assert outputs[:, 0].tolist() == [tokenizer.eod if start is None else start] * 3
     pieces = list(answer(model, tokenizer, texts, Sampling(greedy=True), 8))
     for number, tokens in enumerate(outputs.tolist()):
-        kept = tokens[: tokens.index(tokenizer.eod)] if tokenizer.eod in tokens else tokens
-        assert "".join(piece.text for piece in pieces if piece.number == number) == tokenizer.decode(kept)
+        assert "".join(piece.text for piece in pieces if piece.number == number) == answered(tokenizer, tokens)
+
+
+def answered(tokenizer: MarkedTokenizer, tokens: list[int]) -> str:
+    """The text of a decoder's tokens, between its first one and the end of document."""
+    said = [*tokens[1:], tokenizer.eod]
+    return tokenizer.decode(said[: said.index(tokenizer.eod)])
+
+
+def test_t5s_made_by_transformers_answer_as_there(tmp_path: Path, marked_tokenizer: Path) -> None:
+    """Their decoder begins with the padding, and a text ends with another token."""
+    torch.manual_seed(0)
+    inner = load_tokenizer(marked_tokenizer)
+    sizes = {"vocab_size": 480, "d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+    theirs = T5ForConditionalGeneration(T5Config(**sizes, eos_token_id=inner.eod, decoder_start_token_id=0)).eval()
+    with torch.no_grad():
+        theirs.shared.weight.mul_(0.1)  # else a token's own embedding says what follows it: the same token
+    theirs.save_pretrained(tmp_path / "hf")
+    model = load(import_model(tmp_path / "hf", tmp_path / "ours", marked_tokenizer))
+    tokenizer = t5_tokenizer(inner, marked_tokenizer, model.config)
+    texts = ["import <extra_id_0> for", "def f(<extra_id_0>): return <extra_id_1>"]
+    ours, expected, others = ["", ""], [], []
+    for piece in answer(model, tokenizer, texts, Sampling(greedy=True), 8):
+        ours[piece.number] += piece.text
+    for text in texts:
+        tokens = torch.tensor([tokenizer.encode(text)])
+        for start, found in ((0, expected), (inner.eod, others)):
+            (output,) = theirs.generate(tokens, decoder_start_token_id=start, max_new_tokens=8, do_sample=False)
+            found.append(answered(tokenizer, output.tolist()))
+    assert theirs.generation_config.decoder_start_token_id == 0
+    assert ours == expected and expected != others
 
 
 @pytest.mark.parametrize("family", ["bert", "t5"])
