@@ -44,13 +44,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     # After the arguments: importing torch and DeepSpeed takes seconds.
     from ssd_megatron.parallel.collectives import CollectiveError
     from ssd_megatron.parallel.launch import rank_of_launch
-    from ssd_megatron.parallel.topology import initialize_topology, leave_topology
+    from ssd_megatron.parallel.topology import leave_topology
     from ssd_megatron.switching.switch import SwitchError
     from ssd_megatron.training.checkpoint_files import CheckpointError
     from ssd_megatron.training.dry_run import print_dry_run
-    from ssd_megatron.training.job import run_job
     from ssd_megatron.training.rehearsal import print_rehearsal, rehearse
-    from ssd_megatron.training.start import meet, prepare_job, read_config
+    from ssd_megatron.training.run import run
+    from ssd_megatron.training.start import prepare_job, read_config, tell
     from ssd_megatron.training.trainer import TrainingError
 
     try:
@@ -58,19 +58,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"error: {error}", file=sys.stderr, flush=True)
         return EXIT_UNUSABLE
-    is_first = rank == 0
-
-    def tell(text: str) -> None:
-        if is_first:
-            print(text, file=sys.stderr, flush=True)
-
     overrides = [assignment for group in arguments.set for assignment in group]
     config = read_config(arguments.ds_config, overrides, arguments.world_size)
     if arguments.dry_run:
         if isinstance(config, ConfigError):
             tell(f"error: {config}")
             return EXIT_UNUSABLE
-        if is_first:
+        if rank == 0:
             try:
                 rehearsal = None if arguments.rank is None else rehearse(config, arguments.rank)
             except ConfigError as error:
@@ -81,8 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
                 print_rehearsal(rehearsal)
         return EXIT_OK
     try:
-        meeting = meet(config)
-        config, folder, tokenizer = prepare_job(meeting, config, tell)
+        job = prepare_job(config)
     except ConfigError as error:
         tell(f"error: {error}")  # the same on every rank
         return EXIT_UNUSABLE
@@ -90,7 +83,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
         return EXIT_FAILED
     try:
-        run_job(config, folder, tokenizer, initialize_topology(config.ssd_megatron.parallel, meeting))
+        run(job)
         leave_topology()
     except (ConfigError, DataError) as error:
         print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
@@ -99,7 +92,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"rank {rank}: error: {error}", file=sys.stderr, flush=True)
         return EXIT_FAILED
     except OSError as error:  # a full disk, a removed folder; not every error names the file
-        where = f"ssd_megatron.run_dir is {folder.path}"
+        where = f"ssd_megatron.run_dir is {job.folder.path}"
         print(f"rank {rank}: error: {error} ({where})", file=sys.stderr, flush=True)
         return EXIT_FAILED
     return EXIT_OK

@@ -1,8 +1,9 @@
 """Fine-tune a trained model (gpt, bert, t5) to classify texts or pairs of texts, and evaluate it dense and sparse.
 
-Examples are TSV files as GLUE has them (the first line names the columns) or JSON lines. --from is a run_dir, of which
-the newest checkpoint is taken, or the folder of one checkpoint. --to becomes a checkpoint with experts as they were,
-which --evaluate takes. Intervals are of 95 %.
+Examples are TSV files as GLUE has them (the first line names the columns) or JSON lines. Lines of SNLI and MultiNLI
+with the gold_label "-", on which annotators did not agree, have no class and must be left out of a file first. --from
+is a run_dir, of which the newest checkpoint is taken, or the folder of one checkpoint. --to becomes a checkpoint with
+experts as they were, which --evaluate takes. Intervals are of 95 %.
 """
 
 import argparse
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
 EXAMPLE = """examples:
   python tools/finetune.py --from runs/quickstart --train SST-2/train.tsv --dev SST-2/dev.tsv --to sst2 --epochs 3
   python tools/finetune.py --evaluate sst2 --dev SST-2/dev.tsv --mode dense,sparse --top_k 2 4 8
+  grep -v '"gold_label": "-"' snli_1.0_train.jsonl > snli_train.jsonl
 """
 RECIPE = ("epochs", "lr", "batch", "warmup", "weight_decay", "clip", "dropout", "dtype", "seed")
 

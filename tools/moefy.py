@@ -12,6 +12,7 @@ processes; started again after a stop, the tool goes on with those that are left
 import argparse
 import hashlib
 import json
+import math
 import os
 import shutil
 import sys
@@ -26,6 +27,7 @@ from rich.table import Table
 from ssd_megatron.classification.saved_classifier import classifier_of
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.export.convert import import_model
+from ssd_megatron.ffn.activations import ACTIVATIONS
 from ssd_megatron.files import LOCK, locked, require_empty, write_atomically
 from ssd_megatron.moefication.classification_task import ClassificationTask
 from ssd_megatron.moefication.comparison import compare, compared, draw
@@ -45,11 +47,21 @@ from ssd_megatron.training.checkpoint_files import checkpoints
 from ssd_megatron.training.exit_status import exit_status
 from ssd_megatron.training.model_alone import load_alone
 from ssd_megatron.training.plots import png
-from ssd_megatron.training.saved_model import SavedModel, open_model
+from ssd_megatron.training.saved_model import SavedModel, Settings, open_model
 
 WORK = ".moefy"  # below --to, while the tool works
 NEURONS = 32  # of an expert, by default, as in the paper
-LEAST = {"processes": 1, "tokens": 1, "eval_tokens": 1, "batch": 1, "calibrate_steps": 0, "relu_adapt_steps": 0}
+EVAL_TOKENS = 32768  # by default
+RATE = 1e-4  # by default, of calibration and of adapting to ReLU
+LEAST = {
+    "num_experts": 1,
+    "processes": 1,
+    "tokens": 1,
+    "eval_tokens": 1,
+    "batch": 1,
+    "calibrate_steps": 0,
+    "relu_adapt_steps": 0,
+}
 LEAST_WIDTH = 100  # of the table, also where nobody says how wide lines may be
 SHARE = 0.2  # of the experts that a token computes, by default
 
@@ -87,6 +99,7 @@ def _work(arguments: argparse.Namespace) -> Path:
 
 def _source(arguments: argparse.Namespace) -> tuple[SavedModel, Conversion]:
     """The dense model, and what is to become of it."""
+    _check_numbers(arguments)
     source = arguments.source
     if (source / "config.json").exists() and not checkpoints(source / "checkpoints"):
         source = _work(arguments) / "imported"
@@ -104,13 +117,36 @@ def _source(arguments: argparse.Namespace) -> tuple[SavedModel, Conversion]:
         split=arguments.partition,
         router=arguments.router,
         calibrate_steps=arguments.calibrate_steps,
-        calibrate_rate=arguments.calibrate_lr,
+        calibrate_rate=RATE if arguments.calibrate_lr is None else arguments.calibrate_lr,
     )
     wanted.check(neurons)
-    for name, least in LEAST.items():
-        if getattr(arguments, name) < least:
-            raise ConfigError(f"{name} ({getattr(arguments, name)}) must be at least {least}")
+    _refuse_without_effect(arguments, saved.settings)
     return saved, wanted
+
+
+def _check_numbers(arguments: argparse.Namespace) -> None:
+    for name, least in LEAST.items():
+        value = getattr(arguments, name)
+        if value is not None and value < least:
+            raise ConfigError(f"{name} ({value}) must be at least {least}")
+    for name in ("calibrate_lr", "relu_adapt_lr"):
+        value = getattr(arguments, name)
+        if value is not None and not 0 < value < math.inf:
+            raise ConfigError(f"{name} ({value}) must be above 0")
+
+
+def _refuse_without_effect(arguments: argparse.Namespace, settings: Settings) -> None:
+    activation, classifies = settings.model.activation, settings.classification is not None
+    useless = {
+        "calibrate_lr": None if arguments.calibrate_steps else "calibrate_steps (0)",
+        "relu_adapt_lr": None if arguments.relu_adapt_steps else "relu_adapt_steps (0)",
+        "relu_adapt_steps": f"model.activation ({activation})" if ACTIVATIONS[activation].sparse else None,
+        "eval_tokens": "a classifier, which is measured on all of --held_out" if classifies else None,
+        "held_out": None if classifies else "a language model, which is measured on its corpus's validation split",
+    }
+    for name, reason in useless.items():
+        if reason is not None and (value := getattr(arguments, name)):
+            raise ConfigError(f"{name} ({value}) has no effect with {reason}: leave it out")
 
 
 def _convert(
@@ -118,8 +154,9 @@ def _convert(
 ) -> tuple[list[Path], Table]:
     """Returns what was written, and what to show."""
     work = _work(arguments)
-    make_task = _classification(arguments, topology) if _classifies(saved) else _language(arguments, saved, topology)
-    adapt = arguments.relu_adapt_steps, arguments.relu_adapt_lr
+    classifies = saved.settings.classification is not None
+    make_task = _classification(arguments, topology) if classifies else _language(arguments, saved, topology)
+    adapt = arguments.relu_adapt_steps, RATE if arguments.relu_adapt_lr is None else arguments.relu_adapt_lr
     saved = adapt_to_relu(saved, make_task, work / "adapted", *adapt, progress)
     workshop = Workshop(
         saved,
@@ -146,14 +183,8 @@ def _convert(
     return written, compared(dense, points) if arguments.compare else converted_table(converted)
 
 
-def _classifies(saved: SavedModel) -> bool:
-    return saved.settings.classification is not None
-
-
 def _language(arguments: argparse.Namespace, saved: SavedModel, topology: Topology) -> Callable[[SavedModel], Task]:
     """Makes the task of a language model."""
-    if arguments.held_out is not None:
-        raise ConfigError(f"--held_out ({arguments.held_out}) is for classifiers: a corpus has its validation split")
     data = data_of(saved, arguments.data, arguments.tokenizer)
 
     def make(source: SavedModel) -> Task:
@@ -166,7 +197,7 @@ def _language(arguments: argparse.Namespace, saved: SavedModel, topology: Topolo
             tokens=arguments.tokens,
             steps=max(arguments.calibrate_steps, arguments.relu_adapt_steps),
             batch_size=arguments.batch,
-            held_out_tokens=arguments.eval_tokens,
+            held_out_tokens=EVAL_TOKENS if arguments.eval_tokens is None else arguments.eval_tokens,
         )
 
     return make
@@ -204,12 +235,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--held_out", type=Path, metavar="FILE", help="labelled texts on which a classifier is measured")
     add("--tokenizer", type=Path, help="default: the one that belongs to the model")
     add("--tokens", type=int, default=65536, help="on which networks are observed (default: %(default)s)")
-    add("--eval_tokens", type=int, default=32768, help="held out, on which models are measured (default: %(default)s)")
+    add("--eval_tokens", type=int, help=f"held out, on which language models are measured (default: {EVAL_TOKENS})")
     add("--batch", type=int, default=16, help="samples of a batch (default: %(default)s)")
     add("--calibrate_steps", type=int, default=0, metavar="N", help="train w_out alone, sparse (default: not at all)")
-    add("--calibrate_lr", type=float, default=1e-4, help="(default: %(default)s)")
-    add("--relu_adapt_steps", type=int, default=0, metavar="N", help="train with ReLU first, if it is another")
-    add("--relu_adapt_lr", type=float, default=1e-4, help="(default: %(default)s)")
+    add("--calibrate_lr", type=float, help=f"with --calibrate_steps (default: {RATE:g})")
+    add("--relu_adapt_steps", type=int, default=0, metavar="N", help="train with ReLU first, in place of another")
+    add("--relu_adapt_lr", type=float, help=f"with --relu_adapt_steps (default: {RATE:g})")
     add("--compare", action="store_true", help="measure every split with every router, 5 to 100 %% of the neurons")
     add("--processes", type=int, default=os.cpu_count(), help="that share the networks (default: one a core)")
     add("--seed", type=int, default=1234)

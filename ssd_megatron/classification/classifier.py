@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ssd_megatron.classification.samples import Batch, Sample, unpadded_batches
+from ssd_megatron.confidence import CONFIDENCE
 from ssd_megatron.config.schema import ModelConfig
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.routers import expert_directions
@@ -19,8 +20,6 @@ from ssd_megatron.ffn.switchable import Mode
 from ssd_megatron.model.init import initialize_parameters
 from ssd_megatron.model.language_model import LanguageModel
 from ssd_megatron.training.saved_model import CLASSIFIER
-
-CONFIDENCE = 1.96  # standard errors on both sides of a mean for 95 %, of a normal distribution
 
 
 class Classifier(nn.Module):

@@ -104,7 +104,7 @@ def finetune(
         total = 0.0
         for samples in track(training_batches(train, recipe.batch, recipe.seed, number), f"epoch {number}"):
             optimizer.zero_grad()
-            total += add_gradients(classifier, samples, recipe.dtype) * len(samples)
+            total += forward_backward(classifier, samples, recipe.dtype) * len(samples)
             norm = torch.nn.utils.clip_grad_norm_(parameters.values(), recipe.clip)
             if not torch.isfinite(norm):
                 raise ConfigError(f"lr ({recipe.lr}) is too high: the gradient is not finite in epoch {number}")
@@ -123,8 +123,8 @@ def finetune(
     return best
 
 
-def add_gradients(classifier: Classifier, samples: Sequence[Sample], dtype: str = "fp32") -> float:
-    """Add the gradients of the samples' mean loss, whatever their lengths are, and return that loss."""
+def forward_backward(classifier: Classifier, samples: Sequence[Sample], dtype: str = "fp32") -> float:
+    """Mean loss of samples of any lengths; its gradients are added to the parameters' where gradients are enabled."""
     device, total = classifier.classifier.weight.device, 0.0
     for batch in unpadded_batches(samples, device):
         share = len(batch["label"]) / len(samples)
@@ -132,6 +132,7 @@ def add_gradients(classifier: Classifier, samples: Sequence[Sample], dtype: str 
             ffn.router.loss_weight = share
         with torch.autocast(device.type, torch.bfloat16, enabled=dtype == "bf16"):
             loss = share * _mean_loss(classifier, batch)
+        if torch.is_grad_enabled():
             torch.autograd.backward(loss)
         total += float(loss.detach())
     return total

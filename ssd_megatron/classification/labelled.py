@@ -19,6 +19,7 @@ TEXT_COLUMNS = (
     ("text",),
 )
 LABEL_COLUMNS = ("label", "gold_label", "is_duplicate", "Quality")
+DISPUTED = ("gold_label", "-")  # of SNLI and MultiNLI, where annotators did not agree
 
 
 @dataclass(frozen=True)
@@ -51,7 +52,8 @@ def read_labelled(path: Path, columns: Columns | None = None) -> tuple[Columns, 
     Args:
         columns: without, those of TEXT_COLUMNS and LABEL_COLUMNS that the first line has.
     Raises:
-        DataError: no such file or no example in it, a broken line, a column that is not there.
+        DataError: no such file or no example in it, a broken line, a column that is not there, a label on which
+            annotators did not agree.
     """
     if not path.is_file():
         raise DataError(f"{path} does not exist")
@@ -115,6 +117,11 @@ def _labelled(row: _Row, columns: Columns) -> LabelledText:
     label = row.values[columns.label]
     if isinstance(label, bool) or not isinstance(label, str | int) or label == "":
         raise DataError(f"{row.where}: the label {columns.label!r} ({label!r}) is neither text nor a whole number")
+    if (columns.label, label) == DISPUTED:
+        raise DataError(
+            f"{row.where}: the label 'gold_label' ('-') says that annotators did not agree, which is no class: leave "
+            "such lines out of the file"
+        )
     return LabelledText(texts, str(label), row.where)
 
 

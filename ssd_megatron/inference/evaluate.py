@@ -18,13 +18,12 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ssd_megatron.confidence import CONFIDENCE
 from ssd_megatron.config.schema import DataConfig
 from ssd_megatron.data.objectives import Objective, Sample, make_objective
 from ssd_megatron.data.tokenizers import Tokenizer
 from ssd_megatron.inference.model import Model
 from ssd_megatron.training.saved_model import SavedModel
-
-CONFIDENCE = 1.96  # standard errors on both sides of a mean for 95 %, of a normal distribution
 
 
 class Part(Protocol):

@@ -35,6 +35,7 @@ from ssd_megatron.training.saved_model import open_model, tokenizer_path
 
 NAME = "ssd_megatron"
 MODES = ("dense", "sparse")  # `auto` would go by the tokens of a batch, and results by the batch size
+UNSAID = "cuda:0"  # what the harness says on any machine where the user names no device
 MOST_NEW_TOKENS = 256  # of a task that does not say, as with the harness's own models
 
 Request = tuple[tuple[str, str] | None, list[int], list[int]]  # texts, and tokens of context and continuation
@@ -78,11 +79,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the package has no type
         if saved.settings.model.family != "gpt":
             raise ConfigError(f"model.family ({saved.settings.model.family}) cannot be evaluated so: use a gpt")
         run_as: Mode = "sparse" if mode == "sparse" else "dense"
-        if device is None or (device.startswith("cuda") and not torch.cuda.is_available()):
-            where = local_device()  # the harness says cuda:0 on any machine, where the user says nothing
-        else:
-            where = torch.device(device)
-        model = from_saved(saved, where, DTYPES[dtype], run_as, top_k)
+        model = from_saved(saved, _device(device), DTYPES[dtype], run_as, top_k)
         assert isinstance(model, CausalModel)
         self._model = model
         self._tokenizer = load_tokenizer(tokenizer_path(saved, None if tokenizer is None else Path(tokenizer)))
@@ -167,6 +164,16 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the package has no type
             predicted_sv = logits_sv[len(tokens) - len(targets) : len(tokens)]
             log_p = -float(F.cross_entropy(predicted_sv, targets, reduction="sum"))
             yield log_p, predicted_sv.argmax(dim=-1).equal(targets)
+
+
+def _device(asked: str | None) -> torch.device:
+    gpus = torch.cuda.device_count()
+    if asked is None or (asked == UNSAID and not gpus):
+        return local_device()
+    here = ["cpu", *(["cuda"] if gpus else []), *(f"cuda:{number}" for number in range(gpus))]
+    if asked not in here:
+        raise ConfigError(f"device ({asked}) is not on this machine: leave it out, or use {' or '.join(here)}")
+    return torch.device(asked)
 
 
 def _sampling(asked: dict[str, Any]) -> Sampling:

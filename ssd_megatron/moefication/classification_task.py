@@ -1,15 +1,14 @@
 """A classifier as a task: its training file is what neurons are observed on, and accuracy what they are for."""
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from itertools import count
 from pathlib import Path
 
-import torch
-import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import nn
 
 from ssd_megatron.classification.classifier import accuracy
-from ssd_megatron.classification.samples import Sample, training_batches, unpadded_batches
+from ssd_megatron.classification.finetune import forward_backward
+from ssd_megatron.classification.samples import Sample, training_batches
 from ssd_megatron.classification.saved_classifier import Opened
 from ssd_megatron.ffn.switchable import SwitchableFFN
 from ssd_megatron.files import sha256_of
@@ -46,10 +45,8 @@ class ClassificationTask:
     def one_pass(self) -> Iterator[list[Sample]]:
         return iter(self._epoch(1))
 
-    def loss(self, batch: Sequence[Sample]) -> Tensor:
-        parts = unpadded_batches(batch, self._classifier.classifier.weight.device)
-        sums = [F.cross_entropy(self._classifier(part).float(), part["label"], reduction="sum") for part in parts]
-        return torch.stack(sums).sum() / len(batch)
+    def forward_backward(self, batch: list[Sample]) -> float:
+        return forward_backward(self._classifier, batch)
 
     def evaluate(self) -> Quality:
         score = accuracy(self._classifier, self._held_out)

@@ -62,7 +62,7 @@ def observe(task: Task, folder: Path, tokens: int, progress: Progress) -> list[P
     with ExitStack() as within:
         within.enter_context(observed(task.ffns, files))
         for batch in task.one_pass():
-            task.loss(batch)
+            task.forward_backward(batch)
             progress.update(bar, completed=min(file.seen for file in files.values()))
             if all(file.is_full for file in files.values()):
                 break

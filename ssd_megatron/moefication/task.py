@@ -51,15 +51,15 @@ class Task(Protocol):
         ...
 
     def batches(self) -> Iterator[Any]:
-        """Training batches without end, the same ones at every call; what one is only `loss` has to know."""
+        """Training batches without end, the same ones at every call; what one is, `forward_backward` has to know."""
         ...
 
     def one_pass(self) -> Iterator[Any]:
         """Every training batch once."""
         ...
 
-    def loss(self, batch: Any) -> Tensor:
-        """Mean loss, with gradients where they are enabled."""
+    def forward_backward(self, batch: Any) -> float:
+        """Mean loss; its gradients are added to the parameters' where gradients are enabled."""
         ...
 
     def evaluate(self) -> Quality:
@@ -141,9 +141,12 @@ class LanguageTask:
     def one_pass(self) -> Iterator[Batch]:
         return self._batches(self._train)
 
-    def loss(self, batch: Batch) -> Tensor:
+    def forward_backward(self, batch: Batch) -> float:
         total, weight = self._sums(batch)
-        return total / weight
+        loss = total / weight
+        if torch.is_grad_enabled():
+            torch.autograd.backward(loss)
+        return float(loss.detach())
 
     @torch.no_grad()
     def evaluate(self) -> Quality:

@@ -1,5 +1,6 @@
 """Short fine-tuning of a model before or after its neurons are split."""
 
+import math
 from collections.abc import Iterable
 
 import torch
@@ -35,13 +36,12 @@ def tune(
     bar = progress.add_task(name, total=steps)
     for _, batch in zip(range(steps), task.batches(), strict=False):
         optimizer.zero_grad(set_to_none=True)
-        loss = task.loss(batch)
-        if not bool(loss.isfinite()):
-            raise ConfigError(f"the loss is {float(loss)} while {name}: use a smaller learning rate than {rate:g}")
-        loss.backward()  # type: ignore[no-untyped-call]
+        loss = task.forward_backward(batch)
+        if not math.isfinite(loss):
+            raise ConfigError(f"the loss is {loss} while {name}: use a smaller learning rate than {rate:g}")
         nn.utils.clip_grad_norm_(chosen, 1.0)
         optimizer.step()
         schedule.step()
-        progress.update(bar, advance=1, description=f"{name}, loss {loss.item():.4f}")
+        progress.update(bar, advance=1, description=f"{name}, loss {loss:.4f}")
     for parameter in everything:
         parameter.requires_grad_(True)

@@ -21,6 +21,8 @@ MPI_VARIABLES = (
 # A port for rank 0, below those that systems hand out to whoever asks for any.
 FIRST_PORT, PORTS, STEPS_OF_A_JOB = 15_000, 16_384, 16
 
+_added: dict[str, str] = {}  # what join_launch has put into os.environ, and no launcher
+
 
 @dataclass(frozen=True)
 class Launch:
@@ -71,17 +73,18 @@ def find_launch(environment: Mapping[str, str]) -> Launch:
 
 def world_size_of_launch() -> int:
     """Number of processes that the launcher started. Raises ConfigError as find_launch does."""
-    return find_launch(os.environ).world_size
+    return _launch_of_this_process().world_size
 
 
 def rank_of_launch() -> int:
     """Number of this process among them. Raises ConfigError as find_launch does."""
-    return find_launch(os.environ).rank
+    return _launch_of_this_process().rank
 
 
 def join_launch() -> bool:
     """Give torch.distributed the variables it reads: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
-    MASTER_PORT. A launcher's ranks keep MASTER_ADDR and MASTER_PORT that are set. Collective under mpirun.
+    MASTER_PORT. A launcher's ranks keep MASTER_ADDR and MASTER_PORT that are set. Every job of a process finds the
+    launcher that the first one found. Collective under mpirun.
 
     Returns:
         whether a launcher started this process.
@@ -90,16 +93,18 @@ def join_launch() -> bool:
         ConfigError: as find_launch; the first node of a SLURM step has no address; mpi4py speaks with another MPI than
             the one that started this process.
     """
-    launch = find_launch(os.environ)
+    launch = _launch_of_this_process()
     if launch.launcher == "torch":
         os.environ["LOCAL_RANK"] = str(launch.local_rank)
         return True
-    os.environ |= _meeting_point(launch) | {
-        "RANK": str(launch.rank),
-        "WORLD_SIZE": str(launch.world_size),
-        "LOCAL_RANK": str(launch.local_rank),
-        "LOCAL_WORLD_SIZE": str(launch.local_world_size),
-    }
+    _added.update(_meeting_point(launch))
+    _added.update(
+        RANK=str(launch.rank),
+        WORLD_SIZE=str(launch.world_size),
+        LOCAL_RANK=str(launch.local_rank),
+        LOCAL_WORLD_SIZE=str(launch.local_world_size),
+    )
+    os.environ.update(_added)
     return launch.launcher is not None
 
 
@@ -113,6 +118,10 @@ def slurm_port(environment: Mapping[str, str]) -> int:
     """A port that follows from the numbers of job and step, so that all ranks know it and jobs on one host differ."""
     job, step = int(environment["SLURM_JOB_ID"]), int(environment["SLURM_STEP_ID"])
     return FIRST_PORT + (STEPS_OF_A_JOB * job + step) % PORTS
+
+
+def _launch_of_this_process() -> Launch:
+    return find_launch({name: value for name, value in os.environ.items() if _added.get(name) != value})
 
 
 def _meeting_point(launch: Launch) -> dict[str, str]:

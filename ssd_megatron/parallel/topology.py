@@ -126,12 +126,13 @@ def _join_deepspeed() -> None:
 
 
 def leave_topology() -> None:
-    """Leave the job: destroy every group, so that the process can end (or join another job)."""
+    """Leave the job, if it was joined: destroy every group, so that the process can end (or join another job)."""
     for known in _DEEPSPEED_EXPERT_GROUPS:
         known.clear()
     deepspeed_groups.mpu = None
     parallel_state.destroy_model_parallel()
-    deepspeed.comm.destroy_process_group()
+    if deepspeed.comm.is_initialized():
+        deepspeed.comm.destroy_process_group()
 
 
 def _build(sizes: ParallelConfig, launched: bool) -> Topology:

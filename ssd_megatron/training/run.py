@@ -1,14 +1,13 @@
 """A run in one call, for Python: what pretrain_ssd.py does for the command line."""
 
 import signal
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 
 from ssd_megatron.parallel.topology import initialize_topology, leave_topology
 from ssd_megatron.training.job import run_job
 from ssd_megatron.training.signals import SIGNALS
-from ssd_megatron.training.start import meet, prepare_job, read_config
+from ssd_megatron.training.start import Job, prepare_job, read_config
 
 
 def train(ds_config: Path | str, overrides: Sequence[str] = ()) -> Path:
@@ -25,20 +24,17 @@ def train(ds_config: Path | str, overrides: Sequence[str] = ()) -> Path:
         ConfigError, DataError: the configuration or the data cannot be used.
         TrainingError, SwitchError, CheckpointError, CollectiveError: the run cannot go on.
     """
-    read = read_config(Path(ds_config), overrides)
-    meeting = meet(read)
-
-    def tell(text: str) -> None:
-        if meeting.rank == 0:
-            print(text, file=sys.stderr, flush=True)
-
-    config, folder, tokenizer = prepare_job(meeting, read, tell)
+    job = prepare_job(read_config(Path(ds_config), overrides))
     handlers = {number: signal.getsignal(number) for number in SIGNALS}
-    topology = initialize_topology(config.ssd_megatron.parallel, meeting)
     try:
-        run_job(config, folder, tokenizer, topology)
-    finally:
+        run(job)
+    finally:  # this process goes on, and may start another job
         leave_topology()
         for number, handler in handlers.items():
             signal.signal(number, handler)
-    return folder.path
+    return job.folder.path
+
+
+def run(job: Job) -> None:
+    """Train a job whose ranks have met, in groups that the caller has to leave (collective). Raises as run_job."""
+    run_job(job.config, job.folder, job.tokenizer, initialize_topology(job.config.ssd_megatron.parallel, job.meeting))

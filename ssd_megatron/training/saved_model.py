@@ -84,9 +84,13 @@ class SavedModel:
 
     @property
     def data(self) -> DataConfig | None:
-        """Of the run that trained it; None of a model without a run."""
-        identity = self.index.values["identity"]
-        return _section(DataConfig, identity, "data") if identity.get("data.split") is not None else None
+        """Of the run that trained it; None of a model without a run.
+
+        Raises:
+            CheckpointError: it was made with settings that this version does not know.
+        """
+        has_run = self.index.values["identity"].get("data.split") is not None
+        return _section(DataConfig, self.folder, self.index, "data") if has_run else None
 
     def tensor(self, name: str) -> Tensor:
         """A weight by its logical name, fp32.
@@ -144,14 +148,10 @@ def open_model(path: Path) -> SavedModel:
     folder = find_checkpoint(path)
     index = files.read_index(folder)
     identity, coordinator = index.values["identity"], index.values["coordinator"]
-    try:
-        model, ssd = _section(ModelConfig, identity, "model"), _section(SSDConfig, identity, "ssd")
-    except ValidationError as error:
-        raise CheckpointError(f"{folder} was made with settings that this version does not know: {error}") from error
     tokenizer, classified = identity.get("data.tokenizer"), _below(identity, "classification")
     settings = Settings(
-        model,
-        ssd,
+        _section(ModelConfig, folder, index, "model"),
+        _section(SSDConfig, folder, index, "ssd"),
         top_k=[int(number) for number in coordinator["top_k"]],
         has_experts=bool(coordinator["has_partition"]),
         tokenizer=None if tokenizer is None else Path(tokenizer),
@@ -239,8 +239,11 @@ def _values(settings: Settings) -> dict[str, Any]:
     return {"kinds": [MASTER], "identity": identity, "coordinator": coordinator, **nothing}
 
 
-def _section(kind: type[AnySection], identity: Mapping[str, Any], name: str) -> AnySection:
-    return kind.model_validate(_below(identity, name))
+def _section(kind: type[AnySection], folder: Path, index: Index, name: str) -> AnySection:
+    try:
+        return kind.model_validate(_below(index.values["identity"], name))
+    except ValidationError as error:
+        raise CheckpointError(f"{folder} was made with settings that this version does not know: {error}") from error
 
 
 def _below(identity: Mapping[str, Any], name: str) -> dict[str, Any]:

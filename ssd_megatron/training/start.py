@@ -2,7 +2,9 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Sequence
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -11,12 +13,28 @@ from ssd_megatron.config.schema import ParallelConfig
 from ssd_megatron.data.tokenizers import Tokenizer
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.parallel.device import detect_hardware, local_device
-from ssd_megatron.parallel.launch import world_size_of_launch
+from ssd_megatron.parallel.launch import rank_of_launch, world_size_of_launch
 from ssd_megatron.parallel.meeting import Meeting
 from ssd_megatron.training.job import check_run_data
 from ssd_megatron.training.run_folder import RunFolder, code_digest, package_versions
 
 SHOWN_DIFFERENCES = 5
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run that all ranks can start, its folder locked."""
+
+    meeting: Meeting
+    config: RunConfig
+    folder: RunFolder
+    tokenizer: Tokenizer
+
+
+def tell(text: str) -> None:
+    """Say something to the user, once for all ranks."""
+    if rank_of_launch() == 0:
+        print(text, file=sys.stderr, flush=True)
 
 
 def read_config(ds_config: Path, overrides: Sequence[str], world_size: int | None = None) -> RunConfig | ConfigError:
@@ -33,29 +51,25 @@ def read_config(ds_config: Path, overrides: Sequence[str], world_size: int | Non
         return error
 
 
-def meet(read: RunConfig | ConfigError) -> Meeting:
-    """The meeting of all ranks of this launch. Raises as `Meeting`."""
-    sizes = ParallelConfig() if isinstance(read, ConfigError) else read.ssd_megatron.parallel
-    return Meeting(sizes.timeout_seconds)
-
-
-def prepare_job(
-    meeting: Meeting, read: RunConfig | ConfigError, tell: Callable[[str], None]
-) -> tuple[RunConfig, RunFolder, Tokenizer]:
+def prepare_job(read: RunConfig | ConfigError) -> Job:
     """See that every rank has the same configuration, code and run folder, and the data; lock the folder (collective).
 
     Args:
         read: this rank's configuration, or why it has none.
     Raises:
         ConfigError: the same on every rank, if one of them cannot start, or not like the others.
+        CollectiveError: a rank did not come in time.
     """
+    sizes = ParallelConfig() if isinstance(read, ConfigError) else read.ssd_megatron.parallel
+    meeting = Meeting(sizes.timeout_seconds)
     config = meeting.together("reading the configuration", lambda: _unless_refused(read))
     check_alike(meeting, alike_on_all_ranks(config))
     folder = RunFolder(config.ssd_megatron.run_dir)
     mark = meeting.together("locking run_dir", lambda: folder.create_and_lock() if meeting.rank == 0 else "")
     mark_of_first = meeting.gather("sharing run_dir", mark)[0]
     meeting.together("finding run_dir", lambda: folder.check_is_shared(mark_of_first))
-    return config, folder, meeting.together("checking the data", lambda: check_run_data(config, tell))
+    tokenizer = meeting.together("checking the data", lambda: check_run_data(config, tell))
+    return Job(meeting, config, folder, tokenizer)
 
 
 def alike_on_all_ranks(config: RunConfig) -> dict[str, Any]:

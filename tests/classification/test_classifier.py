@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from ssd_megatron.classification.classifier import Classifier, accuracy
-from ssd_megatron.classification.finetune import add_gradients
+from ssd_megatron.classification.finetune import forward_backward
 from ssd_megatron.classification.samples import Sample, unpadded_batches
 from ssd_megatron.classification.saved_classifier import Opened, begin_classifier, open_classifier
 from ssd_megatron.errors import ConfigError
@@ -69,11 +69,11 @@ def compared(
     classifier.use("sparse", [TOP_K] * len(classifier.model.ffns))
     few = logits(classifier, samples)
     classifier.use("dense")
-    loss = add_gradients(classifier, samples)
+    loss = forward_backward(classifier, samples)
     whole = {name: p.grad for name, p in classifier.logical_parameters().items() if p.grad is not None}
     for parameter in classifier.parameters():
         parameter.grad = None
-    losses = [add_gradients(classifier, [sample]) for sample in samples]
+    losses = [forward_backward(classifier, [sample]) for sample in samples]
     single = {name: p.grad / len(samples) for name, p in classifier.logical_parameters().items() if p.grad is not None}
     assert whole.keys() == single.keys() and "classifier.bias" in whole
     return {

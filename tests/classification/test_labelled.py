@@ -62,6 +62,10 @@ def broken(*lines: str | bytes, name: str = "a.tsv", **columns: Any) -> dict[str
         (broken("sentence\tclass", "a\t1"), "no column of labels that is known"),
         (broken("sentence\tlabel", "a\t1", texts=("text",), label="label"), "a.tsv:2: no column 'text' among"),
         (broken("sentence\tlabel", "a\t"), r"a.tsv:2: the label 'label' \(''\) is neither text nor a whole number"),
+        (
+            broken("gold_label\tsentence1\tsentence2", "neutral\ta\tb", "-\ta\tb"),
+            r"a.tsv:3: the label 'gold_label' \('-'\) says that annotators did not agree, .*: leave such lines out",
+        ),
         (broken('{"text": "a", "label": 0.5}', name="a.jsonl"), r"a.jsonl:1: the label 'label' \(0.5\)"),
         (broken('{"text": "a", "label": true}', name="a.jsonl"), r"a.jsonl:1: the label 'label' \(True\)"),
         (broken('{"text": 7, "label": "x"}', name="a.jsonl"), "a.jsonl:1: 'text' is int, not text"),

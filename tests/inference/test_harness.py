@@ -124,6 +124,16 @@ def test_the_command_runs_the_harness(
         assert f"error: {message}" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize("device", ["cuda:31", "gpu"])
+def test_a_device_that_is_not_here_is_refused(
+    tasks: Path, checkpoint: Path, device: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["harness", "run", "--model", "ssd_megatron", "--tasks", "choice", "--include_path", str(tasks)]
+    monkeypatch.setattr(sys, "argv", [*command, "--model_args", f"path={checkpoint}", "--device", device])
+    assert harness.main() == 2
+    assert f"error: device ({device}) is not on this machine: leave it out, or use cpu" in capsys.readouterr().err
+
+
 def _numbers(answer: Any) -> list[float]:
     """All numbers of nested lists, booleans as 0 and 1."""
     if isinstance(answer, list | tuple):

@@ -19,7 +19,7 @@ from tests.ranks import start_process
 from tests.small_run import Corpus, records, small_config, train, write_config
 
 TOOL = Path(__file__).parents[2] / "tools" / "moefy.py"
-SMALL = ("--num_experts", "8", "--tokens", "512", "--eval_tokens", "256", "--batch", "4", "--processes", "1")
+SMALL = ("--num_experts", "8", "--tokens", "512", "--batch", "4", "--processes", "1")
 
 
 @pytest.fixture(scope="module")
@@ -48,7 +48,12 @@ def moefied(dense: Path) -> Path:
 
 
 def moefy(source: Path, to: Path, *arguments: str) -> int | None:
-    """Exit status of the tool; what it prints goes to <to>.log."""
+    """Exit status of the tool on a language model; what it prints goes to <to>.log."""
+    return run_tool(source, to, "--eval_tokens", "256", *arguments)
+
+
+def run_tool(source: Path, to: Path, *arguments: str) -> int | None:
+    """On any model."""
     process = start_process(_tool, to.with_suffix(".log"), "--from", str(source), "--to", str(to), *SMALL, *arguments)
     process.join(240)
     return process.exitcode
@@ -158,12 +163,18 @@ def test_a_transformers_folder_is_taken_with_data_of_its_own(dense: Path, corpus
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
+        (("--num_experts", "0"), "num_experts (0) must be at least 1"),
         (("--num_experts", "7"), "num_experts (7) must divide the 64 neurons: try 8"),
         (("--top_k", "9"), "top_k (9) must be between 1 and num_experts (8)"),
         (("--processes", "0"), "processes (0) must be at least 1"),
+        (("--calibrate_steps", "1", "--calibrate_lr", "0"), "calibrate_lr (0.0) must be above 0"),
+        (("--calibrate_lr", "0.1"), "calibrate_lr (0.1) has no effect with calibrate_steps (0): leave it out"),
+        (("--relu_adapt_lr", "0.1"), "relu_adapt_lr (0.1) has no effect with relu_adapt_steps (0): leave it out"),
+        (("--relu_adapt_steps", "9"), "relu_adapt_steps (9) has no effect with model.activation (relu): leave it out"),
+        (("--held_out", "dev.tsv"), "held_out (dev.tsv) has no effect with a language model, which is measured on"),
     ],
 )
-def test_sizes_that_cannot_be_are_refused(
+def test_what_cannot_be_or_has_no_effect_is_refused(
     dense: Path, tmp_path: Path, arguments: tuple[str, ...], message: str
 ) -> None:
     assert moefy(dense, tmp_path / "no", *arguments) == 2

@@ -5,6 +5,7 @@ import os
 import pytest
 
 from ssd_megatron.errors import ConfigError
+from ssd_megatron.parallel import launch as module
 from ssd_megatron.parallel.launch import (
     Launch,
     find_launch,
@@ -47,9 +48,10 @@ DEEPSPEED = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_SIZE": "2
 
 @pytest.fixture
 def environment(monkeypatch: pytest.MonkeyPatch) -> dict[str, str]:
-    """What os.environ is during the test: empty at first."""
+    """What os.environ is during the test: empty at first, in a process that has not joined any launch."""
     variables: dict[str, str] = {}
     monkeypatch.setattr(os, "environ", variables)
+    monkeypatch.setattr(module, "_added", {})
     return variables
 
 
@@ -136,6 +138,28 @@ def test_one_process_meets_nobody_elsewhere(environment: dict[str, str]) -> None
     assert join_launch() is False
     assert (environment["RANK"], environment["WORLD_SIZE"], environment["MASTER_ADDR"]) == ("0", "1", "127.0.0.1")
     assert environment["MASTER_PORT"] != "4711"
+
+
+@pytest.mark.parametrize(
+    ("variables", "launched", "rank"),
+    [({}, False, 0), (SLURM_BATCH_SCRIPT, False, 0), (TORCHRUN, True, 1), (SRUN_TASK, True, 3)],
+)
+def test_later_jobs_of_a_process_find_the_launcher_of_the_first(
+    environment: dict[str, str], variables: dict[str, str], launched: bool, rank: int
+) -> None:
+    environment.update(variables)
+    for _ in range(3):
+        assert (join_launch(), rank_of_launch()) == (launched, rank)
+        assert environment["RANK"] == str(rank)
+
+
+def test_later_jobs_under_mpirun_do_not_ask_mpi(environment: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    environment.update(OPEN_MPI)
+    answers = iter([{"MASTER_ADDR": "10.1.2.3", "MASTER_PORT": "4711"}])
+    monkeypatch.setattr(module, "_ask_over_mpi", lambda _: next(answers))
+    for _ in range(2):
+        assert join_launch() is True
+        assert (environment["RANK"], environment["MASTER_PORT"]) == ("5", "4711")
 
 
 @pytest.mark.parametrize(

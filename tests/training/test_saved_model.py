@@ -1,0 +1,37 @@
+"""Checkpoints as models: what is said of those whose settings are not known here."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from ssd_megatron.training import checkpoint_files as files
+from ssd_megatron.training.checkpoint_files import CheckpointError
+from ssd_megatron.training.saved_model import open_model
+from tests.saved_models import trained
+
+DATA = {"data.split": "8,2,0", "data.tokenizer": "t.model"}
+
+
+def written_with(root: Path, settings: dict[str, Any]) -> Path:
+    """A checkpoint with these settings beside its own."""
+    saved = open_model(trained().write(root / "own"))
+    shutil.copytree(saved.folder, files.temporary_folder(root / "other", 0))
+    values = saved.index.values | {"identity": saved.index.values["identity"] | settings}
+    return files.commit(root / "other", replace(saved.index, values=values))
+
+
+def test_the_data_of_a_run_is_known(tmp_path: Path) -> None:
+    data = open_model(written_with(tmp_path, DATA)).data
+    assert data is not None and (data.split, data.tokenizer) == ("8,2,0", Path("t.model"))
+
+
+def test_settings_of_another_version_are_told_whoever_asks(tmp_path: Path) -> None:
+    unknown = r"was made with settings that this version does not know: (?s:.*)novel"
+    with pytest.raises(CheckpointError, match=unknown):
+        open_model(written_with(tmp_path / "model", {"model.novel": 1}))
+    saved = open_model(written_with(tmp_path / "data", DATA | {"data.novel": 1}))
+    with pytest.raises(CheckpointError, match=unknown):
+        _ = saved.data
