@@ -89,7 +89,8 @@ class SavedModel:
         Raises:
             CheckpointError: it was made with settings that this version does not know.
         """
-        has_run = self.index.values["identity"].get("data.split") is not None
+        identity = self.index.values["identity"]
+        has_run = any(identity.get(field) is not None for field in ("data.paths", "data.train_paths"))
         return _section(DataConfig, self.folder, self.index, "data") if has_run else None
 
     def tensor(self, name: str) -> Tensor:

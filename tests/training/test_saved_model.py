@@ -12,7 +12,8 @@ from ssd_megatron.training.checkpoint_files import CheckpointError
 from ssd_megatron.training.saved_model import open_model
 from tests.saved_models import trained
 
-DATA = {"data.split": "8,2,0", "data.tokenizer": "t.model"}
+DATA = {"data.paths": ["corpus"], "data.split": "8,2,0", "data.tokenizer": "t.model"}
+SEVERAL = {"data.train_paths": ["corpus"], "data.valid_paths": ["other"], "data.tokenizer": "t.model"}
 
 
 def written_with(root: Path, settings: dict[str, Any]) -> Path:
@@ -26,6 +27,9 @@ def written_with(root: Path, settings: dict[str, Any]) -> Path:
 def test_the_data_of_a_run_is_known(tmp_path: Path) -> None:
     data = open_model(written_with(tmp_path, DATA)).data
     assert data is not None and (data.split, data.tokenizer) == ("8,2,0", Path("t.model"))
+    data = open_model(written_with(tmp_path / "several", SEVERAL)).data
+    assert data is not None and data.valid_paths == ("other",)
+    assert open_model(trained().write(tmp_path / "weights")).data is None
 
 
 def test_settings_of_another_version_are_told_whoever_asks(tmp_path: Path) -> None:
