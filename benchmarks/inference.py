@@ -89,7 +89,7 @@ def build(config: ModelConfig, dtype: torch.dtype) -> CausalModel:
 
 def in_transformers(model: CausalModel) -> OPTForCausalLM:
     tensors = {name: t for name, t in model.logical_parameters().items() if ".router." not in name}
-    theirs = OPTForCausalLM(OPTConfig(**opt.config_of(model.config))).to(model.dtype)
+    theirs = OPTForCausalLM(OPTConfig(**opt.config_of(model.config))).to(model.place.dtype)
     theirs.load_state_dict(opt.to_hf(tensors, model.config), strict=False)
     theirs.tie_weights()
     return theirs.eval()
@@ -115,7 +115,7 @@ def networks(model: CausalModel, mode: Mode, share: float) -> Callable[[int], ob
     def run(turn: int) -> object:
         set_mode(model, mode, share)
         x = torch.randn(1, model.config.hidden_size, generator=torch.Generator().manual_seed(turn + 100))
-        x = x.to(model.dtype)
+        x = x.to(model.place.dtype)
         return [ffn(x) for ffn in model.ffns for _ in range(2)]
 
     return run

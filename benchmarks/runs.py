@@ -7,6 +7,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
+from ssd_megatron.errors import ConfigError
+
 ROOT = Path(__file__).resolve().parents[1]
 
 
@@ -34,12 +36,15 @@ def finish_run(config: dict[str, Any], threads: int) -> dict[str, Any]:
         what its summary.json says.
     Raises:
         CalledProcessError: it failed; what it said is in console.log in its folder.
+        ConfigError: the folder has a run of other settings.
     """
     run_dir = Path(config["ssd_megatron"]["run_dir"])
+    config_path, content = run_dir.with_suffix(".json"), json.dumps(config, indent=2)
+    if config_path.exists() and config_path.read_text() != content:
+        raise ConfigError(f"{run_dir} has a run of other settings (as {config_path} says): give another --out")
     if not is_finished(run_dir):
         run_dir.mkdir(parents=True, exist_ok=True)
-        config_path = run_dir.with_suffix(".json")
-        config_path.write_text(json.dumps(config, indent=2))
+        config_path.write_text(content)
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
         with (run_dir / "console.log").open("a") as log:
             command = [sys.executable, str(ROOT / "pretrain_ssd.py"), "--ds_config", str(config_path)]

@@ -24,7 +24,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.runs import embedded_corpus, finish_run, is_finished, make_embedded_corpus
+from benchmarks.runs import embedded_corpus, finish_run, make_embedded_corpus
 from ssd_megatron.switching.schedule import PhaseSpan
 from ssd_megatron.training.metrics import phases_of, read_metrics
 
@@ -110,10 +110,9 @@ def run_arm(out: Path, arm: str, seed: int, steps: int, threads: int, seq_length
     """Run, or resume, or take the finished run of one arm and seed."""
     run_dir = run_folder(out, arm, seed)
     config = base_config(steps, seed, run_dir, seq_length, family)
-    if not is_finished(run_dir):
-        follows = arm == "convert" or arm.startswith(TILES)
-        phases = phases_of(read_metrics(run_folder(out, "ssd", seed))) if follows else []
-        config["ssd_megatron"]["ssd"] |= arm_settings(arm, steps, phases)
+    follows = arm == "convert" or arm.startswith(TILES)
+    phases = phases_of(read_metrics(run_folder(out, "ssd", seed))) if follows else []
+    config["ssd_megatron"]["ssd"] |= arm_settings(arm, steps, phases)
     summary = finish_run(config, threads)
     saved = summary["flops_saved_fraction"]
     print(f"{arm} seed {seed}: dense {summary['loss_dense']:.4f}, {saved:.1%} of FLOPs saved", flush=True)

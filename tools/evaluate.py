@@ -90,7 +90,7 @@ def _evaluate(arguments: argparse.Namespace) -> None:
 
 def _windows(saved: SavedModel, tokenizer: Tokenizer, arguments: argparse.Namespace) -> Task:
     length = (arguments.window or saved.settings.model.seq_length) + 1
-    stride = arguments.stride or (length - 1) // 2
+    stride = arguments.stride or max(1, (length - 1) // 2)
     if not 1 <= stride < length:
         raise ConfigError(f"stride ({stride}) must be at least 1 and at most the window's {length - 1} tokens")
     size, parts = 0, list[Window]()

@@ -71,7 +71,11 @@ def _generate(arguments: argparse.Namespace) -> None:
             raise ConfigError(f"{group.size} processes cannot ask for prompts: give --prompt or --prompts")
         model = from_saved(saved, local_device(), dtype, arguments.mode, arguments.top_k, group)
         run = _runner(model, tokenizer, path, arguments)
-        records = [common | run(prompts) for prompts in _prompts(arguments)]
+        records = []
+        for prompts in _prompts(arguments):
+            records.append(common | run(prompts))
+            if model.place.rank == 0:
+                _report_speed(records[-1])
     if arguments.json is not None and model.place.rank == 0:
         write_atomically(arguments.json, (json.dumps(records, indent=1, ensure_ascii=False) + "\n").encode())
 
@@ -110,7 +114,7 @@ def _fill(model: MaskedModel, tokenizer: MarkedTokenizer, prompts: list[str], gu
 
 
 def _show(prompts: list[str], pieces: Iterator[Piece], *, continues: bool) -> dict[str, Any]:
-    """Show what comes after some prompts, with them if it `continues` them, and say how long it took."""
+    """Show what comes after some prompts, with them if it `continues` them."""
     started = time.perf_counter()
     first = None
     texts, counts = [""] * len(prompts), [0] * len(prompts)
@@ -130,17 +134,21 @@ def _show(prompts: list[str], pieces: Iterator[Piece], *, continues: bool) -> di
     else:
         for prompt, text in zip(shown, texts, strict=True):
             print(f"{prompt}{text}\n")
-    to_first = (first or started) - started
-    rate = sum(counts) / seconds
-    print(f"[{sum(counts)} tokens, {rate:.1f} tokens/s, first text after {to_first:.3f} s]", file=sys.stderr)
     return {
         "prompts": prompts,
         "texts": texts,
         "tokens": counts,
         "seconds": seconds,
-        "seconds_to_first_text": to_first,
-        "tokens_per_second": rate,
+        "seconds_to_first_text": (first or started) - started,
+        "tokens_per_second": sum(counts) / seconds,
     }
+
+
+def _report_speed(record: dict[str, Any]) -> None:
+    if "tokens_per_second" in record:
+        speed, wait = record["tokens_per_second"], record["seconds_to_first_text"]
+        line = f"[{sum(record['tokens'])} tokens, {speed:.1f} tokens/s, first text after {wait:.3f} s]"
+        print(line, file=sys.stderr)
 
 
 def _prompts(arguments: argparse.Namespace) -> Iterator[list[str]]:

@@ -94,7 +94,7 @@ class RunConfig:
         return {
             path: value
             for path, value in flat.items()
-            if path.partition(".")[0] in _IDENTITY and path not in _FREE_TO_CHANGE and not isinstance(value, dict)
+            if path.partition(".")[0] in _IDENTITY and path not in FREE_TO_CHANGE and not isinstance(value, dict)
         }
 
     def fingerprint(self) -> str:
@@ -108,7 +108,7 @@ BATCH_KEYS = ("train_batch_size", MICRO, ACCUMULATION)
 _RATES = ("lr", "warmup_min_lr", "warmup_max_lr")
 _DEEPSPEED_IDENTITY = ("train_batch_size", "optimizer", "scheduler", "gradient_clipping")
 _IDENTITY = frozenset({"model", "data", "ssd", "seed", "training", "weight_sparsity", *_DEEPSPEED_IDENTITY})
-_FREE_TO_CHANGE = frozenset(
+FREE_TO_CHANGE = frozenset(
     {
         "data.cache_dir",
         "data.num_workers",

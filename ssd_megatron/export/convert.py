@@ -146,6 +146,11 @@ def _write_tokenizer(saved: SavedModel, tokenizer: Path | None, folder: Path, co
             config["pad_token_id"], config["decoder_start_token_id"] = eod, first_decoder_token(model, eod)
         tokens = min(tokens, size)
     if model.family == "t5":
+        if config["decoder_start_token_id"] is None:
+            raise ConfigError(
+                "model.decoder_start_token (None) is the tokenizer's end of document, and none is known: give one with "
+                "--tokenizer"
+            )
         generation["decoder_start_token_id"] = config["decoder_start_token_id"]
     if tokens < config["vocab_size"]:  # what stands for no text is nothing to generate
         generation["suppress_tokens"] = list(range(tokens, config["vocab_size"]))

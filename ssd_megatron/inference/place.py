@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from contextlib import contextmanager, nullcontext, redirect_stdout
 from dataclasses import dataclass
 
 import torch
@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from ssd_megatron.config.schema import ParallelConfig
 from ssd_megatron.parallel.collectives import Group
+from ssd_megatron.parallel.device import share_cores
 from ssd_megatron.parallel.launch import world_size_of_launch
 from ssd_megatron.parallel.sharding import shard_rows
 from ssd_megatron.parallel.topology import initialize_topology, leave_topology
@@ -41,7 +42,7 @@ class Place:
         return number // self.ranks
 
     def parameter(self, *shape: int) -> nn.Parameter:
-        """One that every rank has."""
+        """One of this shape on this rank."""
         return nn.Parameter(torch.empty(shape, dtype=self.dtype, device=self.device))
 
     def rows(self, total: int, *rest: int) -> nn.Parameter:
@@ -72,7 +73,7 @@ class Place:
 def launched_group() -> Iterator[Group | None]:
     """All processes that a launcher started for one tool, to use one model together; None for a process of its own.
 
-    Inside, only the first of them speaks.
+    Inside, only the first of them has a standard output.
     """
     ranks = world_size_of_launch()
     if ranks == 1:
@@ -80,11 +81,8 @@ def launched_group() -> Iterator[Group | None]:
         return
     topology = initialize_topology(ParallelConfig(tensor_parallel_size=ranks))
     try:
-        with ExitStack() as silence:
-            if not topology.is_first:
-                nowhere = silence.enter_context(open(os.devnull, "w"))
-                silence.enter_context(redirect_stdout(nowhere))
-                silence.enter_context(redirect_stderr(nowhere))
+        share_cores()
+        with open(os.devnull, "w") as nowhere, nullcontext() if topology.is_first else redirect_stdout(nowhere):
             yield topology.tensor
     finally:
         leave_topology()

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-LONGEST = 256  # of queries and of keys; from there on what the products write costs more than they save
+LONGEST = 256  # of queries and of keys; above that what the products write costs more than they save
 
 
 def pays(query_bnsd: Tensor, key_bgSd: Tensor) -> bool:

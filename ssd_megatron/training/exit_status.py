@@ -24,5 +24,12 @@ def exit_status(work: Callable[[], object]) -> int:
 
 
 def _say(error: Exception) -> None:
-    who = f" (rank {rank_of_launch()})" if world_size_of_launch() > 1 else ""
-    print(f"error{who}: {error}", file=sys.stderr)
+    print(f"error{_who()}: {error}", file=sys.stderr)
+
+
+def _who() -> str:
+    """Which of several processes speaks, if it can know."""
+    try:
+        return f" (rank {rank_of_launch()})" if world_size_of_launch() > 1 else ""
+    except ConfigError:
+        return ""

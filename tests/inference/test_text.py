@@ -139,3 +139,13 @@ def test_the_tool_streams_and_writes_json(
     ):
         assert tool.main([*common, *wrong]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_tool_says_what_is_wrong_with_a_launch_in_one_line(
+    folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "0")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert tool.main(["--checkpoint", str(folder), "--prompt", "x"]) == 2
+    assert "error: LOCAL_RANK is missing" in capsys.readouterr().err

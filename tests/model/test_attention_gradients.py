@@ -20,7 +20,7 @@ def inputs(groups: int, dtype: torch.dtype, length: int = 7) -> list[Tensor]:
 @pytest.mark.parametrize("mask", [None, "causal", "bool", "bias"])
 def test_gradients_are_those_of_torch(groups: int, mask: str | None) -> None:
     query, key, value = inputs(groups, torch.float64)
-    bias = torch.randn(1, 4, 7, 7, dtype=torch.float64, requires_grad=True)
+    bias = torch.randn(1, 4, 7, 7, dtype=torch.float64).masked_fill(~LOOKS, -torch.inf).requires_grad_()
     hidden = {"bool": LOOKS, "bias": bias}.get(mask or "")
     learned = [query, key, value] + ([bias] if mask == "bias" else [])
     mine = attend(query, key, value, hidden, mask == "causal")
