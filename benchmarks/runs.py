@@ -39,7 +39,7 @@ def finish_run(config: dict[str, Any], threads: int) -> dict[str, Any]:
         ConfigError: the folder has a run of other settings.
     """
     run_dir = Path(config["ssd_megatron"]["run_dir"])
-    config_path, content = run_dir.with_suffix(".json"), json.dumps(config, indent=2)
+    config_path, content = run_dir.with_name(f"{run_dir.name}.json"), json.dumps(config, indent=2)
     if config_path.exists() and config_path.read_text() != content:
         raise ConfigError(f"{run_dir} has a run of other settings (as {config_path} says): give another --out")
     if not is_finished(run_dir):
