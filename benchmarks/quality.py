@@ -175,11 +175,14 @@ def rows(lines: Iterable[Line]) -> Iterator[Row]:
 def draw(lines: Iterable[Line]) -> Figure:
     """Loss above the own dense loss over the share of the neurons."""
     figure, (axes,) = new_figure(size=(8, 5))
+    least = 0.0
     for line in lines:
         above = [loss - line.dense for loss in line.sparse.values()]
+        least = min(least, *above)
         axes.plot(list(line.sparse), above, marker="o", ms=4, label=f"{line.name} (dense {line.dense:.3f})")
     axes.axhline(0, color="black", lw=0.8, ls="--", label="dense")
     axes.set_yscale("symlog", linthresh=LINEAR_BELOW)
+    axes.set_ylim(bottom=1.2 * least - LINEAR_BELOW / 10)
     axes.set(xlabel="share of the neurons that a token computes", ylabel="validation loss above dense, nats")
     axes.xaxis.set_major_formatter(PercentFormatter(1))
     axes.legend(fontsize=9)
