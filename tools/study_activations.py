@@ -8,8 +8,6 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssd_megatron.errors import ConfigError, DataError
-
 EXAMPLE = "example:\n  python tools/study_activations.py runs/quickstart --out activations\n"
 
 
@@ -23,33 +21,30 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--samples", type=int, help="probe samples (default: as the run, at least 4,096 tokens)")
     arguments = parser.parse_args(argv)
     # After the arguments: importing torch and DeepSpeed takes seconds.
+    from ssd_megatron.training.exit_status import exit_status
+
+    return exit_status(lambda: _study(arguments))
+
+
+def _study(arguments: argparse.Namespace) -> None:
     from rich.progress import track
 
     from ssd_megatron.parallel.topology import initialize_topology, leave_topology
     from ssd_megatron.study.activations import Look, look
     from ssd_megatron.study.pictures import write_study
     from ssd_megatron.study.subject import find_checkpoints, prepare
-    from ssd_megatron.training.checkpoint_files import CheckpointError
     from ssd_megatron.training.metrics import read_metrics
 
-    try:
-        folders, records = find_checkpoints(arguments.run_dir), read_metrics(arguments.run_dir)
-        subject = prepare(arguments.run_dir, initialize_topology(), arguments.samples)
-        looks: list[Look] = []
-        for folder in track(folders, "checkpoints"):
-            looks.append(look(subject, subject.load(folder), looks[-1] if looks else None))
-        leave_topology()
-    except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
+    folders, records = find_checkpoints(arguments.run_dir), read_metrics(arguments.run_dir)
+    subject = prepare(arguments.run_dir, initialize_topology(), arguments.samples)
+    looks: list[Look] = []
+    for folder in track(folders, "checkpoints"):
+        looks.append(look(subject, subject.load(folder), looks[-1] if looks else None))
+    leave_topology()
     ssd = subject.config.ssd_megatron.ssd
     out = arguments.out or arguments.run_dir / "activations"
     for path in write_study(out, looks, records, chance=ssd.top_k / ssd.num_experts):
         print(path)
-    return 0
 
 
 if __name__ == "__main__":

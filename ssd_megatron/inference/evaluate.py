@@ -117,7 +117,7 @@ def objective_of(saved: SavedModel, tokenizer: Tokenizer, path: Path) -> Objecti
     Raises:
         DataError: the tokenizer lacks a token that the objective needs.
     """
-    data = DataConfig(tokenizer=path) if saved.data is None else saved.data
+    data = saved.data or DataConfig(tokenizer=path)
     return make_objective(saved.settings.model, data.model_copy(update={"tokenizer": path}), tokenizer, seed=0)
 
 

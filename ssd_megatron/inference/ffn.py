@@ -14,7 +14,6 @@ from ssd_megatron.ffn.kernels import sparse_ffn
 from ssd_megatron.ffn.kernels.decode import MOST_TOKENS, few_tokens_ffn
 from ssd_megatron.ffn.router_kinds import RouterKind
 from ssd_megatron.ffn.routers import Router, Seen
-from ssd_megatron.ffn.routes import within
 from ssd_megatron.inference.place import Place
 
 Mode = Literal["dense", "sparse", "auto"]
@@ -124,8 +123,7 @@ class FeedForward(nn.Module):
         assert self.router is not None and self.experts is not None
         ids_TK, gates_TK, scaled = self.router.route(x_TH, self._seen(self.router.kind, self.experts.count, keys_T))
         tensors, activation, count = self.bank.tensors(), self.bank.activation, self.place.part(self.experts.count)
-        if self.place.ranks > 1:
-            ids_TK = within(ids_TK, self.place.rank * count, count)
+        ids_TK = self.place.own(ids_TK, count)
         if len(x_TH) <= MOST_TOKENS and not scaled:
             if x_TH.device.type == "cpu":
                 return few_tokens_ffn(x_TH, ids_TK, tensors, activation, count)

@@ -13,7 +13,6 @@ from torch import Tensor, nn
 
 from ssd_megatron.config.schema import ModelConfig
 from ssd_megatron.ffn.kernels.decode import linear_row
-from ssd_megatron.ffn.routes import within
 from ssd_megatron.inference.cache import KeyValueCache, View
 from ssd_megatron.inference.ffn import Experts, FeedForward
 from ssd_megatron.inference.place import Place
@@ -53,8 +52,7 @@ class SharedTable(nn.Module):
     def forward(self, ids: Tensor) -> Tensor:
         if self.place.ranks == 1:
             return F.embedding(ids, self.weight)
-        rows = len(self.weight)
-        mine = within(ids, self.place.rank * rows, rows)
+        mine = self.place.own(ids, len(self.weight))
         found = F.embedding(mine.clamp(min=0), self.weight).masked_fill((mine < 0)[..., None], 0)
         return self.place.sum("word embeddings", found)
 

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from ssd_megatron.config.schema import ParallelConfig
+from ssd_megatron.ffn.routes import within
 from ssd_megatron.parallel.collectives import Group
 from ssd_megatron.parallel.device import share_cores
 from ssd_megatron.parallel.launch import world_size_of_launch
@@ -40,6 +41,10 @@ class Place:
         """How many of so many things this rank has."""
         assert number % self.ranks == 0, (number, self.ranks)
         return number // self.ranks
+
+    def own(self, numbers: Tensor, count: int) -> Tensor:
+        """Numbers of things, of which each rank has the next `count`, among this rank's; -1 for those of others."""
+        return numbers if self.group is None else within(numbers, self.rank * count, count)
 
     def parameter(self, *shape: int) -> nn.Parameter:
         """One of this shape on this rank."""

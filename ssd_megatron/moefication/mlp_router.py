@@ -58,7 +58,7 @@ def train_mlp_router(
         for part in torch.split(torch.randperm(trained, generator=generator).to(x_TH.device), BATCH):
             optimizer.zero_grad(set_to_none=True)
             loss = _loss(weight, mix, x_TH[part], targets_TE[part])
-            loss.backward()  # type: ignore[no-untyped-call]
+            torch.autograd.backward(loss)
             optimizer.step()
         with torch.no_grad():
             now = float(_loss(weight, mix, x_TH[trained:], targets_TE[trained:]))
