@@ -12,8 +12,10 @@ from dataclasses import dataclass
 
 from ssd_megatron.errors import ConfigError
 
-# Names of rank, world size, local rank and local world size. MPI is looked for before SLURM: inside a SLURM job mpirun
-# starts its helpers by srun, and the ranks inherit the helpers' SLURM variables.
+# Names of rank, world size, local rank and local world size: torchrun's (deepspeed calls the last one LOCAL_SIZE), and
+# MPI's. MPI is looked for before SLURM: inside a SLURM job mpirun starts its helpers by srun, and the ranks inherit the
+# helpers' SLURM variables.
+TORCH_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 MPI_VARIABLES = (
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_LOCAL_SIZE"),
     ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),  # MPICH, Intel MPI
@@ -56,7 +58,6 @@ def find_launch(environment: Mapping[str, str]) -> Launch:
                 f"LOCAL_RANK is missing: RANK ({environment['RANK']}) and WORLD_SIZE ({environment['WORLD_SIZE']}) are "
                 "set, so it must be this process's number on its host, from 0"
             )
-        # LOCAL_WORLD_SIZE is torchrun's, LOCAL_SIZE deepspeed's.
         local_world_size = environment.get("LOCAL_WORLD_SIZE", environment.get("LOCAL_SIZE", "1"))
         numbers = (environment["RANK"], environment["WORLD_SIZE"], environment.get("LOCAL_RANK", "0"), local_world_size)
         return Launch("torch", *map(int, numbers))
@@ -98,12 +99,8 @@ def join_launch() -> bool:
         os.environ["LOCAL_RANK"] = str(launch.local_rank)
         return True
     _added.update(_meeting_point(launch))
-    _added.update(
-        RANK=str(launch.rank),
-        WORLD_SIZE=str(launch.world_size),
-        LOCAL_RANK=str(launch.local_rank),
-        LOCAL_WORLD_SIZE=str(launch.local_world_size),
-    )
+    numbers = (launch.rank, launch.world_size, launch.local_rank, launch.local_world_size)
+    _added.update(zip(TORCH_VARIABLES, map(str, numbers), strict=True))
     os.environ.update(_added)
     return launch.launcher is not None
 
@@ -121,7 +118,9 @@ def slurm_port(environment: Mapping[str, str]) -> int:
 
 
 def _launch_of_this_process() -> Launch:
-    return find_launch({name: value for name, value in os.environ.items() if _added.get(name) != value})
+    if any(os.environ.get(name) != _added.get(name) for name in TORCH_VARIABLES):
+        return find_launch(os.environ)  # somebody's, even where one has the value that ours had
+    return find_launch({name: value for name, value in os.environ.items() if name not in TORCH_VARIABLES})
 
 
 def _meeting_point(launch: Launch) -> dict[str, str]:

@@ -82,6 +82,15 @@ def test_several_torch_ranks_need_a_local_rank(environment: dict[str, str]) -> N
             asked()
 
 
+def test_variables_set_after_a_job_of_one_are_a_launchers(environment: dict[str, str]) -> None:
+    assert join_launch() is False and world_size_of_launch() == 1
+    environment.update({"RANK": "0", "WORLD_SIZE": "2"})  # RANK as it was
+    assert world_size_of_launch() == 2
+    del environment["LOCAL_RANK"]
+    with pytest.raises(ConfigError, match="LOCAL_RANK is missing"):
+        join_launch()
+
+
 def test_a_single_torch_rank_is_the_first_on_its_host(environment: dict[str, str]) -> None:
     environment.update({"RANK": "0", "WORLD_SIZE": "1"})
     assert join_launch() is True
