@@ -80,7 +80,12 @@ class Reached:
 def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_for(__doc__)
     parser.add_argument(
-        "--trials", nargs="+", default=["default"], choices=TRIALS, metavar="NAME", help=", ".join(TRIALS)
+        "--trials",
+        nargs="+",
+        default=["default"],
+        choices=TRIALS,
+        metavar="NAME",
+        help=", ".join(TRIALS).replace("%", "%%"),
     )
     parser.add_argument("--steps", type=int, default=600, help="of the dense run (default 600)")
     parser.add_argument("--lengths", type=float, nargs="+", default=[1.0, 1.2], help="of SSD runs, in dense runs")
