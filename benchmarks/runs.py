@@ -1,22 +1,38 @@
 """Real training runs as processes of their own, resumed where they stopped and not made twice."""
 
 import json
+import math
 import os
+import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from ssd_megatron.errors import ConfigError
 
 ROOT = Path(__file__).resolve().parents[1]
 
 
+class Unfinished(Exception):
+    """A run has stopped before its end; it goes on where it stopped."""
+
+
 def make_embedded_corpus(family: str = "gpt") -> None:
     """The corpus and tokenizer that every machine can make; at once if they are there."""
-    reserve = [] if family == "gpt" else ["--reserve", family]
-    command = [sys.executable, "tools/embedded_corpus.py", "--out", embedded_corpus(family), *reserve]
-    subprocess.run(command, cwd=ROOT, check=True)
+    _make_corpus(embedded_corpus(family), [] if family == "gpt" else ["--reserve", family])
+
+
+def make_machine_corpus() -> str:
+    """The same of all text of this machine, for larger models; returns its folder."""
+    folder = "data/machine"
+    _make_corpus(folder, ["--machine"])
+    return folder
+
+
+def _make_corpus(folder: str, options: list[str]) -> None:
+    subprocess.run([sys.executable, "tools/embedded_corpus.py", "--out", folder, *options], cwd=ROOT, check=True)
 
 
 def embedded_corpus(family: str) -> str:
@@ -29,12 +45,16 @@ def is_finished(run_dir: Path) -> bool:
     return path.exists() and json.loads(path.read_text())["status"] == "finished"
 
 
-def finish_run(config: dict[str, Any], threads: int) -> dict[str, Any]:
+def finish_run(config: dict[str, Any], threads: int, until: float = math.inf) -> dict[str, Any]:
     """Run, or resume, or take the finished run of a ds.json whose ssd_megatron.run_dir is absolute.
+
+    Args:
+        until: when to stop it, by time.monotonic.
 
     Returns:
         what its summary.json says.
     Raises:
+        Unfinished: it was stopped, here or by somebody else.
         CalledProcessError: it failed; what it said is in console.log in its folder.
         ConfigError: the folder has a run of other settings.
     """
@@ -48,6 +68,21 @@ def finish_run(config: dict[str, Any], threads: int) -> dict[str, Any]:
         environment = os.environ | {"OMP_NUM_THREADS": str(threads), "PYTHONPATH": str(ROOT)}
         with (run_dir / "console.log").open("a") as log:
             command = [sys.executable, str(ROOT / "pretrain_ssd.py"), "--ds_config", str(config_path)]
-            subprocess.run(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT, check=True)
+            _run(command, environment, log, until)
+    if not is_finished(run_dir):
+        raise Unfinished(f"{run_dir} was stopped: the same command goes on with it")
     summary: dict[str, Any] = json.loads((run_dir / "summary.json").read_text())
     return summary
+
+
+def _run(command: list[str], environment: dict[str, str], log: TextIO, until: float) -> None:
+    """As subprocess.run with `check`, but asks to stop at `until`."""
+    process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
+    stopped = 0
+    try:
+        status = process.wait(None if until == math.inf else max(0.0, until - time.monotonic()))
+    except subprocess.TimeoutExpired:
+        process.terminate()
+        status, stopped = process.wait(), -signal.SIGTERM  # that is how it ends if it had not begun yet
+    if status not in (0, stopped):
+        raise subprocess.CalledProcessError(status, command)

@@ -1,14 +1,16 @@
-"""How much sooner does SSD reach the dense run's final loss? Seconds and FLOPs, on the embedded corpus.
+"""How much sooner does SSD reach the dense run's final loss? Seconds and FLOPs, on real text.
 
-    python -m benchmarks.time_to_loss [--trials NAME ...] [--steps 600] [--out FOLDER] [--json FILE] [--quick]
+    python -m benchmarks.time_to_loss [--model wide|gpt-124m] [--trials NAME ...] [--steps 600] [--minutes M]
+                                      [--out FOLDER] [--json FILE] [--quick]
 
 The dense run of --steps steps sets the loss. SSD runs of a few lengths, each with a whole learning-rate schedule of its
-own, end around it; the length that ends with exactly the dense loss is interpolated. In the model feed-forward
-networks take most of a step, in fp32. A machine may be shared, and hours apart: what a step of either mode takes comes
+own, end around it; the length that ends with exactly the dense loss is interpolated. `wide`, on CPUs, is a small model
+in fp32 whose feed-forward networks take most of a step, on the embedded corpus; `gpt-124m`, on GPUs, reads all Python
+and documentation text of the machine. A machine may be shared, and hours apart: what a step of either mode takes comes
 from one short run of the same settings in which the modes take turns every few steps (the median of each), switches and
 checks from the runs themselves, in steps of theirs. Evaluations and checkpoints are left out. Runs that are finished
-are not made again: a stopped benchmark goes on, and runs of several calls add up; --time_again makes the short ones
-anew. Plots go to --out.
+are not made again: a stopped benchmark goes on (--minutes stops it, with what it has saved), and runs of several calls
+add up; --time_again makes the short ones anew. Plots go to --out.
 """
 
 import math
@@ -16,9 +18,9 @@ import os
 import shutil
 import statistics
 import sys
-from collections.abc import Iterator, Sequence
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
@@ -26,46 +28,17 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.row import Row
-from benchmarks.runs import finish_run, make_embedded_corpus
+from benchmarks.row import Missing, Row
+from benchmarks.runs import Unfinished, embedded_corpus, finish_run, make_embedded_corpus, make_machine_corpus
 from benchmarks.table import parser_for, report
+from benchmarks.trials import PROBLEMS, TRIALS, Phase, Problem, Trial, trial_config, trial_phases
 from ssd_megatron.parallel.device import IS_CUDA
 from ssd_megatron.training.metrics import read_metrics
 
 GOAL = 1.4 if IS_CUDA else 1.25  # times faster in wall-clock
-DENSE = "dense"
 TURN = 4  # steps of one mode before the other's, in the run that is timed
 
-Phase = tuple[int, str]
 StepSeconds = dict[str, float]  # of one step, by mode
-
-
-@dataclass(frozen=True)
-class Trial:
-    """Shares of the steps: the first switch comes after `first`, and after `sparse` more the last one; settings of
-    `ssd` and `model` beyond those of the default."""
-
-    first: float = 0.1
-    sparse: float = 0.7
-    ssd: tuple[tuple[str, Any], ...] = ()
-    model: tuple[tuple[str, Any], ...] = ()
-
-
-TRIALS = {
-    "default": Trial(),
-    "half of the steps sparse": Trial(sparse=0.5),
-    "85 % of the steps sparse": Trial(first=0.05, sparse=0.85),
-    "first switch at 5 %": Trial(first=0.05),
-    "first switch at 20 %": Trial(first=0.2, sparse=0.6),
-    "one expert in eight": Trial(ssd=(("top_k", 2),)),
-    "experts of 64": Trial(ssd=(("num_experts", 32), ("top_k", 8))),
-    "experts of 256": Trial(ssd=(("num_experts", 8), ("top_k", 2))),
-    "equal top_k": Trial(ssd=(("top_k_allocation", "equal"),)),
-    "frozen router": Trial(ssd=(("router_update", "frozen"),)),
-    "d_ff 4h": Trial(ssd=(("num_experts", 8), ("top_k", 2)), model=(("ffn_hidden_size", 1024),)),
-    "squared relu": Trial(model=(("activation", "squared_relu"),)),
-    "reglu": Trial(model=(("activation", "reglu"),)),
-}
 
 
 @dataclass(frozen=True)
@@ -87,37 +60,103 @@ def main(argv: Sequence[str] | None = None) -> int:
         metavar="NAME",
         help=", ".join(TRIALS).replace("%", "%%"),
     )
-    parser.add_argument("--steps", type=int, default=600, help="of the dense run (default 600)")
+    parser.add_argument("--model", choices=PROBLEMS, default="gpt-124m" if IS_CUDA else "wide")
+    parser.add_argument("--steps", type=int, help="of the dense run (default: 600 of wide, 1500 of gpt-124m)")
     parser.add_argument("--lengths", type=float, nargs="+", default=[1.0, 1.2], help="of SSD runs, in dense runs")
     parser.add_argument("--seeds", type=int, nargs="+", default=[1])
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--timed_steps", type=int, default=64, help="of the run in which the modes take turns")
     parser.add_argument("--time_again", action="store_true", help="measure what steps take even if it is known")
+    parser.add_argument("--minutes", type=float, default=math.inf, help="stop after so many; the next call goes on")
     parser.add_argument("--out", type=Path, default=Path("runs/time_to_loss"))
     arguments = parser.parse_args(argv)
+    until = time.monotonic() + 60 * arguments.minutes
     if arguments.quick:
-        arguments.steps, arguments.lengths, arguments.timed_steps = 20, [1.0, 1.5], 16
+        arguments.model, arguments.steps, arguments.lengths, arguments.timed_steps = "wide", 20, [1.0, 1.5], 16
         arguments.out /= "quick"
+    problem = PROBLEMS[arguments.model]
+    arguments.steps = arguments.steps or problem.steps
+    bench = Bench(arguments, problem, _make_corpus(arguments.model), until)
+    return 0 if report("time to the dense run's loss", bench.rows(), arguments.json) else 1
+
+
+def _make_corpus(model: str) -> str:
+    if model != "wide":
+        return make_machine_corpus()
     make_embedded_corpus()
-    rows = (row for name in arguments.trials for row in compare(name, TRIALS[name], arguments))
-    return 0 if report("time to the dense run's loss", rows, arguments.json) else 1
+    return embedded_corpus("gpt")
 
 
-def compare(name: str, trial: Trial, arguments: Any) -> Iterator[Row]:
-    """Run what is missing of one trial."""
-    out = arguments.out.resolve()
-    step_seconds = _time_steps(out, trial, arguments, name)
-    run = partial(_run, out, trial, arguments.threads, step_seconds)
-    dense = _mean([run(DENSE, arguments.steps, seed) for seed in arguments.seeds])
-    runs = [
-        _mean([run(name, round(length * arguments.steps), seed) for seed in arguments.seeds])
-        for length in arguments.lengths
-    ]
-    _draw(arguments.out / f"{name}.png", name, dense, runs)
-    at = at_equal_loss(runs, dense.loss)
+@dataclass(frozen=True)
+class Bench:
+    """Makes the runs that are missing.
+
+    Attributes:
+        corpus: folder of the corpus and its tokenizer.
+        until: when to stop, by time.monotonic.
+    """
+
+    arguments: Any
+    problem: Problem
+    corpus: str
+    until: float
+
+    def rows(self) -> Iterator[Row | Missing]:
+        for name in self.arguments.trials:
+            try:
+                yield from self.compare(name)
+            except Unfinished as stop:
+                yield Missing(f"{name}: seconds dense / SSD at equal loss", str(stop))
+                return
+
+    def compare(self, name: str) -> Iterator[Row]:
+        arguments, trial = self.arguments, TRIALS[name]
+        step_seconds = self.time_steps(name)
+        of_model = "".join(f" {value}" for value in (trial.widening, *dict(trial.model).values()) if value is not None)
+        dense = self.run(f"dense{of_model}", trial, arguments.steps, step_seconds, is_dense=True)
+        runs = [self.run(name, trial, round(length * arguments.steps), step_seconds) for length in arguments.lengths]
+        _draw(arguments.out / f"{name}.png", name, dense, runs)
+        yield from compared(name, dense, dict(zip(arguments.lengths, runs, strict=True)), step_seconds)
+
+    def run(self, name: str, trial: Trial, steps: int, step_seconds: StepSeconds, *, is_dense: bool = False) -> Reached:
+        """Means over seeds. Dense runs depend on the model alone: trials of the same model share them."""
+        phases = [] if is_dense else trial_phases(trial, steps)
+        ends = []
+        for seed in self.arguments.seeds:
+            run_dir = self.folder(f"{name} {steps} seed {seed}")
+            summary = self.finish(trial, steps, phases, seed, run_dir)
+            seconds = run_seconds(read_metrics(run_dir), step_seconds)
+            ends.append((summary["loss_dense"], seconds, summary["flops"]))
+        return Reached(*map(statistics.fmean, zip(*ends, strict=True)))
+
+    def time_steps(self, name: str) -> StepSeconds:
+        """Median seconds of a step in each mode, from a run in which they take turns."""
+        run_dir, steps = self.folder(f"{name} in turns"), self.arguments.timed_steps
+        if self.arguments.time_again and run_dir.exists():
+            shutil.rmtree(run_dir)
+        modes = cycle(("dense", "sparse"))
+        self.finish(TRIALS[name], steps, [(start, next(modes)) for start in range(1, steps, TURN)], 1, run_dir)
+        return median_seconds(read_metrics(run_dir))
+
+    def finish(self, trial: Trial, steps: int, phases: Sequence[Phase], seed: int, run_dir: Path) -> dict[str, Any]:
+        config = trial_config(self.problem, trial, self.corpus, steps, phases, seed, run_dir)
+        return finish_run(config, self.arguments.threads, self.until)
+
+    def folder(self, name: str) -> Path:
+        out: Path = self.arguments.out.resolve()
+        return out / name.replace(" ", "-").replace("%", "percent")
+
+
+def compared(name: str, dense: Reached, runs: Mapping[float, Reached], step_seconds: StepSeconds) -> Iterator[Row]:
+    """Rows of one trial.
+
+    Args:
+        runs: SSD runs by length, in dense runs; ascending.
+    """
+    at = at_equal_loss(list(runs.values()), dense.loss)
     details: dict[str, float | str] = {"dense loss": dense.loss, "dense s": dense.seconds}
     details["speed-up of a sparse step"] = step_seconds["dense"] / step_seconds["sparse"]
-    for length, reached in zip(arguments.lengths, runs, strict=True):
+    for length, reached in runs.items():
         details[f"loss x{length:g}"] = f"{reached.loss / dense.loss - 1:+.2%}"
         details[f"time x{length:g}"] = reached.seconds / dense.seconds
     if at is None:
@@ -144,78 +183,6 @@ def _costs(short: Reached, long: Reached) -> tuple[tuple[float, float], tuple[fl
     return (short.seconds, long.seconds), (short.flops, long.flops)
 
 
-def trial_phases(trial: Trial, steps: int) -> list[Phase]:
-    """Dense, sparse, dense."""
-    first = round(trial.first * steps)
-    return [(1, "dense"), (first + 1, "sparse"), (first + round(trial.sparse * steps) + 1, "dense")]
-
-
-def _config(trial: Trial, steps: int, phases: Sequence[Phase], seed: int, run_dir: Path) -> dict[str, Any]:
-    """4 layers, hidden 256, d_ff 2048 in 16 experts of which 4 are computed; 2,048 tokens a step.
-
-    Args:
-        phases: none for a dense run.
-    """
-    schedule = {"schedule": "fixed", "phases": [{"start_step": step, "mode": mode} for step, mode in phases]}
-    model = {
-        "num_layers": 4,
-        "hidden_size": 256,
-        "num_attention_heads": 4,
-        "ffn_hidden_size": 2048,
-        "seq_length": 128,
-        "vocab_size": 4096,
-    }
-    return {
-        "train_batch_size": 16,
-        "optimizer": {"type": "AdamW", "params": {"lr": 1e-3, "betas": [0.9, 0.95], "weight_decay": 0.1}},
-        "scheduler": {
-            "type": "WSD",
-            "params": {"warmup_num_steps": max(1, steps // 20), "decay_num_steps": steps * 3 // 10},
-        },
-        "gradient_clipping": 1.0,
-        "bf16": {"enabled": IS_CUDA},
-        "ssd_megatron": {
-            "run_dir": str(run_dir),
-            "seed": seed,
-            "model": model | dict(trial.model),
-            "data": {
-                "paths": ["data/embedded/corpus"],
-                "tokenizer": "data/embedded/tokenizer.model",
-                "split": "949,50,1",
-                "cache_dir": str(run_dir.parent / "data_cache"),
-            },
-            "ssd": {"num_experts": 16, "top_k": 4} | dict(trial.ssd) | (schedule if phases else {"schedule": "dense"}),
-            "training": {"train_steps": steps, "eval_interval": max(1, steps // 10), "eval_steps": 32},
-            "checkpoint": {"interval": max(1, steps // 4), "keep_last": 1},
-            "logging": {"plots": False},
-        },
-    }
-
-
-def _run(out: Path, trial: Trial, threads: int, step_seconds: StepSeconds, name: str, steps: int, seed: int) -> Reached:
-    """`dense` runs depend on the model alone: trials of the same model share them."""
-    of_model = "".join(f" {value}" for _, value in trial.model) if name == DENSE else ""
-    run_dir = _folder(out, f"{name}{of_model} {steps} seed {seed}")
-    phases = [] if name == DENSE else trial_phases(trial, steps)
-    summary = finish_run(_config(trial, steps, phases, seed, run_dir), threads)
-    return Reached(summary["loss_dense"], run_seconds(read_metrics(run_dir), step_seconds), summary["flops"])
-
-
-def _time_steps(out: Path, trial: Trial, arguments: Any, name: str) -> StepSeconds:
-    """Median seconds of a step in each mode, from a run in which they take turns."""
-    run_dir = _folder(out, f"{name} in turns")
-    if arguments.time_again and run_dir.exists():
-        shutil.rmtree(run_dir)
-    modes = cycle(("dense", "sparse"))
-    phases = [(start, next(modes)) for start in range(1, arguments.timed_steps, TURN)]
-    finish_run(_config(trial, arguments.timed_steps, phases, 1, run_dir), arguments.threads)
-    return median_seconds(read_metrics(run_dir))
-
-
-def _folder(out: Path, name: str) -> Path:
-    return out / name.replace(" ", "-").replace("%", "percent")
-
-
 def median_seconds(records: Sequence[dict[str, Any]]) -> StepSeconds:
     """Of the steps of each mode."""
     steps = [record for record in records if record["kind"] == "train"]
@@ -228,12 +195,6 @@ def run_seconds(records: Sequence[dict[str, Any]], step_seconds: StepSeconds) ->
     between = sum(record["seconds"] for record in records if record["kind"] in ("switch", "check"))
     steps = sum(step_seconds[record["mode"]] for record in records if record["kind"] == "train")
     return float(steps + between * step_seconds["dense"] / median_seconds(records)["dense"])
-
-
-def _mean(runs: Sequence[Reached]) -> Reached:
-    return Reached(
-        *(statistics.fmean(values) for values in zip(*((r.loss, r.seconds, r.flops) for r in runs), strict=True))
-    )
 
 
 def _draw(path: Path, name: str, dense: Reached, runs: Sequence[Reached]) -> None:

@@ -1,7 +1,7 @@
 """Make the embedded corpus: real text that every machine has, the sources of the running Python's standard library.
 
 Writes documents.jsonl, tokenizer.model (SentencePiece, trained on it) and corpus.bin/.idx into one folder. The same
-Python gives the same corpus.
+Python gives the same corpus. With --machine it is all Python and documentation text of the machine, for larger models.
 """
 
 import argparse
@@ -16,13 +16,13 @@ from pathlib import Path
 from rich.console import Console
 
 from ssd_megatron.data.documents import DocumentReader, find_inputs
-from ssd_megatron.data.library import find_sources
+from ssd_megatron.data.library import find_sources, find_texts
 from ssd_megatron.data.preprocess import corpus_files, preprocess, read_corpus_info
 from ssd_megatron.data.tokenizers import MARKERS, train_sentencepiece
 from ssd_megatron.errors import DataError
 from ssd_megatron.files import sha256_of, write_atomically
 
-VOCAB_SIZE = 4096
+VOCAB_SIZE, MACHINE_VOCAB_SIZE = 4096, 32_768
 SEED = 1  # of the order of the documents, so that the validation split is not one corner of the alphabet
 MAX_LINES = 100_000  # that the tokenizer is trained on
 EXAMPLE = "example:\n  python tools/embedded_corpus.py --out data/embedded\n"
@@ -35,13 +35,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--out", type=Path, default=Path("data/embedded"), help="folder (default: data/embedded)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that tokenise")
+    parser.add_argument("--machine", action="store_true", help="all Python and documentation text of the machine")
     parser.add_argument("--reserve", nargs="*", choices=tuple(MARKERS), default=(), help="as of train_tokenizer.py")
     arguments = parser.parse_args(argv)
     try:
         if is_finished(arguments.out):
             print(f"{arguments.out} is finished: nothing to do")
-        else:
-            make_corpus(arguments.out, Path(sysconfig.get_path("stdlib")), arguments.reserve, workers=arguments.workers)
+            return 0
+        library = Path(sysconfig.get_path("stdlib"))
+        sources, vocab_size = (
+            (find_texts(), MACHINE_VOCAB_SIZE) if arguments.machine else (find_sources(library), VOCAB_SIZE)
+        )
+        if not sources:
+            raise DataError(f"{library} has no Python sources: use data of your own with tools/preprocess_data.py")
+        make_corpus(arguments.out, sources, library, arguments.reserve, vocab_size, workers=arguments.workers)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
@@ -57,18 +64,20 @@ def is_finished(out: Path) -> bool:
     return info is not None and info.tokenizer_sha256 == sha256_of(tokenizer)
 
 
-def make_corpus(out: Path, library: Path, reserve: Sequence[str] = (), *, workers: int) -> None:
+def make_corpus(
+    out: Path, sources: Sequence[Path], library: Path, reserve: Sequence[str], vocab_size: int, *, workers: int
+) -> None:
     """Write documents.jsonl, tokenizer.model and corpus.bin/.idx into a folder, over whatever was left there.
 
     Args:
         out: the folder, made if missing.
-        library: the folder of Python sources; tests and installed packages in it are left out.
+        sources: text files; those that are not UTF-8 are left out.
+        library: sources below it are named without it.
         reserve: families whose markers the tokenizer has.
+        vocab_size: of the tokenizer.
         workers: processes that tokenise.
-    Raises:
-        DataError: the library holds no source files.
     """
-    sources = find_sources(library)
+    sources = list(sources)
     random.Random(SEED).shuffle(sources)
     records = []
     for path in sources:
@@ -77,24 +86,23 @@ def make_corpus(out: Path, library: Path, reserve: Sequence[str] = (), *, worker
         except UnicodeDecodeError:
             print(f"{path} is not UTF-8; left out", file=sys.stderr)
             continue
-        records.append(json.dumps({"text": text, "source": str(path.relative_to(library))}) + "\n")
-    if not records:
-        raise DataError(f"{library} has no Python sources: use data of your own with tools/preprocess_data.py")
+        name = path.relative_to(library) if path.is_relative_to(library) else path
+        records.append(json.dumps({"text": text, "source": str(name)}) + "\n")
     documents = out / "documents.jsonl"
     write_atomically(documents, "".join(records).encode())
-    print(f"{documents}: {len(records):,} source files of Python {sys.version.split()[0]}")
+    print(f"{documents}: {len(records):,} files, Python {sys.version.split()[0]}")
 
     reader = DocumentReader(find_inputs([documents]), on_error="fail")
     tokenizer = out / "tokenizer.model"
     train_sentencepiece(
         (document.text for document in reader),
         tokenizer,
-        VOCAB_SIZE,
+        vocab_size,
         reserve=reserve,
         seed=SEED,
         max_lines=MAX_LINES,
     )
-    print(f"{tokenizer}: {VOCAB_SIZE:,} tokens")
+    print(f"{tokenizer}: {vocab_size:,} tokens")
     preprocess(
         reader,
         tokenizer_path=tokenizer,

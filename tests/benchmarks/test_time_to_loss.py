@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.time_to_loss import TRIALS, Reached, _config, at_equal_loss, run_seconds, trial_phases
+from benchmarks.time_to_loss import Reached, at_equal_loss, run_seconds
+from benchmarks.trials import PROBLEMS, TRIALS, trial_config, trial_phases
 from ssd_megatron.config.load import Hardware, load_config
 
 
@@ -28,12 +29,14 @@ def test_a_run_is_counted_in_steps_measured_elsewhere() -> None:
     assert run_seconds(records, {"dense": 1.0, "sparse": 0.6}) == pytest.approx(3 * 1.0 + 2 * 0.6 + 6.3 / 3)
 
 
+@pytest.mark.parametrize("model", PROBLEMS)
 @pytest.mark.parametrize("name", TRIALS)
-def test_every_trial_is_a_run_that_can_be_made(name: str, tmp_path: Path) -> None:
+def test_every_trial_is_a_run_that_can_be_made(name: str, model: str, tmp_path: Path) -> None:
     trial = TRIALS[name]
-    config = _config(trial, 600, trial_phases(trial, 600), 1, tmp_path / "run")
+    phases = trial_phases(trial, 600)
     path = tmp_path / "ds.json"
-    path.write_text(json.dumps(config))
+    path.write_text(json.dumps(trial_config(PROBLEMS[model], trial, "corpus", 600, phases, 1, tmp_path / "run")))
     ssd = load_config(path, world_size=1, hardware=Hardware("cpu", False, "test")).ssd_megatron.ssd
     assert ssd.phases is not None
     assert [phase.mode for phase in ssd.phases] == ["dense", "sparse", "dense"]
+    assert ssd.num_experts == trial.one_in * ssd.top_k

@@ -1,4 +1,5 @@
 import json
+import site
 import sysconfig
 from pathlib import Path
 from types import ModuleType
@@ -8,9 +9,9 @@ import pyarrow.parquet
 import pytest
 from megatron.core.datasets.indexed_dataset import IndexedDataset
 
+from ssd_megatron.data import library as texts
 from ssd_megatron.data.preprocess import read_corpus_info
 from ssd_megatron.data.tokenizers import load_tokenizer
-from ssd_megatron.errors import DataError
 from tests.data.conftest import TEXTS
 from tools import embedded_corpus, preprocess_data, train_tokenizer
 
@@ -159,11 +160,27 @@ def test_an_interrupted_embedded_corpus_starts_over(
     assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
 
 
+def test_all_text_of_the_machine(tmp_path: Path, library: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    documents = tmp_path / "documents"
+    documents.mkdir()
+    for name, content in {
+        "a.md": "words\n" * 50,
+        "b.rst": "words\n" * 50,
+        "c.txt": "others\n",
+        "d.gz": "no text",
+    }.items():
+        (documents / name).write_text(content)
+    monkeypatch.setattr(texts, "SYSTEM_FOLDERS", (documents, tmp_path / "missing"))
+    monkeypatch.setattr(site, "getsitepackages", lambda: [])
+    monkeypatch.setattr(embedded_corpus, "MACHINE_VOCAB_SIZE", 300)
+    out = tmp_path / "out"
+    assert embedded_corpus.main(["--out", str(out), "--machine", "--workers", "1"]) == 0
+    sources = [json.loads(line)["source"] for line in (out / "documents.jsonl").read_text().splitlines()]
+    expected = {name for name in LIBRARY if name not in ("package/latin.py", "site-packages/s.py", "test/t.py")}
+    assert len(sources) == len(set(sources)) and set(sources) == expected | {f"{documents}/a.md", f"{documents}/c.txt"}
+
+
 def test_no_library_is_status_2(tmp_path: Path, library: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    empty = tmp_path / "empty"
-    empty.mkdir()
-    with pytest.raises(DataError, match="has no Python sources: use data of your own"):
-        embedded_corpus.make_corpus(tmp_path / "out", empty, workers=1)
     for path in library.rglob("*.py"):
         path.unlink()
     assert embedded_corpus.main(["--out", str(tmp_path / "out")]) == 2
