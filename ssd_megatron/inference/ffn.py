@@ -103,14 +103,19 @@ class FeedForward(nn.Module):
         Args:
             keys_T: int64, ids or positions of the tokens, for a router that goes by them.
         """
-        y_TH = self._sparse(x_TH, keys_T) if self._is_sparse(x_TH) else self._dense(x_TH)
+        y_TH = self._sparse(x_TH, keys_T) if self._is_sparse(len(x_TH)) else self._dense(x_TH)
         y_TH = self.place.sum("feed-forward network", y_TH)
         return y_TH if self.bank.b_out is None else y_TH + self.bank.b_out
 
-    def _is_sparse(self, x_TH: Tensor) -> bool:
+    def launches_alike(self, tokens: int) -> bool:
+        """Whether what is launched on a GPU for so many tokens depends on their number alone: in sparse mode of backend
+        triton only, as the others ask the device how many tokens an expert has."""
+        return not self._is_sparse(tokens) or (self.experts is not None and self.experts.backend == "triton")
+
+    def _is_sparse(self, tokens: int) -> bool:
         if self.mode != "auto":
             return self.mode == "sparse"
-        few_or_many = len(x_TH) <= MOST_TOKENS or len(x_TH) >= SPARSE_FROM[x_TH.device.type]
+        few_or_many = tokens <= MOST_TOKENS or tokens >= SPARSE_FROM[self.place.device.type]
         return few_or_many and self.router is not None
 
     def _dense(self, x_TH: Tensor) -> Tensor:
