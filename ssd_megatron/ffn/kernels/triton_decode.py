@@ -20,13 +20,14 @@ from ssd_megatron.ffn.kernels.triton_kernels import _act
 UP_TILE = {"BN": 16, "BH": 256}
 DOWN_TILE = {"BN": 128, "BH": 16}
 SCORE_TILE = {"BN": 2, "BH": 1024}
+STAGES = tl.constexpr(4)  # of loads on their way
 
 
 @triton.jit
 def _row_sums(w, b, x, row, live, H: tl.constexpr, BH: tl.constexpr):
     """x . w[row] + b[row] of some rows, fp32."""
     sums = tl.zeros(row.shape, dtype=tl.float32)
-    for h0 in range(0, H, BH):
+    for h0 in tl.range(0, H, BH, num_stages=STAGES):
         h = h0 + tl.arange(0, BH)
         weights = tl.load(w + row[:, None] * H + h[None, :], mask=live[:, None] & (h < H)[None, :], other=0.0)
         inputs = tl.load(x + h, mask=h < H, other=0.0)
@@ -80,16 +81,14 @@ def down(
     token = tl.program_id(0)
     h = tl.program_id(1) * BH + tl.arange(0, BH)
     sums = tl.zeros((BH,), dtype=tl.float32)
-    for k in range(K):
-        copy = token * K + k
-        first = tl.load(ids + copy) * N
-        for n0 in range(0, N, BN):
-            n = n0 + tl.arange(0, BN)
-            fired = tl.load(hidden + copy * N + n, mask=n < N, other=0.0).to(tl.float32)
-            # Of a neuron that does not fire nothing is read.
-            mask = (fired != 0.0)[:, None] & (h < H)[None, :]
-            weights = tl.load(w_out + (first + n)[:, None] * H + h[None, :], mask=mask, other=0.0)
-            sums += tl.sum(weights.to(tl.float32) * fired[:, None], axis=0)
+    for m0 in tl.range(0, K * N, BN, num_stages=STAGES):
+        m = m0 + tl.arange(0, BN)  # neurons of all its experts
+        fired = tl.load(hidden + token * K * N + m, mask=m < K * N, other=0.0).to(tl.float32)
+        row = tl.load(ids + token * K + m // N, mask=m < K * N, other=0) * N + m % N
+        # Of a neuron that does not fire nothing is read.
+        mask = (fired != 0.0)[:, None] & (h < H)[None, :]
+        weights = tl.load(w_out + row[:, None] * H + h[None, :], mask=mask, other=0.0)
+        sums += tl.sum(weights.to(tl.float32) * fired[:, None], axis=0)
     tl.store(out + token * H + h, sums.to(out.dtype.element_ty), mask=h < H)
 
 
