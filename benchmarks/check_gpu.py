@@ -2,8 +2,9 @@
 
     python -m benchmarks.check_gpu [--json FILE]
 
-Also: the same bits in two runs, no wait for the device, and a CUDA graph of forward and backward. What the interpreter
-cannot show, as it has no bf16 and no tensor cores. Ends with status 1 if something is wrong.
+Also: the same bits in two runs, no wait for the device, and a CUDA graph of forward and backward; and models in use,
+whose steps are replayed from CUDA graphs (check_graphs.py). What the interpreter cannot show, as it has no bf16 and no
+tensor cores. Ends with status 1 if something is wrong.
 """
 
 import math
@@ -122,14 +123,22 @@ def check(case: Case) -> list[Row]:
     return [*found, Row(f"{case}: largest relative error, {worst}", errors[worst], TOLERANCE[case.dtype], 0.0)]
 
 
+def check_models() -> list[Row]:
+    from benchmarks import check_graphs  # what that needs beside torch and triton need not be there for the cases
+
+    return list(check_graphs.rows())
+
+
 def rows() -> Iterator[Row]:
     """Cases in processes of their own, several at a time: most of it is compiling."""
     with ProcessPoolExecutor(min(len(CASES), max(1, (os.cpu_count() or 2) // 2)), get_context("spawn")) as pool:
-        for case, running in [(case, pool.submit(check, case)) for case in CASES]:
+        models = pool.submit(check_models)  # the longest one first
+        cases = [(str(case), pool.submit(check, case)) for case in CASES]
+        for name, running in [*cases, ("models in use", models)]:
             if (failure := running.exception()) is None:
                 yield from running.result()
             else:
-                yield Row(f"{case}: {type(failure).__name__}: {failure}", math.inf, 0.0, 0.0)
+                yield Row(f"{name}: {type(failure).__name__}: {failure}", math.inf, 0.0, 0.0)
 
 
 def main() -> None:

@@ -16,11 +16,12 @@ timed() { # seconds, name, module and arguments
   shift 2
   timeout "$limit" python3 -m "$@" --json "$OUT/$name.json" 2>&1 | tee "$OUT/$name.log" || failed=1
 }
-timed 130 check_gpu benchmarks.check_gpu
-timed 130 ffn benchmarks.ffn_gpu --profile "$OUT/ffn_profile.txt"
-timed 50 peers benchmarks.peers --quick
-timed 90 step benchmarks.step --model gpt-124m --turns 5 --eager --profile "$OUT/step"
-timed 60 compiled benchmarks.step --model gpt-124m --layers 4 --turns 5 --compile
-timed 50 switch benchmarks.switch --model gpt-1.3b --layers 4 --tokens 16384
-timeout 30 python3 examples/selfcheck/selfcheck.py 2>&1 | tee "$OUT/selfcheck.log" || failed=1
+timed 125 check_gpu benchmarks.check_gpu
+timed 115 ffn benchmarks.ffn_gpu --profile "$OUT/ffn_profile.txt"
+timed 65 inference benchmarks.inference
+timed 40 peers benchmarks.peers --quick
+timed 75 step benchmarks.step --model gpt-124m --turns 5 --eager --profile "$OUT/step"
+timed 50 compiled benchmarks.step --model gpt-124m --layers 4 --turns 5 --compile
+timed 40 switch benchmarks.switch --model gpt-1.3b --layers 4 --tokens 16384
+timeout 25 python3 examples/selfcheck/selfcheck.py 2>&1 | tee "$OUT/selfcheck.log" || failed=1
 exit "$failed"

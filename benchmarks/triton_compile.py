@@ -23,6 +23,7 @@ from triton.backends.nvidia.compiler import get_ptxas
 from triton.compiler import ASTSource
 from triton.runtime.autotuner import Autotuner
 
+from ssd_megatron.ffn.kernels import triton_decode as decode
 from ssd_megatron.ffn.kernels import triton_kernels as kernels
 from ssd_megatron.ffn.kernels import triton_routing as routing
 from ssd_megatron.ffn.kernels.triton_routing import MAX_ROWS_PER_TILE
@@ -33,9 +34,9 @@ ROWS_PER_EXPERT = 4096  # 16,384 tokens at a quarter of the experts
 SHAPES = ((2048, 512), (2048, 256), (2048, 128), (4096, 512))  # hidden size, neurons of an expert
 # Pointers that are None: in calls of a plain ReLU network without biases; of a gated one with biases, nothing.
 PLAIN = frozenset({"b", "w_up", "b_up", "pre", "pre_up", "d_up", "a_up"})
-POINTS_AT = {"dgate": "fp32", "ids": "i64"}
+POINTS_AT = {"dgate": "fp32", "ids": "i64", "scores": "fp32"}
 INTEGERS = {"token", "first_row", "tile_expert", "tile_row", "row_of_copy", "count", "total"}
-COUNTS = {"load", "copies", "parts", "tiles"}  # arguments by value
+COUNTS = {"load", "copies", "parts", "tiles", "E"}  # arguments by value
 
 
 @dataclass(frozen=True)
@@ -138,8 +139,18 @@ def others() -> Iterator[Variant]:
     yield Variant("gather_sum", kernels.gather_sum, nothing, {"H": 2048, "K": 8, "BN": 1024})
 
 
+def one_token() -> Iterator[Variant]:
+    """The kernels for one or two tokens, for 8 of 32 experts."""
+    sizes, nothing = {"H": 4096, "N": 512, "K": 8}, frozenset[str]()
+    yield Variant("one token, score", decode.score, frozenset({"b"}), {"H": 4096, **decode.SCORE_TILE})
+    yield Variant("one token, best", decode.best, nothing, {"K": 8, "BINS": 32})
+    yield Variant("one token, up, relu", decode.up, PLAIN, {**sizes, "ACT": "relu", **decode.UP_TILE})
+    yield Variant("one token, up, swiglu", decode.up, nothing, {**sizes, "ACT": "silu", **decode.UP_TILE})
+    yield Variant("one token, down", decode.down, nothing, {**sizes, **decode.DOWN_TILE})
+
+
 def all_compiled(quick: bool) -> Iterator[Compiled]:
-    for variant in others():
+    for variant in [*others(), *one_token()]:
         yield compiled(variant, triton.Config({}))
     for hidden, size in SHAPES[1:2] if quick else SHAPES:
         for variant in matmuls(f"h {hidden}, n {size}", hidden, size):

@@ -192,6 +192,10 @@ class Router(nn.Module):
         """Gates carry a gradient."""
         return self.straight_through or self.kind.scales
 
+    def scoring_rows(self, seen: Seen) -> Tensor | None:
+        """Rows [E, H] whose products with inputs, `bias` added, are all that this kind goes by; None of others."""
+        return self.weight if self.name == "centroid" else seen.means_EH
+
     def route(self, x_TH: Tensor, seen: Seen = NOTHING_ELSE, chosen: Choice | None = None) -> Routing:
         """Choose experts for each token.
 

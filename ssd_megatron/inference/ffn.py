@@ -103,14 +103,19 @@ class FeedForward(nn.Module):
         Args:
             keys_T: int64, ids or positions of the tokens, for a router that goes by them.
         """
-        y_TH = self._sparse(x_TH, keys_T) if self._is_sparse(x_TH) else self._dense(x_TH)
+        y_TH = self._sparse(x_TH, keys_T) if self._is_sparse(len(x_TH)) else self._dense(x_TH)
         y_TH = self.place.sum("feed-forward network", y_TH)
         return y_TH if self.bank.b_out is None else y_TH + self.bank.b_out
 
-    def _is_sparse(self, x_TH: Tensor) -> bool:
+    def launches_alike(self, tokens: int) -> bool:
+        """Whether what is launched on a GPU for so many tokens depends on their number alone: in sparse mode of backend
+        triton only, as the others ask the device how many tokens an expert has."""
+        return not self._is_sparse(tokens) or (self.experts is not None and self.experts.backend == "triton")
+
+    def _is_sparse(self, tokens: int) -> bool:
         if self.mode != "auto":
             return self.mode == "sparse"
-        few_or_many = len(x_TH) <= MOST_TOKENS or len(x_TH) >= SPARSE_FROM[x_TH.device.type]
+        few_or_many = tokens <= MOST_TOKENS or tokens >= SPARSE_FROM[self.place.device.type]
         return few_or_many and self.router is not None
 
     def _dense(self, x_TH: Tensor) -> Tensor:
@@ -121,16 +126,22 @@ class FeedForward(nn.Module):
 
     def _sparse(self, x_TH: Tensor, keys_T: Tensor | None) -> Tensor:
         assert self.router is not None and self.experts is not None
-        ids_TK, gates_TK, scaled = self.router.route(x_TH, self._seen(self.router.kind, self.experts.count, keys_T))
+        router, seen = self.router, self._seen(self.router.kind, self.experts.count, keys_T)
         tensors, activation, count = self.bank.tensors(), self.bank.activation, self.place.part(self.experts.count)
-        ids_TK = self.place.own(ids_TK, count)
-        if len(x_TH) <= MOST_TOKENS and not scaled:
-            if x_TH.device.type == "cpu":
-                return few_tokens_ffn(x_TH, ids_TK, tensors, activation, count)
-            if self.experts.backend == "triton":
-                from ssd_megatron.ffn.kernels import triton_decode  # the package triton need not be there
+        few, on_cpu = len(x_TH) <= MOST_TOKENS and not router.kind.scales, x_TH.device.type == "cpu"
+        if few and not on_cpu and self.experts.backend == "triton":
+            from ssd_megatron.ffn.kernels import triton_decode  # the package triton need not be there
 
-                return triton_decode.few_tokens_ffn(x_TH, ids_TK, tensors, activation, count)
+            rows_EH = router.scoring_rows(seen)
+            if rows_EH is None:
+                ids_TK = router.route(x_TH, seen).expert_ids_TK
+            else:
+                ids_TK = triton_decode.best_experts(x_TH, rows_EH, router.bias, router.top_k)
+            return triton_decode.few_tokens_ffn(x_TH, self.place.own(ids_TK, count), tensors, activation, count)
+        ids_TK, gates_TK, scaled = router.route(x_TH, seen)
+        ids_TK = self.place.own(ids_TK, count)
+        if few and on_cpu:
+            return few_tokens_ffn(x_TH, ids_TK, tensors, activation, count)
         gates_TK = gates_TK if scaled else None
         return sparse_ffn(x_TH, ids_TK, gates_TK, tensors, activation, count, self.experts.backend, scaled)
 

@@ -1,28 +1,14 @@
 """Tokens after prompts, one step at a time for a batch of texts. Shapes: b batch, s sequence, v vocabulary."""
 
 from collections.abc import Iterator, Sequence
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
-from ssd_megatron.config.schema import ModelConfig
 from ssd_megatron.errors import ConfigError
-from ssd_megatron.inference.cache import KeyValueCache, pad_in_front
+from ssd_megatron.inference.cache import pad_in_front
 from ssd_megatron.inference.sampling import Sampling, choose
-
-
-class Continues(Protocol):
-    """What gives logits of the next tokens of texts: `CausalModel`, or T5's `Decoder` beside an encoder's texts."""
-
-    @property
-    def config(self) -> ModelConfig: ...
-    @property
-    def device(self) -> torch.device: ...
-    def new_cache(self, batch: int, capacity: int, padding_b: Tensor | None = None) -> KeyValueCache: ...
-    def __call__(
-        self, tokens_bs: Tensor, /, cache: KeyValueCache | None = None, *, last_only: bool = False
-    ) -> Tensor: ...
+from ssd_megatron.inference.steps import Continues, steps_of
 
 
 def generate(
@@ -49,21 +35,21 @@ def generate(
     check_lengths(model, [len(prompt) for prompt in prompts], max_new_tokens)
     ended = set() if ended is None else ended
     tokens_bs, padding_b = pad_in_front(prompts, model.device)
-    cache = model.new_cache(len(prompts), tokens_bs.size(1) + max_new_tokens, padding_b)
     seen_bv = _seen(prompts, model) if sampling.repetition_penalty != 1 else None
     generator = torch.Generator(model.device).manual_seed(sampling.seed)
     vocab_size = vocab_size or model.config.vocab_size
-    for _ in range(max_new_tokens):
-        logits_bv = model(tokens_bs, cache, last_only=True)[:, 0, :vocab_size]
-        chosen_b = choose(logits_bv, None if seen_bv is None else seen_bv[:, :vocab_size], sampling, generator)
-        if seen_bv is not None:
-            seen_bv.scatter_(1, chosen_b[:, None], True)
-        tokens = chosen_b.tolist()
-        yield [None if text in ended else token for text, token in enumerate(tokens)]
-        ended.update(text for text, token in enumerate(tokens) if token == eod)
-        if len(ended) == len(prompts):
-            return
-        tokens_bs = chosen_b[:, None]
+    with steps_of(model, tokens_bs, padding_b, max_new_tokens) as step:
+        for _ in range(max_new_tokens):
+            logits_bv = step(tokens_bs)[:, 0, :vocab_size]
+            chosen_b = choose(logits_bv, None if seen_bv is None else seen_bv[:, :vocab_size], sampling, generator)
+            if seen_bv is not None:
+                seen_bv.scatter_(1, chosen_b[:, None], True)
+            tokens = chosen_b.tolist()
+            yield [None if text in ended else token for text, token in enumerate(tokens)]
+            ended.update(text for text, token in enumerate(tokens) if token == eod)
+            if len(ended) == len(prompts):
+                return
+            tokens_bs = chosen_b[:, None]
 
 
 def check_lengths(model: Continues, prompt_lengths: Sequence[int], max_new_tokens: int) -> None:

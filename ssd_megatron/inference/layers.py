@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ssd_megatron.config.schema import ModelConfig
 from ssd_megatron.ffn.kernels.decode import linear_row
-from ssd_megatron.inference.cache import KeyValueCache, View
+from ssd_megatron.inference.cache import Cache, View
 from ssd_megatron.inference.ffn import Experts, FeedForward
 from ssd_megatron.inference.place import Place
 from ssd_megatron.model.cost import qkv_size
@@ -129,7 +129,7 @@ class Block(nn.Module):
         self,
         x_bsh: Tensor,
         view: View,
-        cache: KeyValueCache | None = None,
+        cache: Cache | None = None,
         keys_T: Tensor | None = None,
         context: Context | None = None,
     ) -> Tensor:
@@ -155,9 +155,7 @@ class PostNormBlock(nn.Module):
         self.mlp = make_ffn(config, experts, index, place)
         self.post_mlp_layernorm = _norm(config, place)
 
-    def forward(
-        self, x_bsh: Tensor, view: View, cache: KeyValueCache | None = None, keys_T: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x_bsh: Tensor, view: View, cache: Cache | None = None, keys_T: Tensor | None = None) -> Tensor:
         x_bsh = self.post_attention_layernorm(x_bsh + self.self_attention(x_bsh, view, cache))
         y_Th: Tensor = self.mlp(x_bsh.flatten(0, 1), keys_T)
         normalised: Tensor = self.post_mlp_layernorm(x_bsh + y_Th.view_as(x_bsh))
@@ -173,7 +171,7 @@ class Attention(nn.Module):
         self.linear_qkv = Linear(config.hidden_size, qkv_size(config), config.add_bias, place)
         self.linear_proj = OutputLinear(config.hidden_size, config.add_bias, place)
 
-    def forward(self, x_bsh: Tensor, view: View, cache: KeyValueCache | None) -> Tensor:
+    def forward(self, x_bsh: Tensor, view: View, cache: Cache | None) -> Tensor:
         b, s, _ = x_bsh.shape
         # megatron-core's order: each group's query heads, then its key, then its value.
         heads_bgsrd = self.linear_qkv(x_bsh).view(b, s, self.groups, -1, self.head_dim).transpose(1, 2)

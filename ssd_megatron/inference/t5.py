@@ -10,11 +10,12 @@ import torch
 from torch import Tensor
 
 from ssd_megatron.config.schema import ModelConfig
-from ssd_megatron.inference.cache import KeyValueCache, View, whole_view
-from ssd_megatron.inference.ffn import Experts
+from ssd_megatron.inference.cache import Cache, KeyValueCache, View, whole_view
+from ssd_megatron.inference.ffn import Experts, Mode
 from ssd_megatron.inference.layers import Context, CrossAttention
 from ssd_megatron.inference.model import Model
 from ssd_megatron.inference.place import Place
+from ssd_megatron.inference.steps import Replays
 from ssd_megatron.model.norms import make_norm
 from ssd_megatron.model.relative_positions import bias_between
 
@@ -56,14 +57,12 @@ class EncoderDecoder(Model):
         logits_btv: Tensor = self.encode(tokens_bs)(decoder_tokens_bt)
         return logits_btv
 
-    def decode(
-        self, tokens_bt: Tensor, contexts: Sequence[Context], cache: KeyValueCache | None, last_only: bool
-    ) -> Tensor:
+    def decode(self, tokens_bt: Tensor, contexts: Sequence[Context], cache: Cache | None, last_only: bool) -> Tensor:
         """See `Decoder`."""
-        past, new = 0 if cache is None else cache.length, tokens_bt.size(1)
-        slots_S = torch.arange(past + new, device=self.device)
-        positions_bt = slots_S[None, past:]
-        view = View(positions_bt, self._bias("decoder", slots_S[past:], slots_S), causal=False)
+        new = tokens_bt.size(1)
+        slots_t, slots_S = 2 * (torch.arange(new, device=self.device),) if cache is None else cache.slots(new)
+        positions_bt = slots_t[None]
+        view = View(positions_bt, self._bias("decoder", slots_t, slots_S), causal=False)
         keys_T = self.router_keys(tokens_bt, positions_bt)
         x_bth = self.embedding(tokens_bt, positions_bt)
         for block, context in zip(self.blocks[self.config.num_layers :], contexts, strict=True):
@@ -85,12 +84,23 @@ class Decoder:
     """The decoder beside what the encoder made of some texts; it generates as a decoder-only model does.
 
     Attributes:
-        config, device: the model's.
+        config, device, modes: the model's.
+        kept: of earlier answers to these texts on a GPU, for the next ones.
     """
+
+    kept: Replays | None = None
 
     def __init__(self, model: EncoderDecoder, contexts: Sequence[Context]) -> None:
         self.config, self.device = model.config, model.device
         self._model, self._contexts = model, contexts
+
+    @property
+    def modes(self) -> tuple[tuple[Mode, int], ...]:
+        return self._model.modes
+
+    def can_replay(self, tokens: int) -> bool:
+        """See `Model`."""
+        return self._model.can_replay(tokens)
 
     def new_cache(self, batch: int, capacity: int, padding_b: Tensor | None = None) -> KeyValueCache:
         """Room for `capacity` tokens of the decoder, whose texts all begin in the first slot."""
@@ -100,6 +110,6 @@ class Decoder:
         return KeyValueCache(config.num_decoder_layers, shape, capacity, None, dtype=place.dtype, device=place.device)
 
     @torch.inference_mode()
-    def __call__(self, tokens_bt: Tensor, cache: KeyValueCache | None = None, *, last_only: bool = False) -> Tensor:
+    def __call__(self, tokens_bt: Tensor, cache: Cache | None = None, *, last_only: bool = False) -> Tensor:
         """Logits as `CausalModel` gives them."""
         return self._model.decode(tokens_bt, self._contexts, cache, last_only)

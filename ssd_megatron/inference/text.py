@@ -6,9 +6,10 @@ from typing import NamedTuple, Protocol
 from ssd_megatron.data.spans import first_decoder_token
 from ssd_megatron.data.tokenizers import Tokenizer
 from ssd_megatron.inference.cache import pad_in_front
-from ssd_megatron.inference.generate import Continues, generate
+from ssd_megatron.inference.generate import generate
 from ssd_megatron.inference.marks import MarkedTokenizer
 from ssd_megatron.inference.sampling import Sampling
+from ssd_megatron.inference.steps import Continues
 from ssd_megatron.inference.t5 import EncoderDecoder
 
 UNFINISHED = "\ufffd"  # what tokenizers show for bytes that are no whole character
