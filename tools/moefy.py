@@ -223,7 +223,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--from", dest="source", type=Path, required=True, metavar="DIR")
     add("--to", type=Path, required=True, metavar="DIR", help="a folder that is not there yet")
     add("--num_experts", type=int, metavar="E", help=f"of each network (default: of {NEURONS} neurons each)")
-    add("--top_k", type=int, metavar="K", help=f"experts that a token computes (default: {SHARE:.0%})")
+    add("--top_k", type=int, metavar="K", help=f"experts that a token computes (default: {SHARE:.0%}%)")
     add("--partition", choices=SPLITS, default="clustering", help="how neurons are grouped")
     add("--router", choices=ROUTERS, default="mlp", help="who chooses experts")
     add(
