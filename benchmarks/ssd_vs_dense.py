@@ -1,7 +1,7 @@
 """Does SSD reach the dense loss with fewer FLOPs? Real runs on the embedded corpus, same data and steps for each arm.
 
     python -m benchmarks.ssd_vs_dense --out runs/ssd_vs_dense [--seeds 1 2 3] [--steps 1000] [--jobs 2] [--quick]
-    python -m benchmarks.ssd_vs_dense --out runs/bert --family bert
+    python -m benchmarks.ssd_vs_dense --out runs/bert --family bert [--beside sparse convert]
     python -m benchmarks.ssd_vs_dense --out runs/granularity --granularity 8 32 128
 
 Arms: `dense`; `ssd` (adaptive schedule); `sparse` (experts from the first step to the last); `convert` (experts from
@@ -205,13 +205,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, each with its share of the cores")
     parser.add_argument("--quick", action="store_true", help="one seed, 50 steps: shows that it works, not how well")
     parser.add_argument("--family", choices=("gpt", "bert", "t5"), default="gpt")
+    parser.add_argument("--beside", nargs="*", choices=FOLLOWING, default=FOLLOWING, help="arms beside dense and ssd")
     parser.add_argument("--granularity", type=int, nargs="+", default=[], help="tokens that share their experts")
     arguments = parser.parse_args(argv)
     seeds, steps = ([1], 50) if arguments.quick else (arguments.seeds, arguments.steps)
     out = arguments.out.resolve()
     make_embedded_corpus(arguments.family)
     threads = max(1, (os.cpu_count() or 1) // arguments.jobs)
-    following = tuple(f"{TILES}{size}" for size in arguments.granularity) or FOLLOWING
+    following = tuple(f"{TILES}{size}" for size in arguments.granularity) or tuple(arguments.beside)
     seq_length = 512 if arguments.granularity else 128
     results: list[Result] = []
     with ThreadPoolExecutor(arguments.jobs) as pool:
