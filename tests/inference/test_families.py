@@ -27,7 +27,7 @@ from ssd_megatron.inference.marks import MarkedTokenizer, bert_tokenizer, t5_tok
 from ssd_megatron.inference.sampling import Sampling
 from ssd_megatron.inference.text import answer
 from ssd_megatron.training.saved_model import open_model, write_model
-from tests.saved_models import BERT, T5, trained
+from tests.saved_models import BERT, T5, T5_11, trained
 from tests.small_run import Corpus, small_config, train, write_config
 from tools import convert_checkpoint as convert_tool
 from tools import evaluate as evaluate_tool
@@ -44,6 +44,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "t5": T5,
     "t5, gated, untied, four decoder layers": T5
     | {"activation": "reglu", "tie_embeddings": False, "num_decoder_layers": 4, "relative_attention_num_buckets": 8},
+    "t5 1.1": T5_11,
     "t5, random": T5 | {"ssd": {"router": "random"}},
 }
 
