@@ -18,9 +18,12 @@ ACTIVATIONS = {"reglu": "relu", "geglu": "gelu", "geglu_tanh": "gelu_pytorch_tan
 
 def conflicts(model: ModelConfig) -> list[str]:
     """Settings that Llama does not have, each with what it needs."""
-    return unmet(
+    found = unmet(
         model, norm_position="pre", position_embedding="rope", normalization="rmsnorm", activation=tuple(ACTIVATIONS)
     )
+    if model.hidden_size % model.num_attention_heads:  # refused by its config, whatever head_dim is
+        found.append(f"num_attention_heads that divides hidden_size ({model.hidden_size})")
+    return found
 
 
 def to_hf(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:

@@ -33,10 +33,10 @@ DENSE: dict[str, tuple[Any, dict[str, Any]]] = {
     "opt, untied, squared relu, no bias": (opt, UNTIED),
     "llama": (llama, ROPE),
     "llama with biases": (llama, GATED_WITH_BIAS),
-    "llama, heads of an own size": (llama, ROPE | {"num_attention_heads": 6, "kv_channels": 16}),
+    "llama, heads of an own size": (llama, ROPE | {"kv_channels": 16}),
     "opt, gelu_tanh": (opt, {"activation": "gelu_tanh"}),
 }
-WIDE = ROPE | {"activation": "geglu_tanh", "kv_channels": 24}
+WIDE = ROPE | {"activation": "geglu_tanh", "num_attention_heads": 6, "kv_channels": 12}
 MIXED = {"position_embedding": "rope", "normalization": "layernorm"}
 
 
@@ -220,6 +220,9 @@ def test_what_has_no_stock_equivalent_is_refused_by_name(tmp_path: Path, capsys:
     assert "model.activation (relu), model.normalization (layernorm), model.position_embedding (rope): no" in message
     assert "OPT needs position_embedding learned; Llama needs normalization rmsnorm, activation reglu or" in message
     assert "use --mode sparse" in message and not (tmp_path / "hf").exists()
+    wide = trained(**WIDE).write(tmp_path / "wide")
+    assert tool.main(["export", "--from", str(wide), "--to", str(tmp_path / "hf")]) == 2
+    assert "Llama needs num_attention_heads that divides hidden_size (32). Nearest" in capsys.readouterr().err
     s = expected.settings
     never = write_model(tmp_path / "never", Settings(s.model, s.ssd, s.top_k, False, None), expected.tensors.items())
     assert tool.main(["export", "--from", str(never), "--to", str(tmp_path / "hf"), "--mode", "sparse"]) == 2
