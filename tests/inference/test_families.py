@@ -240,11 +240,11 @@ def test_the_generate_tool_answers(t5: Path, tmp_path: Path, capsys: pytest.Capt
 def test_what_a_run_has_trained_can_be_used(
     tmp_path: Path, family: str, marked_corpus: Corpus, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With experts that a switch has formed, and samples as in training."""
+    """With experts that a switch has formed, and samples as in training; of T5s, such a one as 1.1."""
     run_dir, out = tmp_path / "run", tmp_path / "out.json"
     config = small_config(marked_corpus, run_dir)
     section = config["ssd_megatron"]
-    section["model"] |= {"seq_length": LENGTH} | (BERT if family == "bert" else T5)
+    section["model"] |= {"seq_length": LENGTH} | (BERT if family == "bert" else T5_11)
     section["data"] |= {"mask_fraction": 0.2} | ({"whole_words": False} if family == "bert" else {})
     section["ssd"]["phases"] = [{"start_step": 1, "mode": "dense"}, {"start_step": 3, "mode": "sparse"}]
     section["training"] = {"train_steps": 4, "eval_interval": 4, "eval_steps": 1}
