@@ -123,6 +123,7 @@ def matmuls(name: str, hidden: int, size: int, dtype: str = "bf16", rows: int = 
         yield Variant(f"{which}, reglu", kernel, nothing, {**tiled, "ACT": "relu"}, dtype)
         yield Variant(f"{which}, swiglu", kernel, nothing, {**tiled, "ACT": "silu"}, dtype)
         yield Variant(f"{which}, gelu", kernel, PLAIN - {"b", "pre"}, {**tiled, "ACT": "gelu"}, dtype)
+        yield Variant(f"{which}, geglu_tanh", kernel, nothing, {**tiled, "ACT": "gelu_tanh"}, dtype)
     yield Variant(f"{name}, down", kernels.down, PLAIN, tiled, dtype)
     yield Variant(f"{name}, down, gated", kernels.down, nothing, tiled, dtype)
     yield Variant(f"{name}, weight_grad", kernels.weight_grad, nothing, sizes, dtype)

@@ -25,7 +25,7 @@ def marked_tokenizer(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="session")
 def marked_corpus(tmp_path_factory: pytest.TempPathFactory, marked_tokenizer: Path) -> Corpus:
-    return make_corpus(tmp_path_factory.mktemp("marked"), _sources(5), marked_tokenizer)
+    return make_corpus(tmp_path_factory.mktemp("marked"), _sources(60), marked_tokenizer)
 
 
 def _sources(number: int) -> list[Path]:

@@ -35,6 +35,9 @@ T5: dict[str, Any] = {"family": "t5", "vocab_size": 500, "decoder_seq_length": 8
 # Whose constants are powers of 2; it begins as transformers' do.
 EXACT_T5 = T5 | {"hidden_size": 64, "num_attention_heads": 4, "decoder_start_token": 0}
 
+# As T5 1.1 in small: heads that are not as wide as the model together, the approximate gated GELU, an untied head.
+T5_11 = T5 | {"num_attention_heads": 6, "kv_channels": 16, "activation": "geglu_tanh", "tie_embeddings": False}
+
 
 @dataclass(frozen=True)
 class Trained:

@@ -82,11 +82,18 @@ def without_effect(values: Mapping[str, Any]) -> dict[str, tuple[str, tuple[Any,
     }
 
 
-@CHECKS("model.hidden_size", "model.num_attention_heads", "model.position_embedding")
-def _heads(hidden: int, heads: int, positions: str) -> Iterator[str]:
-    if hidden % heads:
+@CHECKS("model.hidden_size", "model.num_attention_heads", "model.kv_channels", "model.position_embedding")
+def _heads(hidden: int, heads: int, channels: int | None, positions: str) -> Iterator[str]:
+    if channels is not None:
+        if positions == "rope" and channels % 2:
+            yield problem("model.kv_channels", channels, f"must be even with rope: try {channels + 1}")
+    elif hidden % heads:
         hint = divisors_near(hidden, heads)
-        yield problem("model.num_attention_heads", heads, f"must divide model.hidden_size ({hidden}): try {hint}")
+        yield problem(
+            "model.num_attention_heads",
+            heads,
+            f"must divide model.hidden_size ({hidden}): try {hint}, or say model.kv_channels",
+        )
     elif positions == "rope" and (hidden // heads) % 2:
         yield problem(
             "model.position_embedding",

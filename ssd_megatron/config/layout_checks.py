@@ -59,17 +59,20 @@ def _experts_by_homes(tensor: int, expert: int, num_experts: int) -> Iterator[st
     "model.ffn_hidden_size",
     "model.num_attention_heads",
     "model.num_query_groups",
+    "model.kv_channels",
     "parallel.tensor_parallel_size",
     "parallel.expert_parallel_size",
 )
 def _blocks_by_shards(
-    size: int, hidden: int, neurons: int, heads: int, groups: int, tensor: int, expert: int
+    size: int, hidden: int, neurons: int, heads: int, groups: int, channels: int | None, tensor: int, expert: int
 ) -> Iterator[str]:
     """A block lies on one rank."""
-    keys = f"outputs for queries, keys and values ({hidden + 2 * groups * (hidden // heads)})"
+    head = channels or hidden // heads
+    queries, keys = heads * head, (heads + 2 * groups) * head
     matrices = {
-        f"model.hidden_size ({hidden})": (hidden, tensor),
-        keys: (hidden + 2 * groups * (hidden // heads), tensor),
+        f"model.hidden_size ({hidden})": (hidden, 1 if channels else tensor),
+        f"outputs for queries ({queries})": (queries, tensor),
+        f"outputs for queries, keys and values ({keys})": (keys, tensor),
         f"model.ffn_hidden_size ({neurons})": (neurons, tensor * expert),
     }
     fits = [b for b in (8, 4, 1) if all(rows % (b * ranks) == 0 for rows, ranks in matrices.values())]

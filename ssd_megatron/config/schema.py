@@ -31,12 +31,12 @@ from ssd_megatron.config.fields import (
 Family = Literal["gpt", "bert", "t5"]
 Mode = Literal["dense", "sparse"]
 Router = Literal["centroid", "avg_k", "switch", "pkm", "mlp", "hash", "rand_hash", "vanilla", "oracle", "random"]
-Activation = Literal["relu", "squared_relu", "reglu", "gelu", "silu", "geglu", "swiglu"]
+Activation = Literal["relu", "squared_relu", "reglu", "gelu", "gelu_tanh", "silu", "geglu", "geglu_tanh", "swiglu"]
 
 HASH_ROUTERS: frozenset[str] = frozenset({"hash", "rand_hash"})
 NEURON_ROUTERS: frozenset[str] = frozenset({"rand_hash", "vanilla"})  # whose experts are single neurons
 TOKEN_ROUTERS: frozenset[str] = HASH_ROUTERS | {"oracle", "random"}  # that have nothing to say of a tile of tokens
-GATED_ACTIVATIONS: frozenset[str] = frozenset({"reglu", "geglu", "swiglu"})
+GATED_ACTIVATIONS: frozenset[str] = frozenset({"reglu", "geglu", "geglu_tanh", "swiglu"})
 SPARSE_ACTIVATIONS: frozenset[str] = frozenset({"relu", "squared_relu", "reglu"})
 
 
@@ -47,7 +47,10 @@ class ModelConfig(Section):
     num_layers: Positive = required("Transformer layers; of `t5` those of the encoder.")
     num_decoder_layers: Positive = derived("num_layers", 1, "Layers of the decoder (`t5`).")
     hidden_size: Positive = required("Width of the residual stream.")
-    num_attention_heads: Positive = required("Attention heads; must divide `hidden_size`.")
+    num_attention_heads: Positive = required("Attention heads; must divide `hidden_size` without `kv_channels`.")
+    kv_channels: Positive | None = optional(
+        None, "Width of one attention head; null: `hidden_size` / `num_attention_heads`."
+    )
     num_query_groups: Positive = derived(
         "num_attention_heads",
         1,
@@ -67,7 +70,11 @@ class ModelConfig(Section):
     )
     vocab_size: Positive = required("Token ids the model knows: at least the tokenizer's.")
     make_vocab_size_divisible_by: Positive = optional(128, "The vocabulary is padded up to a multiple of this.")
-    activation: Activation = optional("relu", "Feed-forward activation; gelu, silu, geglu, swiglu are less sparse.")
+    activation: Activation = optional(
+        "relu",
+        "Feed-forward activation; gelu, silu, geglu, swiglu are less sparse. `gelu_tanh` and `geglu_tanh` have the "
+        "approximate GELU of GPT-2 and T5 1.1.",
+    )
     normalization: Literal["layernorm", "rmsnorm"] = by_family("layernorm", "Kind of normalisation.", t5="rmsnorm")
     norm_position: Literal["pre", "post"] = by_family(
         "pre", "Normalisation before attention and feed-forward network, or after each and its residual.", bert="post"
@@ -112,7 +119,7 @@ class ModelConfig(Section):
     @property
     def head_dim(self) -> int:
         """Width of one attention head."""
-        return self.hidden_size // self.num_attention_heads
+        return self.kv_channels or self.hidden_size // self.num_attention_heads
 
     @property
     def total_layers(self) -> int:

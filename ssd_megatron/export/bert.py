@@ -8,10 +8,9 @@ from torch import Tensor
 from ssd_megatron.config.schema import ModelConfig
 from ssd_megatron.export.mapping import to_ours, to_theirs
 from ssd_megatron.export.rules import Rule, by_vocabulary, projections, same, same_layer, transposed, zeros
-from ssd_megatron.export.settings import our_activation, refuse_others, unmet
+from ssd_megatron.export.settings import UNGATED, our_activation, refuse_others, unmet, usual_kv_channels
 
 MODEL_TYPE = "bert"
-ACTIVATIONS = {"relu": "relu", "squared_relu": "relu2", "gelu": "gelu", "silu": "silu"}
 BOTH = ("weight", "bias")
 WORDS = "bert.embeddings.word_embeddings.weight"
 TYPES = "bert.embeddings.token_type_embeddings.weight"
@@ -30,7 +29,8 @@ def conflicts(model: ModelConfig) -> list[str]:
         position_embedding="learned",
         add_bias=True,
         num_query_groups=model.num_attention_heads,
-        activation=tuple(ACTIVATIONS),
+        kv_channels=usual_kv_channels(model),
+        activation=tuple(UNGATED),
     )
 
 
@@ -59,7 +59,7 @@ def config_of(model: ModelConfig) -> dict[str, Any]:
         "num_hidden_layers": model.num_layers,
         "num_attention_heads": model.num_attention_heads,
         "intermediate_size": model.ffn_hidden_size,
-        "hidden_act": ACTIVATIONS[model.activation],
+        "hidden_act": UNGATED[model.activation],
         "hidden_dropout_prob": model.dropout,
         "attention_probs_dropout_prob": model.dropout,
         "max_position_embeddings": model.seq_length,
@@ -85,7 +85,7 @@ def settings_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dic
         "num_attention_heads": config["num_attention_heads"],
         "ffn_hidden_size": config["intermediate_size"],
         "seq_length": config["max_position_embeddings"],
-        "activation": our_activation(config.get("hidden_act", "gelu"), "hidden_act", ACTIVATIONS),
+        "activation": our_activation(config.get("hidden_act", "gelu"), "hidden_act", UNGATED),
         "norm_epsilon": config.get("layer_norm_eps", 1e-12),
         "num_token_types": config.get("type_vocab_size", 2) if TYPES not in tensors or tensors[TYPES].any() else 0,
         "sentence_objective": "next" if f"{SENTENCES}.weight" in tensors else "none",

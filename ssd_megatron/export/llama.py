@@ -9,18 +9,21 @@ from ssd_megatron.config.schema import ModelConfig
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.export.mapping import to_ours, to_theirs
 from ssd_megatron.export.rules import Rule, projections, same, tied_head, transposed
-from ssd_megatron.export.settings import our_activation, unmet
+from ssd_megatron.export.settings import kv_channels_of, our_activation, unmet
 
 MODEL_TYPE = "llama"
 WORDS = "model.embed_tokens.weight"
-ACTIVATIONS = {"reglu": "relu", "geglu": "gelu", "swiglu": "silu"}
+ACTIVATIONS = {"reglu": "relu", "geglu": "gelu", "geglu_tanh": "gelu_pytorch_tanh", "swiglu": "silu"}
 
 
 def conflicts(model: ModelConfig) -> list[str]:
     """Settings that Llama does not have, each with what it needs."""
-    return unmet(
+    found = unmet(
         model, norm_position="pre", position_embedding="rope", normalization="rmsnorm", activation=tuple(ACTIVATIONS)
     )
+    if model.hidden_size % model.num_attention_heads:  # refused by its config, whatever head_dim is
+        found.append(f"num_attention_heads that divides hidden_size ({model.hidden_size})")
+    return found
 
 
 def to_hf(tensors: Mapping[str, Tensor], model: ModelConfig) -> dict[str, Tensor]:
@@ -71,11 +74,9 @@ def settings_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dic
     # Before transformers 5 the base was a field of its own, and scaling another.
     rope = config.get("rope_parameters") or config.get("rope_scaling") or {}
     rope_type = rope.get("rope_type", rope.get("type", "default"))
-    head_dim = config.get("head_dim") or hidden // heads
     biases = (config.get("attention_bias", False), config.get("mlp_bias", False))
     for is_fine, problem in (
         (rope_type == "default", f"rope_type ({rope_type}) has no equivalent here: only default has"),
-        (head_dim * heads == hidden, f"head_dim ({head_dim}) must be hidden_size / num_attention_heads here"),
         (biases[0] == biases[1], "attention_bias and mlp_bias must be the same here"),
     ):
         if not is_fine:
@@ -85,6 +86,7 @@ def settings_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dic
         "hidden_size": hidden,
         "num_attention_heads": heads,
         "num_query_groups": config.get("num_key_value_heads") or heads,
+        "kv_channels": kv_channels_of(config.get("head_dim") or hidden // heads, hidden, heads),
         "ffn_hidden_size": config["intermediate_size"],
         "seq_length": config["max_position_embeddings"],
         "activation": our_activation(config.get("hidden_act", "silu"), "hidden_act", ACTIVATIONS),

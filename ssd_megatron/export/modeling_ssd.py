@@ -9,6 +9,7 @@ neurons per expert, K experts per token, g key/value heads, r query heads of eac
 """
 
 from collections.abc import Callable
+from functools import partial
 
 import torch
 import torch.nn.functional as F
@@ -22,11 +23,13 @@ ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "squared_relu": lambda x: F.relu(x).square(),
     "reglu": F.relu,
     "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
     "geglu": F.gelu,
+    "geglu_tanh": partial(F.gelu, approximate="tanh"),
     "silu": F.silu,
     "swiglu": F.silu,
 }
-GATED = ("reglu", "geglu", "swiglu")
+GATED = ("reglu", "geglu", "geglu_tanh", "swiglu")
 
 
 class SsdConfig(PreTrainedConfig):
@@ -42,6 +45,7 @@ class SsdConfig(PreTrainedConfig):
     hidden_size: int = 768
     num_attention_heads: int = 12
     num_query_groups: int = 12
+    kv_channels: int | None = None  # of a head; None: hidden_size / num_attention_heads
     ffn_hidden_size: int = 3072
     seq_length: int = 1024
     activation: str = "relu"
@@ -59,9 +63,10 @@ class SsdConfig(PreTrainedConfig):
     mode: str = "sparse"
 
     def __post_init__(self, **kwargs):
-        # What transformers calls these two.
+        # What transformers calls these.
         self.num_hidden_layers = self.num_layers
         self.max_position_embeddings = self.seq_length
+        self.head_dim = self.kv_channels or self.hidden_size // self.num_attention_heads
         super().__post_init__(**kwargs)
 
 
@@ -136,10 +141,10 @@ class Attention(nn.Module):
     def __init__(self, config, layer):
         super().__init__()
         self.layer, self.groups = layer, config.num_query_groups
-        self.head_dim = config.hidden_size // config.num_attention_heads
-        outputs = config.hidden_size + 2 * self.groups * self.head_dim
-        self.qkv = nn.Linear(config.hidden_size, outputs, bias=config.add_bias)
-        self.output = nn.Linear(config.hidden_size, config.hidden_size, bias=config.add_bias)
+        self.head_dim = config.head_dim
+        queries = config.num_attention_heads * self.head_dim
+        self.qkv = nn.Linear(config.hidden_size, queries + 2 * self.groups * self.head_dim, bias=config.add_bias)
+        self.output = nn.Linear(queries, config.hidden_size, bias=config.add_bias)
 
     def forward(self, x, mask, rotation, cache):
         b, s, _ = x.shape
@@ -291,7 +296,7 @@ def make_norm(config):
 
 def make_rotation(position_ids, config, dtype):
     """Cosines and sines [b, 1, s, d] (RoFormer, arXiv 2104.09864)."""
-    d = config.hidden_size // config.num_attention_heads
+    d = config.head_dim
     frequencies = 1.0 / config.rotary_base ** (torch.arange(0, d, 2, device=position_ids.device).float() / d)
     angles = (position_ids[..., None].float() * frequencies).repeat(1, 1, 2)[:, None]
     return angles.cos().to(dtype), angles.sin().to(dtype)

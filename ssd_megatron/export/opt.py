@@ -9,13 +9,12 @@ from torch import Tensor
 from ssd_megatron.config.schema import ModelConfig
 from ssd_megatron.export.mapping import to_ours, to_theirs
 from ssd_megatron.export.rules import Rule, projections, same, tied_head, transposed
-from ssd_megatron.export.settings import our_activation, refuse_others, unmet
+from ssd_megatron.export.settings import UNGATED, our_activation, refuse_others, unmet, usual_kv_channels
 
 MODEL_TYPE = "opt"
 WORDS = "model.decoder.embed_tokens.weight"
 OFFSET = 2  # OPT counts positions from 2; the first rows are those of padding
 EPSILON = 1e-5  # of its LayerNorms, which no setting changes
-ACTIVATIONS = {"relu": "relu", "squared_relu": "relu2", "gelu": "gelu", "silu": "silu"}
 
 
 def conflicts(model: ModelConfig) -> list[str]:
@@ -27,7 +26,8 @@ def conflicts(model: ModelConfig) -> list[str]:
         normalization="layernorm",
         norm_epsilon=EPSILON,
         num_query_groups=model.num_attention_heads,
-        activation=tuple(ACTIVATIONS),
+        kv_channels=usual_kv_channels(model),
+        activation=tuple(UNGATED),
     )
 
 
@@ -56,7 +56,7 @@ def config_of(model: ModelConfig) -> dict[str, Any]:
         "ffn_dim": model.ffn_hidden_size,
         "max_position_embeddings": model.seq_length,
         "num_attention_heads": model.num_attention_heads,
-        "activation_function": ACTIVATIONS[model.activation],
+        "activation_function": UNGATED[model.activation],
         "do_layer_norm_before": True,
         "word_embed_proj_dim": model.hidden_size,
         "enable_bias": model.add_bias,
@@ -87,7 +87,7 @@ def settings_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dic
         "num_attention_heads": config["num_attention_heads"],
         "ffn_hidden_size": config["ffn_dim"],
         "seq_length": config["max_position_embeddings"],
-        "activation": our_activation(config.get("activation_function", "relu"), "activation_function", ACTIVATIONS),
+        "activation": our_activation(config.get("activation_function", "relu"), "activation_function", UNGATED),
         "normalization": "layernorm",
         "norm_epsilon": EPSILON,
         "position_embedding": "learned",

@@ -22,6 +22,7 @@ MODEL_FIELDS = (
     "hidden_size",
     "num_attention_heads",
     "num_query_groups",
+    "kv_channels",
     "ffn_hidden_size",
     "seq_length",
     "activation",
@@ -71,7 +72,8 @@ def config_of(settings: Settings) -> dict[str, Any]:
 
 def settings_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dict[str, Any]:
     """Fields of ModelConfig from a config.json, but for the vocabulary's."""
-    return {field: config[field] for field in MODEL_FIELDS} | {"tie_embeddings": config["tie_word_embeddings"]}
+    said = {"kv_channels": None, **config}  # older folders do not have it
+    return {field: said[field] for field in MODEL_FIELDS} | {"tie_embeddings": said["tie_word_embeddings"]}
 
 
 def mixes_by_position(saved: SavedModel) -> dict[str, Tensor]:

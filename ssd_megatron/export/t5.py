@@ -16,14 +16,23 @@ from ssd_megatron.config.schema import ModelConfig
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.export.mapping import to_ours, to_theirs
 from ssd_megatron.export.rules import Rule, by_vocabulary, projections, same, scaled, tied_head, transposed
-from ssd_megatron.export.settings import our_activation, refuse_others, unmet
+from ssd_megatron.export.settings import kv_channels_of, our_activation, unmet
 
 MODEL_TYPE = "t5"
-# Feed-forward activations that T5's `feed_forward_proj` can say; its gated-gelu is an approximation that ours is not.
-ACTIVATIONS = {"relu": "relu", "gelu": "gelu", "silu": "silu", "reglu": "gated-relu", "swiglu": "gated-silu"}
+# Feed-forward activations that T5's `feed_forward_proj` can say; its gated-gelu is the approximate one of T5 1.1.
+ACTIVATIONS = {
+    "relu": "relu",
+    "gelu": "gelu",
+    "gelu_tanh": "gelu_pytorch_tanh",
+    "silu": "silu",
+    "reglu": "gated-relu",
+    "geglu_tanh": "gated-gelu",
+    "swiglu": "gated-silu",
+}
 WORDS = "shared.weight"
 # T5 has no longest text; its first models were trained with so many tokens.
 LENGTH = 512
+HEAD = 64  # size of its heads where a folder does not say it
 # Some folders have it, and transformers does not look at it either.
 UNUSED = "decoder.block.0.layer.1.EncDecAttention.relative_attention_bias.weight"
 
@@ -79,7 +88,6 @@ def settings_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dic
         ConfigError: the model has something that ours do not have.
     """
     heads, hidden = config["num_heads"], config["d_model"]
-    refuse_others(config, "T5", d_kv=hidden // heads)
     # transformers 5 calls every head tied, and says by the other field which one really is.
     is_tied = config.get("tie_word_embeddings", True) and config.get("scale_decoder_outputs", True)
     return {
@@ -88,6 +96,7 @@ def settings_of(config: Mapping[str, Any], tensors: Mapping[str, Tensor]) -> dic
         "num_decoder_layers": config.get("num_decoder_layers"),
         "hidden_size": hidden,
         "num_attention_heads": heads,
+        "kv_channels": kv_channels_of(config.get("d_kv", HEAD), hidden, heads),
         "ffn_hidden_size": config["d_ff"],
         "seq_length": config.get("n_positions", LENGTH),
         "activation": our_activation(config.get("feed_forward_proj", "relu"), "feed_forward_proj", ACTIVATIONS),

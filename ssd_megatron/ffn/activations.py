@@ -6,6 +6,7 @@ A gated network applies the activation to the gate's pre-activation and multipli
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import torch
@@ -21,7 +22,8 @@ class Activation:
 
     Attributes:
         name: as written in ds.json.
-        phi: the function's own name, for kernels that compute it themselves: relu, squared_relu, gelu or silu.
+        phi: the function's own name, for kernels that compute it themselves: relu, squared_relu, gelu, gelu_tanh or
+            silu.
         gated: the network has a gate (`w_gate`).
         sparse: phi is exactly 0 for pre <= 0, so that most neurons do not fire.
         act: phi(pre). The sparse ones clamp `pre` in place at 0 and may return it: one tensor is then output, mask
@@ -66,6 +68,11 @@ def _gelu_slope_(d: Tensor, pre: Tensor) -> Tensor:
     return d
 
 
+def _gelu_tanh_slope_(d: Tensor, pre: Tensor) -> Tensor:
+    _aten.gelu_backward.grad_input(d, pre, approximate="tanh", grad_input=d)
+    return d
+
+
 def _silu_slope_(d: Tensor, pre: Tensor) -> Tensor:
     _aten.silu_backward.grad_input(d, pre, grad_input=d)
     return d
@@ -85,6 +92,11 @@ def _gelu(name: str, *, gated: bool) -> Activation:
     return Activation(name, "gelu", gated, sparse=False, act=F.gelu, act_again=F.gelu, slope_=_gelu_slope_)
 
 
+def _gelu_tanh(name: str, *, gated: bool) -> Activation:
+    act = partial(F.gelu, approximate="tanh")
+    return Activation(name, "gelu_tanh", gated, sparse=False, act=act, act_again=act, slope_=_gelu_tanh_slope_)
+
+
 def _silu(name: str, *, gated: bool) -> Activation:
     return Activation(name, "silu", gated, sparse=False, act=F.silu, act_again=F.silu, slope_=_silu_slope_)
 
@@ -94,7 +106,9 @@ ACTIVATIONS = {
     "squared_relu": _squared_relu(),
     "reglu": _relu("reglu", gated=True),
     "gelu": _gelu("gelu", gated=False),
+    "gelu_tanh": _gelu_tanh("gelu_tanh", gated=False),
     "silu": _silu("silu", gated=False),
     "geglu": _gelu("geglu", gated=True),
+    "geglu_tanh": _gelu_tanh("geglu_tanh", gated=True),
     "swiglu": _silu("swiglu", gated=True),
 }

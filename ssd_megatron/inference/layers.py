@@ -16,7 +16,7 @@ from ssd_megatron.ffn.kernels.decode import linear_row
 from ssd_megatron.inference.cache import Cache, View
 from ssd_megatron.inference.ffn import Experts, FeedForward
 from ssd_megatron.inference.place import Place
-from ssd_megatron.model.cost import qkv_size
+from ssd_megatron.model.cost import qkv_size, query_size
 from ssd_megatron.model.heads import SentenceHead, Transform
 from ssd_megatron.model.norms import make_norm
 
@@ -169,7 +169,7 @@ class Attention(nn.Module):
         super().__init__()
         self.index, self.groups, self.head_dim = index, place.part(config.num_query_groups), config.head_dim
         self.linear_qkv = Linear(config.hidden_size, qkv_size(config), config.add_bias, place)
-        self.linear_proj = OutputLinear(config.hidden_size, config.add_bias, place)
+        self.linear_proj = OutputLinear(query_size(config), config.hidden_size, config.add_bias, place)
 
     def forward(self, x_bsh: Tensor, view: View, cache: Cache | None) -> Tensor:
         b, s, _ = x_bsh.shape
@@ -204,10 +204,11 @@ class CrossAttention(nn.Module):
 
     def __init__(self, config: ModelConfig, place: Place) -> None:
         super().__init__()
-        h, self.heads, self.head_dim = config.hidden_size, place.part(config.num_attention_heads), config.head_dim
-        self.linear_q = Linear(h, h, config.add_bias, place)
-        self.linear_kv = Linear(h, 2 * h, config.add_bias, place)
-        self.linear_proj = OutputLinear(h, config.add_bias, place)
+        h, queries = config.hidden_size, query_size(config)
+        self.heads, self.head_dim = place.part(config.num_attention_heads), config.head_dim
+        self.linear_q = Linear(h, queries, config.add_bias, place)
+        self.linear_kv = Linear(h, 2 * queries, config.add_bias, place)
+        self.linear_proj = OutputLinear(queries, h, config.add_bias, place)
 
     def context(self, encoded_bSh: Tensor, mask: Tensor | None) -> Context:
         """What this layer looks at, computed once for all of a decoder's tokens."""
@@ -238,13 +239,13 @@ class Linear(nn.Module):
 
 
 class OutputLinear(nn.Module):
-    """The same of attention's outputs, `size` of as many inputs; each rank has some of the inputs."""
+    """The same of attention's outputs; each rank has some of the inputs."""
 
-    def __init__(self, size: int, bias: bool, place: Place) -> None:
+    def __init__(self, inputs: int, outputs: int, bias: bool, place: Place) -> None:
         super().__init__()
         self.place = place
-        self.weight = place.parameter(size, place.part(size))
-        self.bias = place.parameter(size) if bias else None
+        self.weight = place.parameter(outputs, place.part(inputs))
+        self.bias = place.parameter(outputs) if bias else None
 
     def forward(self, x: Tensor) -> Tensor:
         if self.place.ranks == 1:

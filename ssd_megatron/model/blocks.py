@@ -41,6 +41,7 @@ def transformer_config(model: ModelConfig, topology: Topology) -> TransformerCon
         hidden_size=model.hidden_size,
         num_attention_heads=model.num_attention_heads,
         num_query_groups=model.num_query_groups,
+        kv_channels=model.head_dim,
         ffn_hidden_size=model.ffn_hidden_size,
         normalization=NORMALIZATION[model.normalization],
         layernorm_epsilon=model.norm_epsilon,
@@ -116,7 +117,7 @@ class TransformerBlock(nn.Module):
         self.rotary = None
         if model.position_embedding == "rope":
             self.rotary = RotaryEmbedding(
-                kv_channels=model.hidden_size // model.num_attention_heads,
+                kv_channels=model.head_dim,
                 rotary_percent=1.0,
                 rotary_base=model.rotary_base,
                 use_cpu_initialization=True,

@@ -77,9 +77,9 @@ def parameter_counts(model: ModelConfig, ssd: SSDConfig) -> dict[str, int]:
 def split_attention(model: ModelConfig, layer: Layer) -> int:
     """Parameters of a layer's attention that tensor-parallel ranks split; to an encoder: queries, keys and values, and
     the projection of the heads' outputs."""
-    h = model.hidden_size
-    cross = 4 * h * h if layer.context else 0
-    return (h + model.add_bias) * qkv_size(model) + h * h + cross
+    h, queries = model.hidden_size, query_size(model)
+    cross = 4 * h * queries if layer.context else 0
+    return (h + model.add_bias) * qkv_size(model) + h * queries + cross
 
 
 def whole_attention(model: ModelConfig) -> int:
@@ -127,10 +127,10 @@ def head_bias(model: ModelConfig) -> int:
 def forward_flops(model: ModelConfig, ssd: SSDConfig, layer: Layer) -> ForwardFlops:
     """FLOPs of one token's forward pass through a layer, matrix products only; keys and values of an encoder's tokens
     are shared out over the decoder's."""
-    h = model.hidden_size
-    cross = 4 * h * h + 4 * layer.context * h + 4 * h * h * layer.context / layer.length if layer.context else 0
+    h, queries = model.hidden_size, query_size(model)
+    cross = 4 * queries * (h + layer.context + h * layer.context / layer.length) if layer.context else 0
     return ForwardFlops(
-        attention=2 * h * (qkv_size(model) + h) + 4 * layer.length * h + cross,
+        attention=2 * h * (qkv_size(model) + queries) + 4 * layer.length * queries + cross,
         ffn=2 * ffn_matrices(model) * h * model.ffn_hidden_size,
         router=router_flops(model, ssd) / ssd.routing_granularity,
     )
@@ -182,9 +182,9 @@ def flops_per_token(model: ModelConfig, ssd: SSDConfig, live: float = 1.0) -> Fl
 
 def masked_flops(model: ModelConfig, layer: Layer) -> float:
     """FLOPs of one token's forward pass through the matrices of a layer that masks cover."""
-    h = model.hidden_size
-    cross = 4 * h * h * (1 + layer.context / layer.length) if layer.context else 0.0
-    return 2 * h * (qkv_size(model) + h) + cross + 2 * ffn_matrices(model) * h * model.ffn_hidden_size
+    h, queries = model.hidden_size, query_size(model)
+    cross = 4 * h * queries * (1 + layer.context / layer.length) if layer.context else 0.0
+    return 2 * h * (qkv_size(model) + queries) + cross + 2 * ffn_matrices(model) * h * model.ffn_hidden_size
 
 
 def masked_weights(model: ModelConfig, layer: Layer) -> tuple[int, int]:
@@ -194,9 +194,14 @@ def masked_weights(model: ModelConfig, layer: Layer) -> tuple[int, int]:
     return attention, ffn_matrices(model) * h * model.ffn_hidden_size
 
 
+def query_size(model: ModelConfig) -> int:
+    """Width of all heads together: outputs for queries, inputs of the output projection."""
+    return model.num_attention_heads * model.head_dim
+
+
 def qkv_size(model: ModelConfig) -> int:
     """Outputs of the projection to queries, keys and values."""
-    return model.hidden_size + 2 * model.num_query_groups * model.head_dim
+    return query_size(model) + 2 * model.num_query_groups * model.head_dim
 
 
 def norm_parameters(model: ModelConfig) -> int:

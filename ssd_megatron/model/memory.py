@@ -21,6 +21,7 @@ from ssd_megatron.model.cost import (
     masked_weights,
     norm_parameters,
     qkv_size,
+    query_size,
     router_parameters,
     small_embeddings,
     split_attention,
@@ -288,14 +289,14 @@ def layer_activation_bytes(
     and of the feed-forward network its pre-activations and what the activation makes of them. Rotary embeddings keep
     queries and keys a second time, grouped queries without them the queries; dropout keeps two masks of a byte.
     """
-    h, tp = model.hidden_size, layout.tensor
-    attention = (qkv_size(model) + h) / tp
+    h, queries, tp = model.hidden_size, query_size(model), layout.tensor
+    attention = (qkv_size(model) + queries) / tp
     if model.position_embedding == "rope":
-        attention += (qkv_size(model) + h) / 2 / tp
+        attention += (qkv_size(model) + queries) / 2 / tp
     elif model.num_query_groups != model.num_attention_heads:
-        attention += h / tp
+        attention += queries / tp
     if layer.context:  # queries and context; keys and values of the encoder's tokens
-        attention += 2 * h / tp * (1 + layer.context / layer.length)
+        attention += 2 * queries / tp * (1 + layer.context / layer.length)
     networks = 2 + (layer.context > 0)
     masks = networks * h if model.dropout else 0
     norms = 2 * layer_norms(layer) * h

@@ -30,7 +30,8 @@ from ssd_megatron.training.saved_model import SavedModel, open_model, write_mode
 CALIBRATED = ".mlp.bank.w_out"  # what calibration trains
 
 # What takes the place of an activation that is never 0.
-TO_RELU: dict[str, Activation] = {"gelu": "relu", "silu": "relu", "geglu": "reglu", "swiglu": "reglu"}
+TO_RELU: dict[str, Activation] = dict.fromkeys(("gelu", "gelu_tanh", "silu"), "relu")
+TO_RELU |= dict.fromkeys(("geglu", "geglu_tanh", "swiglu"), "reglu")
 
 
 @dataclass(frozen=True)

@@ -13,6 +13,7 @@ from ssd_megatron.model.cost import (
     head_matrices,
     layers_of,
     qkv_size,
+    query_size,
     small_embeddings,
     stage_layers,
 )
@@ -89,7 +90,8 @@ def _line(model: ModelConfig, layout: Layout) -> Iterator[tuple[float, bool]]:
         yield small_embeddings(model), False
     for layer in stage_layers(model, layout.pipeline, 0):
         if not alone:
-            yield (h + qkv_size(model) + (4 * h if layer.context else 0)) * h / tp, False
+            cross = 4 * query_size(model) if layer.context else 0
+            yield (query_size(model) + qkv_size(model) + cross) * h / tp, False
         for _ in range(ffn_matrices(model)):
             yield h * model.ffn_hidden_size / layout.homes, True
     if not alone and layout.pipeline == 1 and not model.tie_embeddings:

@@ -179,6 +179,11 @@ def test_one_path_may_stand_alone_and_null_is_the_default_size(load: Load) -> No
     assert config.ssd_megatron.model.ffn_hidden_size == 256
 
 
+def test_heads_of_an_own_size_need_not_divide_the_hidden_size(load: Load) -> None:
+    model = load({"ssd_megatron.model.num_attention_heads": 5, "ssd_megatron.model.kv_channels": 10}).ssd_megatron.model
+    assert (model.kv_channels, model.head_dim) == (10, 10)
+
+
 def test_config_is_frozen(load: Load) -> None:
     config: Any = load()
     with pytest.raises(ValidationError, match="frozen"):

@@ -35,7 +35,7 @@ FIELDS: list[tuple[dict[str, Any], str]] = [
     ({MODEL: DROP}, "ssd_megatron.model is missing: Shape of the Transformer."),
     ({MODEL: 3}, "ssd_megatron.model (3) must be an object in braces"),
     ({"ssd_megatron": DROP}, "ssd_megatron is missing: This project's section."),
-    ({f"{MODEL}.activation": "rleu"}, '"geglu" or "swiglu": did you mean "relu"?'),
+    ({f"{MODEL}.activation": "rleu"}, '"geglu_tanh" or "swiglu": did you mean "relu"?'),
     ({f"{MODEL}.normalization": "batchnorm"}, 'model.normalization ("batchnorm") must be "layernorm" or "rmsnorm"'),
     ({f"{MASKS}.sparsity": 1.0}, "weight_sparsity.sparsity (1.0) must be below 1"),
     (MASKED | {f"{MASKS}.block_size": 2}, "weight_sparsity.block_size (2) must be 1, 4, 8 or 16"),
@@ -114,7 +114,7 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
     ),
     (
         {f"{MODEL}.num_attention_heads": 5, f"{MODEL}.num_query_groups": 5},
-        "model.num_attention_heads (5) must divide model.hidden_size (64): try 4 or 8",
+        "model.num_attention_heads (5) must divide model.hidden_size (64): try 4 or 8, or say model.kv_channels",
     ),
     (
         {f"{MODEL}.num_query_groups": 3},
@@ -124,6 +124,15 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
         {f"{MODEL}.num_attention_heads": 64, f"{MODEL}.position_embedding": "rope"},
         'model.position_embedding ("rope") needs an even head size, but model.hidden_size (64) / '
         "model.num_attention_heads (64) = 1",
+    ),
+    ({f"{MODEL}.kv_channels": 0}, "model.kv_channels (0) must be at least 1"),
+    (
+        {f"{MODEL}.kv_channels": 15, f"{MODEL}.position_embedding": "rope"},
+        "model.kv_channels (15) must be even with rope: try 16",
+    ),
+    (
+        MASKED | {f"{MASKS}.block_size": 16, f"{MODEL}.kv_channels": 24, f"{MODEL}.num_attention_heads": 3},
+        "weight_sparsity.block_size (16) must divide the outputs for queries (72): try 8",
     ),
     ({f"{SSD}.top_k": 17}, "ssd.top_k (17) must be at most ssd.num_experts (16): try 4"),
     ({f"{SSD}.top_k": 1}, 'gives the router no gradient with ssd.router_update "straight_through": try 2'),

@@ -18,6 +18,7 @@ BERT = {"family": "bert", "num_attention_heads": 4, "vocab_size": 500}
 SETTINGS: dict[str, dict[str, Any]] = {
     "relu": {},
     "gelu, kinds of tokens, untied": {"activation": "gelu", "num_token_types": 2, "tie_embeddings": False},
+    "gelu_tanh": {"activation": "gelu_tanh", "kv_channels": 8},
     "sentences": {"num_token_types": 2, "sentence_objective": "next"},
 }
 
@@ -63,12 +64,14 @@ def config(**settings: Any) -> ModelConfig:
     ("settings", "needed"),
     [
         ({"norm_position": "pre"}, "norm_position post"),
-        ({"activation": "reglu"}, "activation relu or squared_relu or gelu or silu"),
+        ({"activation": "reglu"}, "activation relu or squared_relu or gelu or gelu_tanh or silu"),
         ({"num_query_groups": 1}, "num_query_groups 2"),
+        ({"kv_channels": 6}, "kv_channels None or 4"),
     ],
 )
 def test_models_that_are_no_bert_are_known(settings: dict[str, Any], needed: str) -> None:
-    assert bert.conflicts(config()) == [] and bert.conflicts(config(**settings)) == [needed]
+    assert bert.conflicts(config()) == bert.conflicts(config(kv_channels=4)) == []
+    assert bert.conflicts(config(**settings)) == [needed]
 
 
 def test_tensors_that_are_missing_or_superfluous_are_named() -> None:

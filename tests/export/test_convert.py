@@ -33,7 +33,10 @@ DENSE: dict[str, tuple[Any, dict[str, Any]]] = {
     "opt, untied, squared relu, no bias": (opt, UNTIED),
     "llama": (llama, ROPE),
     "llama with biases": (llama, GATED_WITH_BIAS),
+    "llama, heads of an own size": (llama, ROPE | {"kv_channels": 16}),
+    "opt, gelu_tanh": (opt, {"activation": "gelu_tanh"}),
 }
+WIDE = ROPE | {"activation": "geglu_tanh", "num_attention_heads": 6, "kv_channels": 12}
 MIXED = {"position_embedding": "rope", "normalization": "layernorm"}
 
 
@@ -77,7 +80,7 @@ def test_dense_models_are_stock_ones_and_come_back(tmp_path: Path, name: str) ->
     torch.testing.assert_close(load(imported)(expected.tokens), expected.dense, rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("settings", [MIXED, ROPE | {"normalization": "layernorm"}, UNTIED])
+@pytest.mark.parametrize("settings", [MIXED, ROPE | {"normalization": "layernorm"}, UNTIED, WIDE])
 def test_sparse_models_run_in_both_modes_from_their_folder_alone(tmp_path: Path, settings: dict[str, Any]) -> None:
     expected = trained(**settings)
     exported = tmp_path / "hf"
@@ -217,6 +220,9 @@ def test_what_has_no_stock_equivalent_is_refused_by_name(tmp_path: Path, capsys:
     assert "model.activation (relu), model.normalization (layernorm), model.position_embedding (rope): no" in message
     assert "OPT needs position_embedding learned; Llama needs normalization rmsnorm, activation reglu or" in message
     assert "use --mode sparse" in message and not (tmp_path / "hf").exists()
+    wide = trained(**WIDE).write(tmp_path / "wide")
+    assert tool.main(["export", "--from", str(wide), "--to", str(tmp_path / "hf")]) == 2
+    assert "Llama needs num_attention_heads that divides hidden_size (32). Nearest" in capsys.readouterr().err
     s = expected.settings
     never = write_model(tmp_path / "never", Settings(s.model, s.ssd, s.top_k, False, None), expected.tensors.items())
     assert tool.main(["export", "--from", str(never), "--to", str(tmp_path / "hf"), "--mode", "sparse"]) == 2
@@ -228,7 +234,7 @@ def test_what_has_no_stock_equivalent_is_refused_by_name(tmp_path: Path, capsys:
     [
         ({"model_type": "gpt2"}, r"model_type \(gpt2\) cannot be imported: opt, llama, bert, t5, ssd_gpt can"),
         ({"do_layer_norm_before": False}, r"do_layer_norm_before \(False\) of this OPT has no equivalent"),
-        ({"activation_function": "gelu_new"}, r"activation_function \(gelu_new\) is none of ours: relu, relu2, gelu"),
+        ({"activation_function": "mish"}, r"activation_function \(mish\) is none of ours: relu, relu2, gelu"),
     ],
 )
 def test_what_cannot_be_imported_is_refused_by_name(tmp_path: Path, changes: dict[str, Any], message: str) -> None:
@@ -239,8 +245,9 @@ def test_what_cannot_be_imported_is_refused_by_name(tmp_path: Path, changes: dic
         import_model(tmp_path / "hf", tmp_path / "ours")
 
 
-def test_a_model_made_by_transformers_is_imported(tmp_path: Path) -> None:
-    """Its own config's defaults, its own names; RoPE with another base."""
+@pytest.mark.parametrize("others", [{}, {"head_dim": 16, "hidden_act": "gelu_new"}])
+def test_a_model_made_by_transformers_is_imported(tmp_path: Path, others: dict[str, Any]) -> None:
+    """Its own config's defaults, its own names; RoPE with another base; heads of an own size."""
     torch.manual_seed(0)
     config = transformers.LlamaConfig(
         vocab_size=99,
@@ -251,6 +258,7 @@ def test_a_model_made_by_transformers_is_imported(tmp_path: Path) -> None:
         num_key_value_heads=2,
         max_position_embeddings=64,
         rope_parameters={"rope_type": "default", "rope_theta": 500.0},
+        **others,
     )
     theirs = transformers.LlamaForCausalLM(config).eval()
     theirs.save_pretrained(tmp_path / "hf")

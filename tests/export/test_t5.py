@@ -17,6 +17,13 @@ T5 = {"family": "t5", "num_attention_heads": 4, "vocab_size": 500, "seq_length":
 SETTINGS: dict[str, dict[str, Any]] = {
     "relu, tied": {},
     "gated, untied, three decoder layers": {"activation": "reglu", "tie_embeddings": False, "num_decoder_layers": 3},
+    "heads of an own size, gated-gelu, untied": {
+        "num_attention_heads": 6,
+        "kv_channels": 16,
+        "activation": "geglu_tanh",
+        "tie_embeddings": False,
+    },
+    "gelu_tanh, tied": {"activation": "gelu_tanh", "kv_channels": 4},
     "few buckets": {"relative_attention_num_buckets": 8, "relative_attention_max_distance": 20},
 }
 
@@ -48,7 +55,9 @@ def test_logits_are_those_of_hugging_face(name: str) -> None:
     assert logits < 1e-4 and lost < 1e-6, (logits, lost)
 
 
-def test_models_that_are_no_t5_are_known() -> None:
+@pytest.mark.parametrize("activation", ["squared_relu", "geglu"])
+def test_models_that_are_no_t5_are_known(activation: Any) -> None:
+    """Exact GELU with a gate among them: T5's gated-gelu is the approximate one."""
     sizes = {"num_layers": 1, "hidden_size": 8, "num_attention_heads": 2, "seq_length": 16, "vocab_size": 20}
-    model = ModelConfig(family="t5", activation="squared_relu", **sizes)
-    assert t5.conflicts(model) == ["activation relu or gelu or silu or reglu or swiglu"]
+    model = ModelConfig(family="t5", activation=activation, **sizes)
+    assert t5.conflicts(model) == ["activation relu or gelu or gelu_tanh or silu or reglu or geglu_tanh or swiglu"]

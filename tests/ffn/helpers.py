@@ -12,11 +12,13 @@ PHI = {
     "squared_relu": lambda pre: F.relu(pre) ** 2,
     "reglu": F.relu,
     "gelu": F.gelu,
+    "gelu_tanh": lambda pre: F.gelu(pre, approximate="tanh"),
     "silu": F.silu,
     "geglu": F.gelu,
+    "geglu_tanh": lambda pre: F.gelu(pre, approximate="tanh"),
     "swiglu": F.silu,
 }
-GATED = {"reglu", "geglu", "swiglu"}
+GATED = {"reglu", "geglu", "geglu_tanh", "swiglu"}
 PLAIN = ("reference", "torch")  # backends that run everywhere and in fp64; test_triton.py has the one for GPUs
 HAS_CPP = cpp_build.lacking(torch.float32) is None and cpp_build.lacking(torch.bfloat16) is None
 FAST = ("torch", *(["cpp"] if HAS_CPP else []))

@@ -1,7 +1,11 @@
+from typing import get_args
+
 import pytest
 import torch
 
+from ssd_megatron.config.schema import Activation
 from ssd_megatron.ffn.activations import ACTIVATIONS
+from ssd_megatron.moefication.conversion import TO_RELU
 from tests.ffn.helpers import GATED, PHI
 
 
@@ -22,7 +26,9 @@ def test_value_and_slope_are_those_of_autograd(name: str) -> None:
 
 
 def test_names_gates_and_sparsity() -> None:
-    assert list(ACTIVATIONS) == ["relu", "squared_relu", "reglu", "gelu", "silu", "geglu", "swiglu"]
+    assert list(ACTIVATIONS) == list(get_args(Activation))
     assert {name for name, activation in ACTIVATIONS.items() if activation.gated} == GATED
     assert {name for name, activation in ACTIVATIONS.items() if activation.sparse} == {"relu", "squared_relu", "reglu"}
+    assert {name for name, activation in ACTIVATIONS.items() if not activation.sparse} == TO_RELU.keys()
+    assert all(ACTIVATIONS[name].gated == ACTIVATIONS[relu].gated for name, relu in TO_RELU.items())
     assert all(activation.name == name for name, activation in ACTIVATIONS.items())

@@ -27,7 +27,7 @@ from ssd_megatron.inference.marks import MarkedTokenizer, bert_tokenizer, t5_tok
 from ssd_megatron.inference.sampling import Sampling
 from ssd_megatron.inference.text import answer
 from ssd_megatron.training.saved_model import open_model, write_model
-from tests.saved_models import BERT, T5, trained
+from tests.saved_models import BERT, T5, T5_11, trained
 from tests.small_run import Corpus, small_config, train, write_config
 from tools import convert_checkpoint as convert_tool
 from tools import evaluate as evaluate_tool
@@ -44,6 +44,7 @@ MODELS: dict[str, dict[str, Any]] = {
     "t5": T5,
     "t5, gated, untied, four decoder layers": T5
     | {"activation": "reglu", "tie_embeddings": False, "num_decoder_layers": 4, "relative_attention_num_buckets": 8},
+    "t5 1.1": T5_11,
     "t5, random": T5 | {"ssd": {"router": "random"}},
 }
 
@@ -239,11 +240,11 @@ def test_the_generate_tool_answers(t5: Path, tmp_path: Path, capsys: pytest.Capt
 def test_what_a_run_has_trained_can_be_used(
     tmp_path: Path, family: str, marked_corpus: Corpus, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """With experts that a switch has formed, and samples as in training."""
+    """With experts that a switch has formed, and samples as in training; of T5s, such a one as 1.1."""
     run_dir, out = tmp_path / "run", tmp_path / "out.json"
     config = small_config(marked_corpus, run_dir)
     section = config["ssd_megatron"]
-    section["model"] |= {"seq_length": LENGTH} | (BERT if family == "bert" else T5)
+    section["model"] |= {"seq_length": LENGTH} | (BERT if family == "bert" else T5_11)
     section["data"] |= {"mask_fraction": 0.2} | ({"whole_words": False} if family == "bert" else {})
     section["ssd"]["phases"] = [{"start_step": 1, "mode": "dense"}, {"start_step": 3, "mode": "sparse"}]
     section["training"] = {"train_steps": 4, "eval_interval": 4, "eval_steps": 1}

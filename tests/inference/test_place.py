@@ -19,18 +19,20 @@ from ssd_megatron.inference.sampling import Sampling
 from ssd_megatron.inference.t5 import EncoderDecoder
 from ssd_megatron.parallel.topology import Topology
 from tests.ranks import run_ranks
-from tests.saved_models import BERT, ROPE, T5, trained
+from tests.saved_models import BERT, ROPE, T5, T5_11, trained
 
 ROOT = Path(__file__).parents[2]
 MODELS: dict[str, dict[str, Any]] = {
     "gpt": {},
     "gpt, rope, grouped queries, gate, untied": ROPE,
+    "gpt, heads of an own size": ROPE | {"kv_channels": 12},
     "gpt, means": {"ssd": {"router": "avg_k"}},
     "gpt, all activations": {"ssd": {"router": "oracle"}},
     "gpt, scaled": {"ssd": {"router": "switch"}},
     "gpt, hashed neurons": {"ssd": {"router": "rand_hash", "num_experts": 64}},
     "bert": BERT,
     "t5": T5,
+    "t5 1.1": T5_11,
 }
 
 

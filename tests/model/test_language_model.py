@@ -5,6 +5,7 @@ from typing import Any
 import pytest
 import torch
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
 from ssd_megatron.config.schema import ModelConfig
 from ssd_megatron.model.cost import flops_per_token, layers_of, masked_weights, parameter_counts
@@ -15,6 +16,7 @@ from ssd_megatron.sparse_weights.masked_weights import masked_tensors
 from tests.ranks import run_ranks
 from tests.small_engine import random_batch, run_config
 
+ATTENTION_ON_CPU = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu
 SETTINGS: dict[str, dict[str, Any]] = {
     "plain": {},
     "rmsnorm, rope, no bias, untied": {
@@ -27,8 +29,22 @@ SETTINGS: dict[str, dict[str, Any]] = {
     "gated": {"activation": "reglu"},
     "gated without bias": {"activation": "swiglu", "add_bias": False},
     "gelu": {"activation": "gelu"},
+    "heads of an own size, grouped, rope": {
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "kv_channels": 12,
+        "position_embedding": "rope",
+    },
     "t5": {"family": "t5", "num_decoder_layers": 3, "decoder_seq_length": 8},
     "t5, gated, untied": {"family": "t5", "activation": "reglu", "tie_embeddings": False, "decoder_seq_length": 8},
+    "t5 1.1": {
+        "family": "t5",
+        "num_attention_heads": 3,
+        "kv_channels": 16,
+        "activation": "geglu_tanh",
+        "tie_embeddings": False,
+        "decoder_seq_length": 8,
+    },
     "post-norm": {"norm_position": "post"},
     "bert": {"family": "bert"},
     "bert with sentences": {"family": "bert", "num_token_types": 2, "sentence_objective": "next"},
@@ -72,6 +88,34 @@ def test_parameter_counts_are_those_of_the_built_model(name: str) -> None:
     assert run_ranks(1, built_sizes, SETTINGS[name]) == [
         parameter_counts(config.ssd_megatron.model, config.ssd_megatron.ssd)
     ]
+
+
+def attention_flops(query: Any, key: Any, value: Any, *_others: Any, **_options: Any) -> int:
+    """What torch counts of its other kernels, from the shapes; it leaves the one for CPUs out."""
+    flops: int = sdpa_flop_count(query, key, value)
+    return flops
+
+
+def counted_flops(topology: Topology, settings: dict[str, Any]) -> int:
+    """FLOPs of the matrix products of a forward pass in dense mode, as torch counts them."""
+    config = run_config(**settings)
+    model = LanguageModel(config.ssd_megatron, "torch", topology).eval()
+    batch = random_batch(config, 0)
+    counter = FlopCounterMode(display=False, custom_mapping={ATTENTION_ON_CPU: attention_flops})
+    with torch.no_grad(), counter:
+        model(batch)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_flops_are_those_of_the_built_model(name: str) -> None:
+    config = run_config(**SETTINGS[name])
+    section = config.ssd_megatron
+    samples = len(random_batch(config, 0)["tokens"])
+    expected = flops_per_token(section.model, section.ssd).dense / 3 * section.model.sample_tokens * samples
+    if section.model.predicts_sentences:  # of one token a sample, and so left out
+        expected += samples * 2 * 32 * (32 + 2)
+    assert run_ranks(1, counted_flops, SETTINGS[name]) == [pytest.approx(expected)]
 
 
 def test_flops_of_gpt2_small_are_the_published_estimate() -> None:

@@ -37,6 +37,12 @@ SETTINGS: dict[str, dict[str, Any]] = {
         "tie_embeddings": False,
     },
     "grouped queries, gelu": {"num_attention_heads": 4, "num_query_groups": 2, "activation": "gelu"},
+    "heads of an own size, rope": {
+        "num_attention_heads": 4,
+        "num_query_groups": 2,
+        "kv_channels": 24,
+        "position_embedding": "rope",
+    },
     "swiglu": {"activation": "swiglu"},
     "bert with sentences": {"family": "bert", "num_token_types": 2, "sentence_objective": "order"},
     "pre-norm bert, gelu, untied": {
@@ -47,7 +53,10 @@ SETTINGS: dict[str, dict[str, Any]] = {
     },
 }
 # What autograd keeps of attention with a bias is more on a CPU, which has no fused kernel for it.
-T5 = {"t5": {"family": "t5", "decoder_seq_length": 8, "num_decoder_layers": 4}}
+T5 = {
+    "t5": {"family": "t5", "decoder_seq_length": 8, "num_decoder_layers": 4},
+    "t5 1.1": {"family": "t5", "decoder_seq_length": 8, "kv_channels": 12, "activation": "geglu_tanh"},
+}
 KEYS = {"reduce_bucket_size": 1000}
 
 

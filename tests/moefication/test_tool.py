@@ -16,6 +16,7 @@ from ssd_megatron.moefication.layers import LayerJob, read_result, run_jobs
 from ssd_megatron.training.saved_model import SavedModel, is_router, open_model
 from tests.layouts import TP2_EP2, Layout, run_layout
 from tests.ranks import start_process
+from tests.saved_models import T5_11, trained
 from tests.small_run import Corpus, records, small_config, train, write_config
 
 TOOL = Path(__file__).parents[2] / "tools" / "moefy.py"
@@ -140,14 +141,17 @@ def test_networks_that_are_done_are_not_done_again(dense: Path, tmp_path: Path) 
     assert not read_result(jobs[0]).labels.equal(read_result(jobs[1]).labels)
 
 
-def test_another_activation_is_refused_or_adapted(config: dict[str, Any], tmp_path: Path) -> None:
-    section = config["ssd_megatron"] | {"run_dir": str(tmp_path / "run")}
-    section["model"] = section["model"] | {"activation": "gelu"}
-    train(write_config(config | {"ssd_megatron": section}, tmp_path / "ds.json"))
-    assert moefy(tmp_path / "run", tmp_path / "no", "--router", "similarity") == 2
-    assert "model.activation (gelu) lets every neuron fire" in said(tmp_path / "no")
-    assert moefy(tmp_path / "run", tmp_path / "yes", "--router", "similarity", "--relu_adapt_steps", "10") == 0
-    assert open_model(tmp_path / "yes").settings.model.activation == "relu"
+def test_another_activation_is_refused_or_adapted(tmp_path: Path, marked_corpus: Corpus) -> None:
+    """That of T5 1.1, whose folder of transformers' has heads of an own size, too."""
+    prefix, tokenizer = str(marked_corpus.prefix), str(marked_corpus.tokenizer)
+    folder = trained(**T5_11 | {"seq_length": 32}).write(tmp_path / "saved")
+    export_model(open_model(folder), tmp_path / "hf", "dense", tokenizer=marked_corpus.tokenizer)
+    arguments = ("--data", prefix, "--tokenizer", tokenizer, "--router", "similarity")
+    assert moefy(tmp_path / "hf", tmp_path / "no", *arguments) == 2
+    assert "model.activation (geglu_tanh) lets every neuron fire" in said(tmp_path / "no")
+    assert moefy(tmp_path / "hf", tmp_path / "yes", *arguments, "--relu_adapt_steps", "10") == 0
+    model = open_model(tmp_path / "yes").settings.model
+    assert (model.activation, model.head_dim, model.tie_embeddings) == ("reglu", 16, False)
 
 
 def test_a_transformers_folder_is_taken_with_data_of_its_own(dense: Path, corpus: Corpus, tmp_path: Path) -> None:

@@ -47,6 +47,7 @@ MODERN = (
     "model.position_embedding=rope",
     "model.num_attention_heads=4",
     "model.num_query_groups=2",
+    "model.kv_channels=12",
     "model.tie_embeddings=false",
     "model.add_bias=false",
 )
@@ -87,7 +88,8 @@ MODELS: dict[str, tuple[str, ...]] = {
     "pre-norm bert": ("model.family=bert", "model.norm_position=pre", "model.activation=gelu"),
     # Two layers of the encoder, two of the decoder, with fewer tokens; ReLU, RMSNorm, no biases, tied.
     "t5": T5,
-    "t5, gated, untied": (*T5, "model.activation=reglu", "model.tie_embeddings=false"),
+    # Heads wider than the model together, the approximate gated GELU, an untied head.
+    "t5 1.1": (*T5, "model.kv_channels=24", "model.activation=geglu_tanh", "model.tie_embeddings=false"),
     # A stage that has layers of both.
     "t5, one decoder layer": (*T5, "model.num_layers=3", "model.num_decoder_layers=1"),
     "t5, recompute": (*T5, "training.recompute=full"),
@@ -148,7 +150,7 @@ MATRIX: list[Case] = [
     *cases("bert with sentences", DP4, zero2(TP2_EP2), PP2_EP2, TP2_PP2_DP2),
     *cases("pre-norm bert", TP2_PP2_EP2),
     *cases("t5", DP2, zero2(TP2), PP2, zero2(EP2_DP2), Layout(pipeline=4), TP2_PP2_DP2, PP2_EP2_DP2),
-    *cases("t5, gated, untied", zero2(TP2_EP2), TP2_PP2_EP2),
+    *cases("t5 1.1", zero2(TP2_EP2), TP2_PP2_EP2),
     *cases("t5, one decoder layer", PP2_EP2, Layout(pipeline=4, data=2)),
     *cases("t5, recompute", TP2_PP2_EP2),
     *cases("post-norm", TP2_PP2_EP2),

@@ -24,6 +24,12 @@ def _load(pointer, mask, whole: tl.constexpr):
 
 
 @triton.jit
+def _half_tanh(pre):
+    """(1 + tanh(sqrt(2 / pi) (pre + 0.044715 pre^3))) / 2, as a sigmoid."""
+    return tl.sigmoid(1.5957691216057308 * pre * (1.0 + 0.044715 * pre * pre))
+
+
+@triton.jit
 def _act(pre, ACT: tl.constexpr):
     """phi(pre)."""
     if ACT == "relu":
@@ -33,6 +39,8 @@ def _act(pre, ACT: tl.constexpr):
         return fired * fired
     elif ACT == "gelu":
         return 0.5 * pre * (1.0 + tl.erf(pre * 0.7071067811865476))
+    elif ACT == "gelu_tanh":
+        return pre * _half_tanh(pre)
     else:
         tl.static_assert(ACT == "silu")
         return pre * tl.sigmoid(pre)
@@ -48,6 +56,9 @@ def _slope(kept, ACT: tl.constexpr):
     elif ACT == "gelu":
         normal = 0.3989422804014327 * tl.exp(-0.5 * kept * kept)
         return 0.5 * (1.0 + tl.erf(kept * 0.7071067811865476)) + kept * normal
+    elif ACT == "gelu_tanh":
+        share = _half_tanh(kept)
+        return share + kept * share * (1.0 - share) * 1.5957691216057308 * (1.0 + 0.134145 * kept * kept)
     else:
         tl.static_assert(ACT == "silu")
         gate = tl.sigmoid(kept)

@@ -16,7 +16,7 @@ from triton import knobs
 
 SHARED_MEMORY = 227 * 1024  # bytes that a block may have on a Hopper GPU
 ACCUMULATORS = 128  # registers of a thread, of 255, that the sums of a tile may take
-CURVED = ("gelu", "silu")  # activations that need registers of their own
+CURVED = ("gelu", "gelu_tanh", "silu")  # activations that need registers of their own
 
 Tile = dict[str, int]  # BM rows (where the routing does not fix them), BN columns, BK depth of a step
 Candidate = tuple[Tile, int, int]  # tile, warps, stages of the pipeline
