@@ -22,6 +22,8 @@ from benchmarks.row import Row
 from benchmarks.table import parser_for, report
 from ssd_megatron.ffn.bank import NeuronBank
 from ssd_megatron.ffn.kernels import sparse_ffn
+from ssd_megatron.ffn.kernels.decode import MOST_TOKENS
+from ssd_megatron.ffn.kernels.triton_decode import best_experts, few_tokens_ffn
 
 DEVICE = torch.device("cuda")
 TOLERANCE = {torch.bfloat16: 1.5e-2, torch.float16: 4e-3, torch.float32: 1e-5}
@@ -56,6 +58,8 @@ CASES = (
     Case(1000, 768, 96, 32, 5, "swiglu", elsewhere=0.5),
     Case(777, 520, 72, 10, 3, "relu", torch.float32, add_bias=True),
     Case(1, 1024, 128, 16, 4),
+    Case(2, 2048, 256, 32, 8, "geglu_tanh", add_bias=True),
+    Case(2, 520, 72, 10, 3, "relu", torch.float32, add_bias=True),
 )
 
 
@@ -97,6 +101,21 @@ def unequal(a: dict[str, Tensor], b: dict[str, Tensor]) -> int:
     return sum(not torch.equal(a[name], b[name]) for name in a)
 
 
+def relative_error(found: Tensor, exact: Tensor) -> float:
+    return ((found.float() - exact).norm() / exact.norm().clamp(min=1e-30)).item()
+
+
+@torch.no_grad()
+def decoded(problem: Problem) -> tuple[Tensor, int]:
+    """What the kernels for one or two tokens give, and how many tokens get others than the experts of best score."""
+    case, bank = problem.case, problem.bank
+    y = few_tokens_ffn(problem.x, problem.ids, bank.tensors(), bank.activation, case.experts)
+    rows = torch.randn(case.experts, case.hidden, device=DEVICE).to(case.dtype)
+    best = (problem.x.float() @ rows.float().t()).topk(case.top_k).indices.sort().values
+    ids = best_experts(problem.x, rows, None, case.top_k).sort().values
+    return y, int((ids != best).any(dim=1).sum())
+
+
 def check(case: Case) -> list[Row]:
     """Numbers of tensors that are not what they must be, and the largest relative error of any."""
     torch.backends.cuda.matmul.allow_tf32 = False
@@ -114,11 +133,11 @@ def check(case: Case) -> list[Row]:
         Row(f"{case}: tensors that differ between two runs", unequal(first, second), 0.0, 0.0),
         Row(f"{case}: tensors that differ in a CUDA graph", unequal(first, captured), 0.0, 0.0),
     ]
+    if case.tokens <= MOST_TOKENS:
+        first["y by the kernels of a token"], mistaken = decoded(problem)
+        found.append(Row(f"{case}: tokens whose experts are not the best ones", mistaken, 0.0, 0.0))
     wanted = problem.in_fp32().run("reference")
-    errors = {
-        name: ((first[name].float() - exact).norm() / exact.norm().clamp(min=1e-30)).item()
-        for name, exact in wanted.items()
-    }
+    errors = {name: relative_error(mine, wanted[name.split()[0]]) for name, mine in first.items()}
     worst = max(errors, key=lambda name: (errors[name] != errors[name], errors[name]))  # NaN is the worst of all
     return [*found, Row(f"{case}: largest relative error, {worst}", errors[worst], TOLERANCE[case.dtype], 0.0)]
 

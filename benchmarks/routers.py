@@ -11,10 +11,9 @@ how well: 30 steps, three routers, one size, one seed.
 """
 
 import argparse
-import math
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future
 from pathlib import Path
 from statistics import fmean, stdev
 from typing import Any, NamedTuple
@@ -23,7 +22,7 @@ from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
 from benchmarks.row import Missing, Row
-from benchmarks.runs import finish_run, make_embedded_corpus
+from benchmarks.runs import finish_run, make_embedded_corpus, runs_at_once
 from benchmarks.ssd_vs_dense import base_config
 from benchmarks.table import parser_for, report
 from ssd_megatron.config.schema import NEURON_ROUTERS
@@ -36,11 +35,11 @@ BRUTE_FORCE_BELOW = 16  # neurons of an expert: masking the whole network is the
 
 
 class Run(NamedTuple):
-    """How a run ended; `busiest` is the load of the busiest expert over the mean."""
+    """How a run ended; `busiest` is the load of the busiest expert over the mean, if it was measured."""
 
     loss: float
     flops: float
-    busiest: float
+    busiest: float | None
     seconds: float
 
 
@@ -81,12 +80,12 @@ def run(args: argparse.Namespace, out: Path, seed: int, name: str, model: dict[s
     loss = summary["loss_dense" if ssd["schedule"] == "dense" else "loss_sparse"]
     records = read_metrics(Path(config["ssd_megatron"]["run_dir"]))
     loads = [record["expert_load"] for record in records if record["kind"] == "load"]
-    return Run(loss, summary["flops"], sum(loads[-1]) / len(loads[-1]) if loads else math.nan, summary["seconds"])
+    return Run(loss, summary["flops"], sum(loads[-1]) / len(loads[-1]) if loads else None, summary["seconds"])
 
 
 def rows(args: argparse.Namespace) -> Iterator[Row | Missing]:
     out = args.out.resolve()
-    with ThreadPoolExecutor(args.jobs) as pool:
+    with runs_at_once(args.jobs) as pool:
 
         def start(name: str, model: dict[str, Any], ssd: dict[str, Any]) -> list[Future[Run]]:
             return [pool.submit(run, args, out, seed, name, model, ssd) for seed in args.seeds]
@@ -118,15 +117,17 @@ def rows(args: argparse.Namespace) -> Iterator[Row | Missing]:
 
 
 def details_of(sparse: Sequence[Run], dense: Sequence[Run], ratios: Sequence[float]) -> dict[str, float | str]:
-    return {
+    details: dict[str, float | str] = {
         "loss": fmean(mine.loss for mine in sparse),
         "dense network's": fmean(reference.loss for reference in dense),
         "seeds": len(ratios),
-        "deviation over seeds": stdev(ratios) if len(ratios) > 1 else math.nan,
         "FLOPs / dense network's": sparse[0].flops / dense[0].flops,
-        "busiest expert / mean": fmean(mine.busiest for mine in sparse),
         "s": fmean(mine.seconds for mine in sparse),
     }
+    if len(ratios) > 1:
+        details["deviation over seeds"] = stdev(ratios)
+    loads = [mine.busiest for mine in sparse if mine.busiest is not None]
+    return details | ({"busiest expert / mean": fmean(loads)} if loads else {})
 
 
 def draw(path: Path, curves: Mapping[str, Mapping[int, Sequence[float]]], args: argparse.Namespace) -> None:

@@ -7,6 +7,9 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -75,6 +78,17 @@ def finish_run(config: dict[str, Any], threads: int, until: float = math.inf) ->
     return summary
 
 
+@contextmanager
+def runs_at_once(jobs: int) -> Iterator[ThreadPoolExecutor]:
+    """Workers for so many runs at the same time; what is still waiting is left out when something fails."""
+    with ThreadPoolExecutor(jobs) as pool:
+        try:
+            yield pool
+        except BaseException:
+            pool.shutdown(cancel_futures=True)
+            raise
+
+
 def _run(command: list[str], environment: dict[str, str], log: TextIO, until: float) -> None:
     """As subprocess.run with `check`, but asks to stop at `until`."""
     process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=log, stderr=subprocess.STDOUT)
@@ -84,5 +98,9 @@ def _run(command: list[str], environment: dict[str, str], log: TextIO, until: fl
     except subprocess.TimeoutExpired:
         process.terminate()
         status, stopped = process.wait(), -signal.SIGTERM  # that is how it ends if it had not begun yet
+    except BaseException:
+        process.terminate()
+        process.wait()
+        raise
     if status not in (0, stopped):
         raise subprocess.CalledProcessError(status, command)

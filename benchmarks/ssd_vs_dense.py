@@ -16,7 +16,6 @@ import os
 import statistics
 import sys
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +23,7 @@ from typing import Any
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 
-from benchmarks.runs import embedded_corpus, finish_run, make_embedded_corpus
+from benchmarks.runs import embedded_corpus, finish_run, make_embedded_corpus, runs_at_once
 from ssd_megatron.switching.schedule import PhaseSpan
 from ssd_megatron.training.metrics import phases_of, read_metrics
 
@@ -205,8 +204,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--jobs", type=int, default=1, help="runs at the same time, each with its share of the cores")
     parser.add_argument("--quick", action="store_true", help="one seed, 50 steps: shows that it works, not how well")
     parser.add_argument("--family", choices=("gpt", "bert", "t5"), default="gpt")
-    parser.add_argument("--beside", nargs="*", choices=FOLLOWING, default=FOLLOWING, help="arms beside dense and ssd")
-    parser.add_argument("--granularity", type=int, nargs="+", default=[], help="tokens that share their experts")
+    others = parser.add_mutually_exclusive_group()
+    others.add_argument("--beside", nargs="*", choices=FOLLOWING, default=FOLLOWING, help="arms beside dense and ssd")
+    others.add_argument("--granularity", type=int, nargs="+", default=[], help="tokens that share their experts")
     arguments = parser.parse_args(argv)
     seeds, steps = ([1], 50) if arguments.quick else (arguments.seeds, arguments.steps)
     out = arguments.out.resolve()
@@ -215,7 +215,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     following = tuple(f"{TILES}{size}" for size in arguments.granularity) or tuple(arguments.beside)
     seq_length = 512 if arguments.granularity else 128
     results: list[Result] = []
-    with ThreadPoolExecutor(arguments.jobs) as pool:
+    with runs_at_once(arguments.jobs) as pool:
         for arms in (FIRST, following):
             common = (steps, threads, seq_length, arguments.family)
             runs = [pool.submit(run_arm, out, arm, seed, *common) for seed in seeds for arm in arms]

@@ -9,8 +9,9 @@ in fp32 whose feed-forward networks take most of a step, on the embedded corpus;
 and documentation text of the machine. A machine may be shared, and hours apart: what a step of either mode takes comes
 from one short run of the same settings in which the modes take turns every few steps (the median of each), switches and
 checks from the runs themselves, in steps of theirs. Evaluations and checkpoints are left out. Runs that are finished
-are not made again: a stopped benchmark goes on (--minutes stops it, with what it has saved), and runs of several calls
-add up; --time_again makes the short ones anew. Plots go to --out.
+are not made again: a stopped benchmark goes on (--minutes stops runs, with status 3, but not the making of the corpus,
+which tools/embedded_corpus.py --machine can do before), and runs of several calls add up; --time_again makes the short
+ones anew. Plots go to --out.
 """
 
 import math
@@ -20,7 +21,7 @@ import statistics
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import cycle, pairwise
 from pathlib import Path
 from typing import Any
@@ -31,11 +32,12 @@ from matplotlib.figure import Figure
 from benchmarks.row import Missing, Row
 from benchmarks.runs import Unfinished, embedded_corpus, finish_run, make_embedded_corpus, make_machine_corpus
 from benchmarks.table import parser_for, report
-from benchmarks.trials import PROBLEMS, TRIALS, Phase, Problem, Trial, trial_config, trial_phases
+from benchmarks.trials import PROBLEMS, TRIALS, Phase, Problem, Trial, dense_trial, trial_config, trial_phases
 from ssd_megatron.parallel.device import IS_CUDA
 from ssd_megatron.training.metrics import read_metrics
 
 GOAL = 1.4 if IS_CUDA else 1.25  # times faster in wall-clock
+UNFINISHED = 3  # exit status
 TURN = 4  # steps of one mode before the other's, in the run that is timed
 
 StepSeconds = dict[str, float]  # of one step, by mode
@@ -77,7 +79,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     problem = PROBLEMS[arguments.model]
     arguments.steps = arguments.steps or problem.steps
     bench = Bench(arguments, problem, _make_corpus(arguments.model), until)
-    return 0 if report("time to the dense run's loss", bench.rows(), arguments.json) else 1
+    all_met = report("time to the dense run's loss", bench.rows(), arguments.json)
+    return UNFINISHED if bench.stopped else 0 if all_met else 1
 
 
 def _make_corpus(model: str) -> str:
@@ -94,18 +97,21 @@ class Bench:
     Attributes:
         corpus: folder of the corpus and its tokenizer.
         until: when to stop, by time.monotonic.
+        stopped: why there are rows missing.
     """
 
     arguments: Any
     problem: Problem
     corpus: str
     until: float
+    stopped: list[str] = field(default_factory=list)
 
     def rows(self) -> Iterator[Row | Missing]:
         for name in self.arguments.trials:
             try:
                 yield from self.compare(name)
             except Unfinished as stop:
+                self.stopped.append(str(stop))
                 yield Missing(f"{name}: seconds dense / SSD at equal loss", str(stop))
                 return
 
@@ -113,13 +119,13 @@ class Bench:
         arguments, trial = self.arguments, TRIALS[name]
         step_seconds = self.time_steps(name)
         of_model = "".join(f" {value}" for value in (trial.widening, *dict(trial.model).values()) if value is not None)
-        dense = self.run(f"dense{of_model}", trial, arguments.steps, step_seconds, is_dense=True)
+        dense = self.run(f"dense{of_model}", dense_trial(trial), arguments.steps, step_seconds, is_dense=True)
         runs = [self.run(name, trial, round(length * arguments.steps), step_seconds) for length in arguments.lengths]
-        _draw(arguments.out / f"{name}.png", name, dense, runs)
+        _draw(self.folder(name).with_suffix(".png"), name, dense, runs)
         yield from compared(name, dense, dict(zip(arguments.lengths, runs, strict=True)), step_seconds)
 
     def run(self, name: str, trial: Trial, steps: int, step_seconds: StepSeconds, *, is_dense: bool = False) -> Reached:
-        """Means over seeds. Dense runs depend on the model alone: trials of the same model share them."""
+        """Means over seeds. Trials of the same model share its dense runs."""
         phases = [] if is_dense else trial_phases(trial, steps)
         ends = []
         for seed in self.arguments.seeds:
@@ -143,7 +149,7 @@ class Bench:
         return finish_run(config, self.arguments.threads, self.until)
 
     def folder(self, name: str) -> Path:
-        out: Path = self.arguments.out.resolve()
+        out: Path = self.arguments.out.resolve() / self.arguments.model
         return out / name.replace(" ", "-").replace("%", "percent")
 
 

@@ -76,6 +76,11 @@ TRIALS = {
 }
 
 
+def dense_trial(trial: Trial) -> Trial:
+    """What matters of a trial to a run that is dense throughout."""
+    return Trial(widening=trial.widening, model=trial.model)
+
+
 def trial_phases(trial: Trial, steps: int) -> list[Phase]:
     """Dense, sparse, dense."""
     first = round(trial.first * steps)

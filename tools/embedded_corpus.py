@@ -33,35 +33,43 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--out", type=Path, default=Path("data/embedded"), help="folder (default: data/embedded)")
+    parser.add_argument("--out", type=Path, help="folder (default: data/embedded, with --machine data/machine)")
     parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes that tokenise")
     parser.add_argument("--machine", action="store_true", help="all Python and documentation text of the machine")
     parser.add_argument("--reserve", nargs="*", choices=tuple(MARKERS), default=(), help="as of train_tokenizer.py")
     arguments = parser.parse_args(argv)
+    machine, library = arguments.machine, Path(sysconfig.get_path("stdlib"))
+    out = arguments.out or Path("data/machine" if machine else "data/embedded")
+    vocab_size = MACHINE_VOCAB_SIZE if machine else VOCAB_SIZE
     try:
-        if is_finished(arguments.out):
-            print(f"{arguments.out} is finished: nothing to do")
+        if is_finished(out, vocab_size):
+            print(f"{out} is finished: nothing to do")
             return 0
-        library = Path(sysconfig.get_path("stdlib"))
-        sources, vocab_size = (
-            (find_texts(), MACHINE_VOCAB_SIZE) if arguments.machine else (find_sources(library), VOCAB_SIZE)
-        )
+        sources = find_texts() if machine else find_sources(library)
         if not sources:
             raise DataError(f"{library} has no Python sources: use data of your own with tools/preprocess_data.py")
-        make_corpus(arguments.out, sources, library, arguments.reserve, vocab_size, workers=arguments.workers)
+        make_corpus(out, sources, library, arguments.reserve, vocab_size, workers=arguments.workers)
     except DataError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def is_finished(out: Path) -> bool:
-    """True if the folder holds a complete corpus made with the tokenizer beside it."""
+def is_finished(out: Path, vocab_size: int) -> bool:
+    """True if the folder holds a complete corpus made with the tokenizer beside it.
+
+    Raises:
+        DataError: it is one of another vocabulary.
+    """
     tokenizer, prefix = out / "tokenizer.model", out / "corpus"
     if not tokenizer.exists() or not all(path.exists() for path in corpus_files(prefix)):
         return False
     info = read_corpus_info(prefix)
-    return info is not None and info.tokenizer_sha256 == sha256_of(tokenizer)
+    if info is None or info.tokenizer_sha256 != sha256_of(tokenizer):
+        return False
+    if info.vocab_size != vocab_size:
+        raise DataError(f"{out} has a corpus of {info.vocab_size:,} tokens, not {vocab_size:,}: give another --out")
+    return True
 
 
 def make_corpus(

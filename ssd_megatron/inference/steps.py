@@ -18,8 +18,9 @@ from ssd_megatron.inference.cache import Cache, FixedCache, KeyValueCache
 
 # A graph looks at so many slots, or twice as many, and so on: few captures, and at most half of the slots for nothing.
 SLOTS = 128
-# A capture takes about as long as two steps without a graph, and as many milliseconds more: fewer steps are launched.
-FEWEST_STEPS = 16
+# A capture takes about as long as two steps without a graph, and as many milliseconds more. Texts that cannot have more
+# steps than the first are launched, and of others the second, as they may end before a capture would pay.
+FEWEST_STEPS, FIRST_STEPS = 16, 8
 
 Step = Callable[[Tensor], Tensor]
 Capture = Callable[[Callable[[], None]], Callable[[], None]]  # runs something once, and returns what runs it again
@@ -45,14 +46,16 @@ class Continues(Protocol):
 def steps_of(model: Continues, tokens_bs: Tensor, padding_b: Tensor | None, steps: int) -> Iterator[Step]:
     """What takes new tokens [b, s], the texts' prompts first, and gives logits after the last of them, [b, 1, v].
 
-    Replayed steps compute in the modes that the model has now; their logits live until the next step. Cache and graphs
-    are kept with the model for the next texts.
+    Logits of a replayed step live until the next one. Cache and graphs are kept with the model for the next texts, as
+    long as it can replay.
 
     Args:
         tokens_bs, padding_b: the prompts.
         steps: at most so many, the prompts' included.
     """
     batch, capacity = len(tokens_bs), tokens_bs.size(1) + steps
+    if not model.can_replay(batch):
+        model.kept = None
     if steps < FEWEST_STEPS or not model.can_replay(batch):
         yield partial(model, cache=model.new_cache(batch, capacity, padding_b), last_only=True)
         return
@@ -77,12 +80,11 @@ class Replays:
     @torch.inference_mode()
     def __init__(self, model: Continues, batch: int, capacity: int, capture: Capture) -> None:
         self.cache = model.new_cache(batch, -(-capacity // SLOTS) * SLOTS)
-        for tensor in (*self.cache.keys, *self.cache.values):
-            tensor.zero_()  # a masked slot's weight is 0, and 0 times what happens to be there might be NaN
+        self.cache.length = self.cache.capacity  # whatever happens to be there
         integers = partial(torch.zeros, dtype=torch.int64, device=model.device)
         self._tokens_b1, self._padding_b, self._slot_1 = integers(batch, 1), integers(batch), integers(1)
         self._logits_b1v = torch.empty(batch, 1, model.config.padded_vocab_size, device=model.device)
-        self._capture = capture
+        self._capture, self._launched = capture, 0
         self._captured: dict[tuple[Hashable, int], Callable[[], None]] = {}
 
     def have_room(self, batch: int, capacity: int) -> bool:
@@ -91,27 +93,32 @@ class Replays:
     @torch.inference_mode()
     def begin(self, model: Continues, padding_b: Tensor | None) -> Step:
         """The steps of new texts."""
-        self.cache.length, self.cache.padding_b = 0, padding_b
+        for tensor in (*self.cache.keys, *self.cache.values):
+            # A masked slot's weight is 0, and 0 times what earlier texts have left might be NaN.
+            tensor[:, :, : self.cache.length].zero_()
+        self.cache.length, self.cache.padding_b, self._launched = 0, padding_b, 0
         self._slot_1.zero_()
         self._padding_b.zero_()
         if padding_b is not None:
             self._padding_b.copy_(padding_b)
-        return partial(self._step, model, model.modes)
+        return partial(self._step, model)
 
     @torch.inference_mode()
-    def _step(self, model: Continues, modes: Hashable, tokens_bs: Tensor) -> Tensor:
-        if tokens_bs.size(1) > 1:
+    def _step(self, model: Continues, tokens_bs: Tensor) -> Tensor:
+        batch, tokens = tokens_bs.shape
+        slots = min(self.cache.capacity, max(SLOTS, 1 << self.cache.length.bit_length()))
+        known = self._captured.get((model.modes, slots))
+        if tokens > 1 or not model.can_replay(batch) or (known is None and self._launched < FIRST_STEPS):
+            self._launched += tokens == 1
             logits_b1v = model(tokens_bs, self.cache, last_only=True)
             self._slot_1.fill_(self.cache.length)
             return logits_b1v
-        slots = min(self.cache.capacity, max(SLOTS, 1 << self.cache.length.bit_length()))
         self._tokens_b1.copy_(tokens_bs)
-        if (modes, slots) in self._captured:
-            self._captured[modes, slots]()
+        if known is not None:
+            known()
         else:
-            assert modes == model.modes, "the mode was changed between steps of a text"
             cache = FixedCache(self.cache, slots, self._slot_1, self._padding_b)
-            self._captured[modes, slots] = self._capture(partial(self._forward, model, cache))
+            self._captured[model.modes, slots] = self._capture(partial(self._forward, model, cache))
         self.cache.advance(1)
         return self._logits_b1v
 

@@ -118,8 +118,8 @@ def slurm_port(environment: Mapping[str, str]) -> int:
 
 
 def _launch_of_this_process() -> Launch:
-    if any(os.environ.get(name) != _added.get(name) for name in TORCH_VARIABLES):
-        return find_launch(os.environ)  # somebody's, even where one has the value that ours had
+    if any(os.environ.get(name) != _added.get(name) for name in ("RANK", "WORLD_SIZE")):
+        return find_launch(os.environ)  # a launcher's, even where one has the value that ours had
     return find_launch({name: value for name, value in os.environ.items() if name not in TORCH_VARIABLES})
 
 

@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks.time_to_loss import Reached, at_equal_loss, run_seconds
-from benchmarks.trials import PROBLEMS, TRIALS, trial_config, trial_phases
+from benchmarks.trials import PROBLEMS, TRIALS, Trial, dense_trial, trial_config, trial_phases
 from ssd_megatron.config.load import Hardware, load_config
 
 
@@ -27,6 +27,14 @@ def test_a_run_is_counted_in_steps_measured_elsewhere() -> None:
     records = [{"kind": "train", "mode": mode, "seconds": seconds} for mode, seconds in steps]
     records += [{"kind": "switch", "seconds": 6.0}, {"kind": "check", "seconds": 0.3}, {"kind": "eval"}]
     assert run_seconds(records, {"dense": 1.0, "sparse": 0.6}) == pytest.approx(3 * 1.0 + 2 * 0.6 + 6.3 / 3)
+
+
+def test_trials_of_the_same_model_share_its_dense_run(tmp_path: Path) -> None:
+    def dense(trial: Trial) -> object:
+        return trial_config(PROBLEMS["wide"], dense_trial(trial), "corpus", 600, [], 1, tmp_path)
+
+    same = {name for name, trial in TRIALS.items() if dense(trial) == dense(TRIALS["default"])}
+    assert set(TRIALS) - same == {"d_ff 4h", "squared relu", "reglu"}
 
 
 @pytest.mark.parametrize("model", PROBLEMS)

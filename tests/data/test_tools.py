@@ -139,6 +139,8 @@ def test_embedded_corpus_is_made_once(tmp_path: Path, library: Path, capsys: pyt
     capsys.readouterr()
     assert embedded_corpus.main(["--out", str(out)]) == 0
     assert capsys.readouterr().out == f"{out} is finished: nothing to do\n"
+    assert embedded_corpus.main(["--out", str(out), "--machine"]) == 2
+    assert f"{out} has a corpus of 300 tokens, not 32,768: give another --out" in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == times
 
 
@@ -155,7 +157,7 @@ def test_an_interrupted_embedded_corpus_starts_over(
         (out / "corpus.idx").unlink()
     if damage == "partial":
         (out / "corpus.bin").rename(out / "corpus.partial.bin")
-    assert not embedded_corpus.is_finished(out)
+    assert not embedded_corpus.is_finished(out, 300)
     assert embedded_corpus.main(["--out", str(out), "--workers", "1"]) == 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
 

@@ -81,6 +81,8 @@ def test_logits_are_those_of_growing_shapes(
     tmp_path: Path, name: str, mode: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(steps, "SLOTS", 4)  # so that there are graphs of 4, 8 and 16
+    monkeypatch.setattr(steps, "FIRST_STEPS", 0)
+    monkeypatch.setattr(Model, "can_replay", lambda *_: True)
     expected = trained(**MODELS[name])
     model, prompts = texts_of(load(expected.write(tmp_path), mode=mode), expected.inputs)
     tokens_bs, padding_b = pad_in_front(prompts, model.device)
@@ -116,6 +118,7 @@ def test_texts_are_the_same_and_memory_is_kept(
         return run(launch)
 
     monkeypatch.setattr(steps, "FEWEST_STEPS", 8)
+    monkeypatch.setattr(steps, "FIRST_STEPS", 2)
     monkeypatch.setattr(steps, "GraphCapture", lambda _device: capture)
     monkeypatch.setattr(Model, "can_replay", lambda *_: True)
     assert texts(*ways[0]) == wanted[0]
@@ -142,6 +145,30 @@ def test_texts_in_turns_have_memory_of_their_own(tmp_path: Path, monkeypatch: py
     assert model.kept is None
     unfinished.close()
     assert model.kept is not None and model.kept.have_room(1, 128)
+
+
+def test_a_mode_may_change_between_steps_and_nothing_of_earlier_texts_is_left(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    model = load(trained(**LEARNED).write(tmp_path), mode="dense")
+    assert isinstance(model, CausalModel)
+
+    def texts() -> list[list[int | None]]:
+        model.set_mode("dense")
+        steps = generate(model, PROMPTS[:1], Sampling(greedy=True), 16)
+        found = [next(steps) for _ in range(8)]
+        model.set_mode("sparse")
+        return [*found, *steps]
+
+    wanted = texts()
+    monkeypatch.setattr(steps, "GraphCapture", lambda _device: run)
+    monkeypatch.setattr(steps, "FIRST_STEPS", 2)
+    monkeypatch.setattr(Model, "can_replay", lambda *_: True)
+    assert texts() == wanted and model.kept is not None
+    with torch.inference_mode():
+        for tensor in (*model.kept.cache.keys, *model.kept.cache.values):
+            tensor[:, :, : model.kept.cache.length] = torch.nan
+    assert texts() == wanted
 
 
 @pytest.mark.parametrize(

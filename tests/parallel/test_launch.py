@@ -84,6 +84,8 @@ def test_several_torch_ranks_need_a_local_rank(environment: dict[str, str]) -> N
 
 def test_variables_set_after_a_job_of_one_are_a_launchers(environment: dict[str, str]) -> None:
     assert join_launch() is False and world_size_of_launch() == 1
+    environment["LOCAL_RANK"] = "1"
+    assert join_launch() is False  # nobody has said of how many
     environment.update({"RANK": "0", "WORLD_SIZE": "2"})  # RANK as it was
     assert world_size_of_launch() == 2
     del environment["LOCAL_RANK"]
