@@ -150,7 +150,7 @@ def test_texts_in_turns_have_memory_of_their_own(tmp_path: Path, monkeypatch: py
 def test_a_mode_may_change_between_steps_and_nothing_of_earlier_texts_is_left(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    model = load(trained(**LEARNED).write(tmp_path), mode="dense")
+    model = load(trained(**ROPE).write(tmp_path), mode="dense")
     assert isinstance(model, CausalModel)
 
     def texts() -> list[list[int | None]]:
