@@ -21,6 +21,7 @@ from benchmarks.timing import paired, take_turns
 from ssd_megatron.config.schema import ModelConfig, SSDConfig
 from ssd_megatron.export import opt
 from ssd_megatron.ffn.kernels import choose_backend
+from ssd_megatron.ffn.kernels.trial import router_backend
 from ssd_megatron.ffn.routers import router_weights_from_bank
 from ssd_megatron.inference.ffn import Experts, Mode
 from ssd_megatron.inference.generate import generate
@@ -82,7 +83,8 @@ QUICK = Size(shape(512, 4, 1024), new_tokens=8, prompt_layers=2, prompt_tokens=1
 def build(config: ModelConfig, dtype: torch.dtype, experts: int) -> Model:
     torch.manual_seed(0)
     backend, _ = choose_backend("auto", DEVICE, dtype, (config.ffn_hidden_size // experts, config.hidden_size))
-    groups = Experts(experts, "centroid", "straight_through", balance_bias=False, backend=backend)
+    scores = router_backend(DEVICE, dtype, config.activation)
+    groups = Experts(experts, "centroid", "straight_through", False, backend, scores)
     model = MODELS[config.family](config, groups, Place(dtype, DEVICE))
     for name, parameter in model.named_parameters():
         if parameter.dim() > 1:

@@ -17,6 +17,7 @@ from torch.autograd.function import once_differentiable
 from ssd_megatron.ffn.activations import Activation
 from ssd_megatron.ffn.bank import NeuronTensors
 from ssd_megatron.ffn.kernels import cpp_router
+from ssd_megatron.ffn.kernels.decode import MOST_TOKENS
 from ssd_megatron.ffn.router_kinds import (
     KINDS,
     activation_mass,
@@ -207,7 +208,8 @@ class Router(nn.Module):
             ids [T, K] and gates [T, K] of the chosen experts.
         """
         if self.straight_through and self.name == "centroid":
-            expert_ids_TK, gates_TK = _straight_through(x_TH, self.weight, self.bias, self.top_k, chosen, self.backend)
+            backend = self.backend if len(x_TH) > MOST_TOKENS else "torch"  # which starts sooner
+            expert_ids_TK, gates_TK = _straight_through(x_TH, self.weight, self.bias, self.top_k, chosen, backend)
             return Routing(expert_ids_TK, self._follow_load(gates_TK, expert_ids_TK))
         if self.kind.scales:
             return self._scaled(x_TH, seen, chosen)

@@ -27,13 +27,14 @@ SPARSE_FROM = {"cpu": 256, "cuda": 1024}
 @dataclass(frozen=True)
 class Experts:
     """How the neurons of a network are grouped, who chooses among the groups (fields as in ds.json, section `ssd`), and
-    the kernels that compute them."""
+    the kernels that compute them and the choice."""
 
     count: int
     router: str
     router_update: str
     balance_bias: bool
     backend: str
+    router_backend: str = "torch"
 
 
 class FeedForward(nn.Module):
@@ -82,6 +83,7 @@ class FeedForward(nn.Module):
                 kind=experts.router,
                 balance_bias=experts.balance_bias,
                 salt=layer,
+                backend=experts.router_backend,
                 dtype=dtype,
                 device=device,
             )

@@ -8,7 +8,7 @@ import torch
 from ssd_megatron.config.check_list import divisors_near
 from ssd_megatron.config.schema import expert_shape
 from ssd_megatron.errors import ConfigError
-from ssd_megatron.ffn.kernels.trial import fastest_right
+from ssd_megatron.ffn.kernels.trial import fastest_right, router_backend
 from ssd_megatron.ffn.router_kinds import KINDS
 from ssd_megatron.inference.bert import MaskedModel
 from ssd_megatron.inference.ffn import MODES, Experts, Mode
@@ -66,7 +66,8 @@ def from_saved(
     if runs_sparse:
         ssd, shape = settings.ssd, expert_shape(settings.model, settings.ssd)
         backend = fastest_right(place.device, dtype, settings.model.activation, shape)
-        experts = Experts(ssd.num_experts, ssd.router, ssd.router_update, ssd.balance_bias, backend)
+        scores = router_backend(place.device, dtype, settings.model.activation)
+        experts = Experts(ssd.num_experts, ssd.router, ssd.router_update, ssd.balance_bias, backend, scores)
     model = MODELS[settings.model.family](settings.model, experts, place)
     targets = model.logical_parameters()
     # Of a run that has never formed experts, the routers say nothing.

@@ -7,6 +7,7 @@ import pytest
 import torch
 
 from ssd_megatron.errors import ConfigError
+from ssd_megatron.ffn.kernels.trial import router_backend
 from ssd_megatron.inference.ffn import Mode
 from ssd_megatron.inference.load import load, scale_top_k
 from ssd_megatron.training.checkpoint_files import CheckpointError
@@ -51,6 +52,16 @@ def test_bf16_is_near(tmp_path: Path) -> None:
     cache = model.new_cache(1, 16)
     logits = torch.cat([model(token, cache) for token in expected.tokens[:1].split(1, dim=1)], dim=1)
     assert float((logits - expected.dense[:1]).norm() / expected.dense[:1].norm()) < 0.03
+
+
+def test_experts_in_bf16_do_not_depend_on_whose_kernels_score(tmp_path: Path) -> None:
+    expected = trained()
+    model = load(expected.write(tmp_path), dtype=torch.bfloat16, mode="sparse")
+    logits = model(expected.tokens)
+    for ffn in model.ffns:
+        assert ffn.router is not None and ffn.router.backend == router_backend(model.device, torch.bfloat16, "relu")
+        ffn.router.backend = "torch"
+    assert torch.equal(model(expected.tokens), logits)
 
 
 def test_top_k_as_saved_scaled_and_listed(tmp_path: Path) -> None:

@@ -52,6 +52,14 @@ def fastest_right(device: torch.device, dtype: torch.dtype, activation: str, exp
     return "torch"
 
 
+def router_backend(device: torch.device, dtype: torch.dtype, activation: str) -> str:
+    """Whose kernels score inputs faster, whatever the size of experts: in bf16 `auto`'s for small ones, as torch has no
+    products of bf16 with fp32 sums and copies all inputs; in fp32 torch's (docs/log.md, 2026-11-28)."""
+    return fastest_right(device, dtype, activation, (1, 1)) if dtype == torch.bfloat16 else "torch"
+
+
+@torch.inference_mode(False)
+@torch.enable_grad()
 def _run(backend: str, device: torch.device, dtype: torch.dtype, activation: str) -> dict[str, Tensor]:
     """Output and gradients by name, from the same numbers for every backend and dtype."""
     generator = torch.Generator().manual_seed(0)
