@@ -49,6 +49,7 @@ GENERATION: dict[str, Any] = {
     "repetition_penalty": 1.0,
     "seed": 0,
     "stop": [],
+    "no_graphs": False,
 }
 
 
@@ -70,6 +71,9 @@ def _generate(arguments: argparse.Namespace) -> None:
         if group is not None and arguments.prompt is None and arguments.prompts is None:
             raise ConfigError(f"{group.size} processes cannot ask for prompts: give --prompt or --prompts")
         model = from_saved(saved, local_device(), dtype, arguments.mode, arguments.top_k, group)
+        if arguments.no_graphs and model.device.type == "cpu":
+            raise ConfigError("no_graphs (True) has no effect on a CPU")
+        model.graphs = not arguments.no_graphs
         run = _runner(model, tokenizer, path, arguments)
         records = []
         for prompts in _prompts(arguments):
@@ -197,6 +201,7 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--repetition_penalty", type=float, default=GENERATION["repetition_penalty"])
     parser.add_argument("--seed", type=int, default=GENERATION["seed"])
+    parser.add_argument("--no_graphs", action="store_true", help="launch every step of a GPU: no CUDA graphs")
     parser.add_argument("--stop", action="append", default=[], help="end the text before this string; may be repeated")
     parser.add_argument("--tokenizer", type=Path, help="default: the one the model was trained with")
     parser.add_argument("--dtype", choices=DTYPES, help="default: bf16 where the device computes it fast, else fp32")

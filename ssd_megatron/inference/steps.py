@@ -144,6 +144,12 @@ class GraphCapture:
             with torch.cuda.stream(self._stream):
                 launch()
             current.wait_stream(self._stream)
-            with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
-                launch()
+            try:
+                with torch.cuda.graph(graph, self._pool, self._stream, capture_error_mode="thread_local"):
+                    launch()
+            except RuntimeError as error:
+                raise RuntimeError(
+                    "a step of this model cannot be captured in a CUDA graph: set model.graphs to False "
+                    "(tools/generate.py --no_graphs), and each is launched"
+                ) from error
         return graph.replay

@@ -135,6 +135,7 @@ def test_the_tool_streams_and_writes_json(
     assert capsys.readouterr().out == printed.out
     for wrong, message in (
         (["--prompt", "x", "--top_p", "0.5"], "top_p (0.5) has no effect with greedy"),
+        (["--prompt", "x", "--no_graphs"], "no_graphs (True) has no effect on a CPU"),
         (["--prompts", str(lines), "--batch_size", "0"], "batch_size (0) must be at least 1"),
     ):
         assert tool.main([*common, *wrong]) == 2
