@@ -53,9 +53,11 @@ def fastest_right(device: torch.device, dtype: torch.dtype, activation: str, exp
 
 
 def router_backend(device: torch.device, dtype: torch.dtype, activation: str) -> str:
-    """Whose kernels score inputs faster, whatever the size of experts: in bf16 `auto`'s for small ones, as torch has no
-    products of bf16 with fp32 sums and copies all inputs; in fp32 torch's (docs/log.md, 2026-11-28)."""
-    return fastest_right(device, dtype, activation, (1, 1)) if dtype == torch.bfloat16 else "torch"
+    """Whose kernels score inputs faster, whatever the size of experts: on CPUs in bf16 `auto`'s for small ones, as
+    torch has no products of bf16 with fp32 sums there and copies all inputs; else torch's (docs/log.md, 2026-11-28)."""
+    if device.type != "cpu" or dtype != torch.bfloat16:
+        return "torch"
+    return fastest_right(device, dtype, activation, (1, 1))
 
 
 @torch.inference_mode(False)
