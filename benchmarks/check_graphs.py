@@ -9,7 +9,7 @@ from torch import Tensor
 
 from benchmarks.inference import DEVICE, build, set_mode
 from benchmarks.row import Row
-from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.inference.cache import pad_in_front
 from ssd_megatron.inference.ffn import Mode
 from ssd_megatron.inference.generate import generate

@@ -27,7 +27,8 @@ from benchmarks.runs import finish_run, make_embedded_corpus
 from benchmarks.ssd_vs_dense import base_config
 from benchmarks.table import parser_for, report
 from benchmarks.timing import paired, take_turns
-from ssd_megatron.config.schema import ModelConfig, SSDConfig
+from ssd_megatron.config.model import ModelConfig
+from ssd_megatron.config.schema import SSDConfig
 from ssd_megatron.model.cost import flops_per_token
 from ssd_megatron.parallel.device import IS_CUDA
 from ssd_megatron.training.metrics import read_metrics

@@ -18,7 +18,8 @@ from torch import Tensor, nn
 from benchmarks.row import Missing, Row
 from benchmarks.table import parser_for, report
 from benchmarks.timing import paired, take_turns
-from ssd_megatron.config.schema import ModelConfig, SSDConfig
+from ssd_megatron.config.model import ModelConfig
+from ssd_megatron.config.schema import SSDConfig
 from ssd_megatron.export import opt
 from ssd_megatron.ffn.kernels import choose_backend
 from ssd_megatron.ffn.kernels.trial import router_backend

@@ -15,7 +15,8 @@ from benchmarks.jobs import job_config, sparse_settings
 from benchmarks.switch import Job
 from benchmarks.timing import seconds, take_turns
 from ssd_megatron.config.load import RunConfig
-from ssd_megatron.config.schema import ModelConfig, ParallelConfig
+from ssd_megatron.config.model import ModelConfig
+from ssd_megatron.config.schema import ParallelConfig
 from ssd_megatron.ffn.kernels import choose_backend
 from ssd_megatron.ffn.routers import router_weights_from_bank
 from ssd_megatron.ffn.switchable import FFNSettings, Mode, SwitchableFFN

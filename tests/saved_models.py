@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.ffn.routers import expert_directions
 from ssd_megatron.model.init import named_normal
 from ssd_megatron.model.language_model import LanguageModel

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from ssd_megatron.classification.samples import Batch, Sample, unpadded_batches
 from ssd_megatron.confidence import CONFIDENCE
-from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.routers import expert_directions
 from ssd_megatron.ffn.switchable import Mode

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from ssd_megatron.classification.labelled import Columns, class_numbers, read_labelled
-from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.data.masking import CLS_TOKENS, SEP_TOKENS
 from ssd_megatron.data.spans import first_decoder_token
 from ssd_megatron.data.tokenizers import Tokenizer, require_token

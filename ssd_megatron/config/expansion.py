@@ -6,8 +6,9 @@ Source: A Unified View of Sparse Feed-Forward Networks (arXiv 2305.13999).
 from typing import Any
 
 from ssd_megatron.config.check_list import divisors_near
+from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.config.report import SECTION, problem
-from ssd_megatron.config.schema import ModelConfig, SSDConfig
+from ssd_megatron.config.schema import SSDConfig
 
 FIELD = f"{SECTION}.ffn_expansion"
 

@@ -20,9 +20,10 @@ from ssd_megatron.config.batch import (
 from ssd_megatron.config.checks import run_checks, without_effect
 from ssd_megatron.config.deepspeed_keys import CsvKeys, DsJson, TensorBoardKeys, WSDParams
 from ssd_megatron.config.expansion import expand_networks
+from ssd_megatron.config.model import SPARSE_ACTIVATIONS
 from ssd_megatron.config.refused import reason_for
 from ssd_megatron.config.report import SECTION, known_fields, nearest_path, shown, validate, without_switched_off
-from ssd_megatron.config.schema import SPARSE_ACTIVATIONS, SsdMegatronConfig
+from ssd_megatron.config.schema import SsdMegatronConfig
 from ssd_megatron.config.source import assign, parse_assignment, read_json
 from ssd_megatron.errors import ConfigError
 

@@ -6,7 +6,8 @@ from typing import Protocol
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ssd_megatron.config.schema import DataConfig, ModelConfig
+from ssd_megatron.config.model import ModelConfig
+from ssd_megatron.config.schema import DataConfig
 from ssd_megatron.config.span_sizes import span_sizes
 from ssd_megatron.data.masking import MaskedObjective, Masking
 from ssd_megatron.data.spans import SpanCorruption, find_sentinels, first_decoder_token

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.config.span_sizes import SpanSizes
 from ssd_megatron.data.tokenizers import Tokenizer
 from ssd_megatron.errors import DataError

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.export.mapping import to_ours, to_theirs
 from ssd_megatron.export.rules import Rule, by_vocabulary, projections, same, same_layer, transposed, zeros
 from ssd_megatron.export.settings import UNGATED, our_activation, refuse_others, unmet, usual_kv_channels

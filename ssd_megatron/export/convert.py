@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from torch import Tensor
 
 from ssd_megatron.config.fields import Section
-from ssd_megatron.config.schema import ModelConfig, SSDConfig
+from ssd_megatron.config.model import ModelConfig
+from ssd_megatron.config.schema import SSDConfig
 from ssd_megatron.data.spans import first_decoder_token
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.export import bert, llama, opt, ssd, t5

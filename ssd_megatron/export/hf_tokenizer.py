@@ -9,7 +9,7 @@ import tokenizers
 from sentencepiece.sentencepiece_model_pb2 import ModelProto
 from tokenizers import AddedToken, decoders, models, normalizers, processors
 
-from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.data.masking import MASK_TOKENS, marker_ids
 from ssd_megatron.data.spans import SENTINEL, free_sentinels, named_sentinels
 from ssd_megatron.data.tokenizers import MARKERS, Tokenizer, load_tokenizer

@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.export.mapping import to_ours, to_theirs
 from ssd_megatron.export.rules import Rule, projections, same, tied_head, transposed

@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.export.mapping import to_ours, to_theirs
 from ssd_megatron.export.rules import Rule, projections, same, tied_head, transposed
 from ssd_megatron.export.settings import UNGATED, our_activation, refuse_others, unmet, usual_kv_channels

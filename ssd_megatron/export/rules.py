@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.errors import ConfigError
 
 Change = Callable[[Sequence[Tensor]], Sequence[Tensor]]

@@ -5,7 +5,7 @@ from fractions import Fraction
 from typing import Any
 
 from ssd_megatron.config.fields import Section
-from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.errors import ConfigError
 
 # Activations without a gate, as transformers calls them by our names; and other names of one function, to rounding.

@@ -7,7 +7,7 @@ from typing import Any
 
 from torch import Tensor
 
-from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.export.mapping import to_ours, to_theirs
 from ssd_megatron.export.rules import Rule, same, tied_head, transposed
 from ssd_megatron.ffn.bank import NEURON_TENSORS, expert_numbers

@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.ffn.kernels.decode import linear_row
 from ssd_megatron.inference.cache import Cache, View
 from ssd_megatron.inference.ffn import Experts, FeedForward

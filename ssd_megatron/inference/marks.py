@@ -5,7 +5,7 @@ from collections.abc import Mapping, Sequence
 from itertools import groupby
 from pathlib import Path
 
-from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.data.masking import MASK_TOKENS, marker_ids
 from ssd_megatron.data.spans import SENTINEL, free_sentinels, named_sentinels
 from ssd_megatron.data.tokenizers import Tokenizer

@@ -8,7 +8,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor, nn
 
-from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.ffn.router_kinds import KINDS
 from ssd_megatron.inference.cache import Cache, KeyValueCache, View, view_of
 from ssd_megatron.inference.ffn import Experts, FeedForward, Mode

@@ -13,7 +13,7 @@ from typing import Protocol
 import torch
 from torch import Tensor
 
-from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.inference.cache import Cache, FixedCache, KeyValueCache
 
 # A graph looks at so many slots, or twice as many, and so on: few captures, and at most half of the slots for nothing.

@@ -9,7 +9,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.inference.cache import Cache, KeyValueCache, View, whole_view
 from ssd_megatron.inference.ffn import Experts, Mode
 from ssd_megatron.inference.layers import Context, CrossAttention

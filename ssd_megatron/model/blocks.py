@@ -19,7 +19,8 @@ from megatron.core.transformer.transformer_layer import TransformerLayer, Transf
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from ssd_megatron.config.schema import HASH_ROUTERS, ModelConfig, SSDConfig
+from ssd_megatron.config.model import ModelConfig
+from ssd_megatron.config.schema import HASH_ROUTERS, SSDConfig
 from ssd_megatron.ffn.homes import Homes
 from ssd_megatron.ffn.switchable import FFNSettings, SwitchableFFN
 from ssd_megatron.model.attention import OutputProjection, ScaledDotProductCore

@@ -3,7 +3,8 @@
 import math
 from dataclasses import dataclass
 
-from ssd_megatron.config.schema import ModelConfig, SSDConfig
+from ssd_megatron.config.model import ModelConfig
+from ssd_megatron.config.schema import SSDConfig
 
 
 @dataclass(frozen=True)

@@ -6,7 +6,7 @@ from megatron.core.tensor_parallel.layers import VocabParallelEmbedding
 from megatron.core.transformer.transformer_config import TransformerConfig
 from torch import Tensor, nn
 
-from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.model.norms import make_norm
 from ssd_megatron.parallel.sharding import shard_rows
 from ssd_megatron.parallel.topology import Topology

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass
 
-from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.config.model import ModelConfig
 
 
 @dataclass(frozen=True)

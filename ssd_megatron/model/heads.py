@@ -9,7 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.ffn.activations import ACTIVATIONS
 from ssd_megatron.model.cross_entropy import projected_losses
 from ssd_megatron.model.norms import make_norm

@@ -8,7 +8,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ssd_megatron.config.load import Dtype, RunConfig
-from ssd_megatron.config.schema import ModelConfig, SSDConfig
+from ssd_megatron.config.model import ModelConfig
+from ssd_megatron.config.schema import SSDConfig
 from ssd_megatron.model.cost import (
     Layer,
     bank_parameters,

@@ -2,7 +2,7 @@
 
 from torch import nn
 
-from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.config.model import ModelConfig
 
 
 def make_norm(model: ModelConfig) -> nn.Module:

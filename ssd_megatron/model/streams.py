@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.model.blocks import TransformerBlock
 from ssd_megatron.model.cost import position_rows
 from ssd_megatron.model.embedding import Embedding

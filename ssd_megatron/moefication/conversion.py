@@ -15,7 +15,7 @@ from rich.progress import Progress
 from rich.table import Table
 from torch import Tensor
 
-from ssd_megatron.config.schema import Activation
+from ssd_megatron.config.model import Activation
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.activations import ACTIVATIONS
 from ssd_megatron.moefication.experts import set_mode, ssd_settings, use

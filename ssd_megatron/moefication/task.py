@@ -9,7 +9,8 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from ssd_megatron.config.schema import DataConfig, ModelConfig
+from ssd_megatron.config.model import ModelConfig
+from ssd_megatron.config.schema import DataConfig
 from ssd_megatron.data.datasets import SampleDataset, build_datasets
 from ssd_megatron.data.objectives import make_objective
 from ssd_megatron.data.tokenizers import load_tokenizer

@@ -6,7 +6,8 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 
 from ssd_megatron.config.load import Dtype
-from ssd_megatron.config.schema import ModelConfig, SSDConfig, SsdMegatronConfig
+from ssd_megatron.config.model import ModelConfig
+from ssd_megatron.config.schema import SSDConfig, SsdMegatronConfig
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.model.cost import flops_per_token
 from ssd_megatron.model.memory import Layout, Memory, memory_per_rank, modes_of

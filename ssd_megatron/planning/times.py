@@ -4,7 +4,8 @@ it hidden behind the other (DeepSpeed overlaps nothing by default), latencies le
 from dataclasses import dataclass
 
 from ssd_megatron.config.load import Dtype
-from ssd_megatron.config.schema import ModelConfig, SSDConfig
+from ssd_megatron.config.model import ModelConfig
+from ssd_megatron.config.schema import SSDConfig
 from ssd_megatron.model.cost import ffn_matrices, forward_flops, head_flops, stage_layers
 from ssd_megatron.model.memory import BYTES, Layout, rank_parameters
 from ssd_megatron.planning.cluster import GIGA, Cluster

@@ -11,7 +11,8 @@ from dataclasses import dataclass
 from typing import Literal
 
 from ssd_megatron.config.load import Dtype
-from ssd_megatron.config.schema import ModelConfig, SSDConfig
+from ssd_megatron.config.model import ModelConfig
+from ssd_megatron.config.schema import SSDConfig
 from ssd_megatron.model.cost import bank_parameters, ffn_matrices, position_rows, stage_layers
 from ssd_megatron.model.memory import BYTES, Layout, expert_ranks_per_token, rank_parameters
 from ssd_megatron.planning.cluster import Cluster

@@ -12,7 +12,8 @@ from pydantic import ValidationError
 from torch import Tensor, nn
 
 from ssd_megatron.config.fields import Section
-from ssd_megatron.config.schema import DataConfig, ModelConfig, SSDConfig
+from ssd_megatron.config.model import ModelConfig
+from ssd_megatron.config.schema import DataConfig, SSDConfig
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.switchable import SwitchableFFN
 from ssd_megatron.model.language_model import ffn_names

@@ -1,7 +1,8 @@
 """The weights that a new run starts from, where `checkpoint.start_from` names a checkpoint of another run or model."""
 
 from ssd_megatron.config.load import RunConfig
-from ssd_megatron.config.schema import ModelConfig, SSDConfig
+from ssd_megatron.config.model import ModelConfig
+from ssd_megatron.config.schema import SSDConfig
 from ssd_megatron.errors import ConfigError, DataError
 from ssd_megatron.parallel.logical_state import LogicalState
 from ssd_megatron.parallel.zero import MASTER

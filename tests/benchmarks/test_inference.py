@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from benchmarks.inference import Size, build, decode_rows, in_transformers, prompt_row, shape, weights_read
-from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.config.model import ModelConfig
 
 TINY = Size(shape(128, 1, 64), new_tokens=2, prompt_layers=1, prompt_tokens=32, turns=1)
 

@@ -16,7 +16,8 @@ from ssd_megatron.classification.classifier import accuracy
 from ssd_megatron.classification.finetune import Epoch, Recipe, finetune
 from ssd_megatron.classification.samples import Sample
 from ssd_megatron.classification.saved_classifier import Opened, begin_classifier
-from ssd_megatron.config.schema import ModelConfig, SSDConfig
+from ssd_megatron.config.model import ModelConfig
+from ssd_megatron.config.schema import SSDConfig
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.training.saved_model import Classification, Settings, open_model

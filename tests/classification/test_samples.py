@@ -9,7 +9,7 @@ import torch
 from ssd_megatron.classification import samples as module
 from ssd_megatron.classification.labelled import Columns
 from ssd_megatron.classification.samples import Encoder, Sample, fit, training_batches, unpadded_batches
-from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.data.tokenizers import load_tokenizer
 from ssd_megatron.errors import ConfigError
 

@@ -6,7 +6,8 @@ import pytest
 import tokenizers
 import torch
 
-from ssd_megatron.config.schema import DataConfig, ModelConfig
+from ssd_megatron.config.model import ModelConfig
+from ssd_megatron.config.schema import DataConfig
 from ssd_megatron.data.masking import MaskedObjective, Masking, choose_words, replace_tokens
 from ssd_megatron.data.objectives import make_objective
 from ssd_megatron.data.tokenizers import MARKERS, Words, load_tokenizer, train_sentencepiece

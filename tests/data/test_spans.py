@@ -5,7 +5,8 @@ import numpy as np
 import pytest
 import torch
 
-from ssd_megatron.config.schema import DataConfig, ModelConfig
+from ssd_megatron.config.model import ModelConfig
+from ssd_megatron.config.schema import DataConfig
 from ssd_megatron.config.span_sizes import SpanSizes, span_sizes
 from ssd_megatron.data.objectives import make_objective
 from ssd_megatron.data.spans import corrupt, random_parts

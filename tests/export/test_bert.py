@@ -6,7 +6,7 @@ import pytest
 import torch
 from transformers import BertConfig, BertForMaskedLM, BertForPreTraining
 
-from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.export import bert
 from ssd_megatron.parallel.topology import Topology

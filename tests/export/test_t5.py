@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from transformers import T5Config, T5ForConditionalGeneration
 
-from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.export import t5
 from ssd_megatron.parallel.topology import Topology
 from tests.export.parity import load, logical_tensors, random_model, used_rows

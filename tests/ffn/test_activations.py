@@ -3,7 +3,7 @@ from typing import get_args
 import pytest
 import torch
 
-from ssd_megatron.config.schema import Activation
+from ssd_megatron.config.model import Activation
 from ssd_megatron.ffn.activations import ACTIVATIONS
 from ssd_megatron.moefication.conversion import TO_RELU
 from tests.ffn.helpers import GATED, PHI

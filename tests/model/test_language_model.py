@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode, sdpa_flop_count
 
-from ssd_megatron.config.schema import ModelConfig
+from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.model.cost import flops_per_token, layers_of, masked_weights, parameter_counts
 from ssd_megatron.model.init import named_normal
 from ssd_megatron.model.language_model import LanguageModel

@@ -1,6 +1,7 @@
 import pytest
 
-from ssd_megatron.config.schema import ModelConfig, SSDConfig
+from ssd_megatron.config.model import ModelConfig
+from ssd_megatron.config.schema import SSDConfig
 from ssd_megatron.ffn.router_kinds import KINDS
 from ssd_megatron.ffn.routers import Router
 from ssd_megatron.model.cost import Layer, flops_per_token, forward_flops, parameter_counts

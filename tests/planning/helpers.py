@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from ssd_megatron.config.schema import DataConfig, ModelConfig, SSDConfig, SsdMegatronConfig, TrainingConfig
+from ssd_megatron.config.model import ModelConfig
+from ssd_megatron.config.schema import DataConfig, SSDConfig, SsdMegatronConfig, TrainingConfig
 from ssd_megatron.planning.cluster import Cluster, Gpu
 from ssd_megatron.planning.recommend import Job
 

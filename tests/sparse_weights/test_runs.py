@@ -11,7 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from ssd_megatron.config.schema import ModelConfig, SSDConfig
+from ssd_megatron.config.model import ModelConfig
+from ssd_megatron.config.schema import SSDConfig
 from ssd_megatron.model.cost import flops_per_token
 from ssd_megatron.parallel.zero import KINDS
 from ssd_megatron.training import checkpoint_files as files
