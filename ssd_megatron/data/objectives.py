@@ -6,12 +6,14 @@ from typing import Protocol
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from ssd_megatron.config.family_checks import FAMILY_CHECKS
 from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.config.schema import DataConfig
 from ssd_megatron.config.span_sizes import span_sizes
 from ssd_megatron.data.masking import MaskedObjective, Masking
 from ssd_megatron.data.spans import SpanCorruption, find_sentinels, first_decoder_token
 from ssd_megatron.data.tokenizers import Tokenizer
+from ssd_megatron.errors import DataError
 
 Sample = Mapping[str, Tensor]
 
@@ -47,8 +49,11 @@ def make_objective(model: ModelConfig, data: DataConfig, tokenizer: Tokenizer, s
     """The objective of a family.
 
     Raises:
-        DataError: the tokenizer lacks a token that the objective needs.
+        DataError: samples of the model's length have no room for it, or the tokenizer lacks a token that it needs.
     """
+    fields = {f"model.{name}": value for name, value in model} | {f"data.{name}": value for name, value in data}
+    if problems := list(FAMILY_CHECKS.run(fields)):
+        raise DataError(f"This model cannot learn from text as it is: {'; '.join(problems)}")
     if model.family == "gpt":
         return NextToken(model.seq_length)
     if model.family == "t5":

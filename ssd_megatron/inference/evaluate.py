@@ -115,7 +115,7 @@ def objective_of(saved: SavedModel, tokenizer: Tokenizer, path: Path) -> Objecti
     """How training makes samples of this model: as its run did, or, of one that was imported, as by default.
 
     Raises:
-        DataError: the tokenizer lacks a token that the objective needs.
+        DataError: as `make_objective`.
     """
     data = saved.data or DataConfig(tokenizer=path)
     return make_objective(saved.settings.model, data.model_copy(update={"tokenizer": path}), tokenizer, seed=0)

@@ -100,3 +100,10 @@ def test_sentinels_of_the_tokenizer_and_too_few(tmp_path: Path, sentencepiece_mo
     plain = load_tokenizer(sentencepiece_model)
     with pytest.raises(DataError, match=r"needs 2 sentinel .* has 0, and model.vocab_size \(341\) leaves 1 free"):
         make_objective(t5(vocab_size=341), DataConfig(paths="corpus", tokenizer=sentencepiece_model), plain, seed=1)
+
+
+def test_a_model_without_room_for_spans_is_refused_by_name(sentencepiece_model: Path) -> None:
+    """A model that was imported has been through no checks of a ds.json."""
+    tokenizer, data = load_tokenizer(sentencepiece_model), DataConfig(paths="corpus", tokenizer=sentencepiece_model)
+    with pytest.raises(DataError, match=r"model.decoder_seq_length \(7\) is too short .*: try 8"):
+        make_objective(t5(decoder_seq_length=7), data, tokenizer, seed=1)
