@@ -119,6 +119,8 @@ def config_of(arguments: Any, out: Path, arm: Arm, rate: float = 1.0) -> dict[st
     config["optimizer"]["params"]["lr"] *= rate
     section = config["ssd_megatron"]
     section["model"] |= _shape(arguments, arguments.hidden)
+    if arguments.family == "bert":  # or a short run of a small one stays where frequencies of words are all it knows
+        section["model"]["norm_position"] = "pre"
     section["ssd"] = {"schedule": "dense", "num_experts": 8, "check_interval": arguments.steps}
     section["training"]["eval_interval"] = max(10, arguments.steps // 5)
     section["logging"] = {"plots": False}
