@@ -2,6 +2,7 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.router_kinds import expert_scores
 from ssd_megatron.ffn.routers import Router, Seen, router_weights_from_bank
 from tests.ffn.helpers import relative_error
@@ -113,7 +114,11 @@ def test_weights_from_bank_point_to_the_mean_direction_with_the_mean_norm() -> N
 
 
 def test_impossible_routers_are_refused() -> None:
-    with pytest.raises(AssertionError, match="learned"):
+    with pytest.raises(ConfigError, match=r"router_update \(learned\) must be one of straight_through, frozen, avg_k"):
         Router(16, 8, 2, "learned")
-    with pytest.raises(AssertionError, match=r"\(9, 8\)"):
+    with pytest.raises(ConfigError, match=r"kind \(best\) must be one of centroid, avg_k"):
+        Router(16, 8, 2, "frozen", kind="best")
+    with pytest.raises(ConfigError, match=r"top_k \(9\) must be between 1 and num_experts \(8\)"):
         Router(16, 8, 9, "frozen")
+    with pytest.raises(ConfigError, match=r"num_experts \(8\) must be a square with kind pkm: try 4 or 9"):
+        Router(16, 8, 2, "straight_through", kind="pkm")
