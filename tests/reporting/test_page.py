@@ -103,6 +103,8 @@ def test_the_tool_writes_beside_the_metrics_or_where_it_is_told(
     assert (tmp_path / "new" / "page.html").exists()
     assert run_tool(monkeypatch, str(tmp_path / "none")) == 2
     assert f"error: {tmp_path / 'none'} has no metrics.jsonl" in capsys.readouterr().err
+    assert run_tool(monkeypatch, str(run_dir), "--out", str(tmp_path)) == 1
+    assert capsys.readouterr().err.startswith("error: [Errno 21] Is a directory: ")
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium: apt install chromium")
