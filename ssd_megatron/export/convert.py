@@ -171,5 +171,5 @@ def _settings(config: Mapping[str, Any], model: ModelConfig, tokenizer: Path | N
     if config["model_type"] == ssd.MODEL_TYPE:
         routing = {name: config[name] for name in ("num_experts", "router", "router_update")}
         return Settings(model, SSDConfig(**routing), list(config["experts_per_token"]), True, tokenizer)
-    defaults = SSDConfig()
-    return Settings(model, defaults, [defaults.top_k] * model.total_layers, False, tokenizer)
+    whole = SSDConfig(num_experts=1, top_k=1)  # none formed yet: networks of any size are one
+    return Settings(model, whole, [1] * model.total_layers, False, tokenizer)
