@@ -168,9 +168,10 @@ def test_a_transformers_folder_is_taken_with_data_of_its_own(dense: Path, corpus
     ("arguments", "message"),
     [
         (("--num_experts", "0"), "num_experts (0) must be at least 1"),
-        (("--num_experts", "7"), "num_experts (7) must divide the 64 neurons: try 8"),
+        (("--num_experts", "7"), "num_experts (7) must divide the 64 neurons: try 4 or 8"),
         (("--top_k", "9"), "top_k (9) must be between 1 and num_experts (8)"),
         (("--processes", "0"), "processes (0) must be at least 1"),
+        (("--tokens", "1"), "tokens (1) must be at least 2"),
         (("--calibrate_steps", "1", "--calibrate_lr", "0"), "calibrate_lr (0.0) must be above 0"),
         (("--calibrate_lr", "0.1"), "calibrate_lr (0.1) has no effect with calibrate_steps (0): leave it out"),
         (("--relu_adapt_lr", "0.1"), "relu_adapt_lr (0.1) has no effect with relu_adapt_steps (0): leave it out"),
@@ -197,3 +198,29 @@ def test_a_finished_folder_is_not_written_again(dense: Path, moefied: Path) -> N
     assert moefy(dense, moefied) == 2
     assert "is not empty" in said(moefied)
     moefied.with_suffix(".log").write_text(log)
+
+
+def test_losses_and_data_are_those_of_the_run(marked_corpus: Corpus, tmp_path: Path) -> None:
+    """Of a BERT whose loss has two parts, with masks of its own."""
+    config = small_config(marked_corpus, tmp_path / "run")
+    section = config["ssd_megatron"]
+    section["model"] |= {"family": "bert", "num_token_types": 2, "sentence_objective": "next"}
+    section["data"] |= {"mask_fraction": 0.4, "whole_words": False}
+    section["ssd"] = {"schedule": "dense", "num_experts": 8, "backend": "torch"}
+    section["training"] = {"train_steps": 3, "eval_interval": 3, "eval_steps": 2}  # the tool's 16 samples
+    train(write_config(config, tmp_path / "ds.json"))
+    cheap = ("--router", "random", "--partition", "random")
+    assert moefy(tmp_path / "run", tmp_path / "moefied", *cheap) == 0
+    (evaluation,) = records(tmp_path / "run", "eval")
+    assert figures(tmp_path / "moefied")["dense"]["loss"] == pytest.approx(evaluation["loss_dense"], rel=1e-5)
+    data = open_model(tmp_path / "moefied").data
+    assert data is not None and (data.mask_fraction, data.whole_words) == (0.4, False)
+    assert data == open_model(tmp_path / "run").data
+    assert moefy(tmp_path / "moefied", tmp_path / "again", *cheap) == 0  # without --data
+
+
+def test_a_run_without_a_checkpoint_is_no_folder_of_transformers(tmp_path: Path, corpus: Corpus) -> None:
+    (tmp_path / "run").mkdir()
+    write_config(small_config(corpus, tmp_path / "run"), tmp_path / "run" / "config.json")
+    assert moefy(tmp_path / "run", tmp_path / "no") == 2
+    assert f"error: {tmp_path / 'run'} has no checkpoint: give a run_dir" in said(tmp_path / "no")
