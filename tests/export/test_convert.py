@@ -15,17 +15,13 @@ from ssd_megatron.data.tokenizers import load_tokenizer
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.export import llama, opt, ssd
 from ssd_megatron.export.convert import export_model, import_model
-from ssd_megatron.ffn.kernels.trial import fastest_right
 from ssd_megatron.inference.generate import generate
 from ssd_megatron.inference.load import load
 from ssd_megatron.inference.sampling import Sampling
-from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.training.checkpoint_files import CheckpointError
 from ssd_megatron.training.checkpoint_tools import consolidate, describe, verify
-from ssd_megatron.training.model_alone import load_alone
 from ssd_megatron.training.saved_model import Settings, open_model, write_model
 from tests.layouts import TP2_PP2, run_layout
-from tests.ranks import run_ranks
 from tests.saved_models import LEARNED, ROPE, TOP_K, Trained, trained
 from tests.small_run import Corpus, small_config
 from tools import convert_checkpoint as tool
@@ -187,24 +183,6 @@ def test_large_models_are_cut_into_several_files(tmp_path: Path) -> None:
     torch.testing.assert_close(hf_logits(tmp_path / "hf", expected.tokens), expected.dense, rtol=1e-4, atol=1e-4)
     saved = open_model(import_model(tmp_path / "hf", tmp_path / "ours"))
     assert saved.tensor("head.norm.bias").equal(expected.tensors["head.norm.bias"])
-
-
-def kernels(topology: Topology, folder: Path, num_experts: int) -> tuple[set[str], str]:
-    """Of an imported model that is going to have so many experts, and those that such experts need."""
-    saved = open_model(folder)
-    model, few = saved.settings.model, saved.settings.model.ffn_hidden_size // num_experts
-    found = {ffn.settings.backend for ffn in load_alone(saved, topology, num_experts).ffns.values()}
-    return found, fastest_right(topology.device, torch.float32, model.activation, (few, model.hidden_size))
-
-
-def test_networks_of_any_size_are_imported_and_get_kernels_for_their_experts(tmp_path: Path) -> None:
-    """1000 neurons are no 16 experts; as one they are too large for the kernels that 100 experts have."""
-    wide = {"hidden_size": 512, "num_attention_heads": 4, "ffn_hidden_size": 1000}
-    export_model(open_model(trained(**wide).write(tmp_path / "saved")), tmp_path / "hf", "dense")
-    folder = import_model(tmp_path / "hf", tmp_path / "ours")
-    assert (open_model(folder).settings.ssd.num_experts, open_model(folder).settings.top_k) == (1, [1, 1])
-    ((found, needed),) = run_ranks(1, kernels, folder, 100)
-    assert found == {needed}
 
 
 def test_registered_models_need_no_remote_code(tmp_path: Path) -> None:

@@ -11,11 +11,14 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from ssd_megatron.export.convert import export_model
+from ssd_megatron.export.convert import export_model, import_model
+from ssd_megatron.ffn.kernels.trial import fastest_right
 from ssd_megatron.moefication.layers import LayerJob, read_result, run_jobs
+from ssd_megatron.parallel.topology import Topology
+from ssd_megatron.training.model_alone import load_alone
 from ssd_megatron.training.saved_model import SavedModel, is_router, open_model
 from tests.layouts import TP2_EP2, Layout, run_layout
-from tests.ranks import start_process
+from tests.ranks import run_ranks, start_process
 from tests.saved_models import T5_11, trained
 from tests.small_run import Corpus, records, small_config, train, write_config
 
@@ -224,3 +227,21 @@ def test_a_run_without_a_checkpoint_is_no_folder_of_transformers(tmp_path: Path,
     write_config(small_config(corpus, tmp_path / "run"), tmp_path / "run" / "config.json")
     assert moefy(tmp_path / "run", tmp_path / "no") == 2
     assert f"error: {tmp_path / 'run'} has no checkpoint: give a run_dir" in said(tmp_path / "no")
+
+
+def kernels(topology: Topology, folder: Path, num_experts: int) -> tuple[set[str], str]:
+    """Of an imported model that is going to have so many experts, and those that such experts need."""
+    saved = open_model(folder)
+    model, few = saved.settings.model, saved.settings.model.ffn_hidden_size // num_experts
+    found = {ffn.settings.backend for ffn in load_alone(saved, topology, num_experts).ffns.values()}
+    return found, fastest_right(topology.device, torch.float32, model.activation, (few, model.hidden_size))
+
+
+def test_networks_of_any_size_are_imported_and_get_kernels_for_their_experts(tmp_path: Path) -> None:
+    """1000 neurons are no 16 experts; as one they are too large for the kernels that 100 experts have."""
+    wide = {"hidden_size": 512, "num_attention_heads": 4, "ffn_hidden_size": 1000}
+    export_model(open_model(trained(**wide).write(tmp_path / "saved")), tmp_path / "hf", "dense")
+    folder = import_model(tmp_path / "hf", tmp_path / "ours")
+    assert (open_model(folder).settings.ssd.num_experts, open_model(folder).settings.top_k) == (1, [1, 1])
+    ((found, needed),) = run_ranks(1, kernels, folder, 100)
+    assert found == {needed}
