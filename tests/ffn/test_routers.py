@@ -3,7 +3,6 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ssd_megatron.ffn.router_kinds import expert_scores
