@@ -6,7 +6,8 @@ Every line has `step` (the first step is 1) and `kind`:
 |--------|-----------------------------------------------------------------------------------------------------------|
 | train  | loss, grad_norm, lr, mode, tokens_per_second, seconds, flops, flops_dense (cumulative), skipped,    |
 |        | loss_scale, peak_memory (bytes of rank 0 so far; on a GPU its tensors, on a CPU its process); every step  |
-| eval   | loss_dense, loss_sparse (null before the first partition)                                                 |
+| eval   | loss_dense, loss_sparse (null before the first partition), seconds                                        |
+| save   | seconds for which a checkpoint held training up                                                           |
 | check  | similarity, similarity_layers, overlap (null at the first check), active_fraction (per layer), stable,    |
 |        | seconds                                                                                                   |
 | switch | from, to, seconds, seconds_{statistics, cluster, transfer, verify}, bytes_moved, loss_before,             |
