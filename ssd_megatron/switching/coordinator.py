@@ -94,7 +94,8 @@ class Coordinator:
         experts new homes, neurons and routers with all their moments; nothing changes but where they are (collective).
 
         Args:
-            loads: of this stage's networks, tokens of each expert [E] over all data-parallel ranks.
+            loads: of this stage's networks, tokens of each expert [E] in the last microbatch of all data-parallel
+                ranks.
         Raises:
             SwitchError: the move could not be verified; the run must end.
         """

@@ -14,7 +14,7 @@ Every line has `step` (the first step is 1) and `kind`:
 |        | loss_after, loss_sparse, reason, similarity, top_k (these two by layer), imbalance_before,                |
 |        | imbalance_after (as below, of the probe batch; null back to dense and where one rank has all experts)     |
 | load   | expert_load: per layer, tokens of the busiest expert over the mean; home_load: per layer, tokens of each  |
-|        | of the tensor x expert parallel ranks that share the experts                                              |
+|        | of the tensor x expert parallel ranks that share the experts; of the step's last microbatch               |
 | placement | experts moved to other ranks inside a sparse phase: seconds, bytes_moved, imbalance_before,        |
 |        | imbalance_after (tokens of the busiest of the ranks that share experts over the mean, worst layer)        |
 | mask   | an update of sparse weights' masks: update (its number), share (of the live blocks pruned and regrown),   |
