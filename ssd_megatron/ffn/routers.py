@@ -242,7 +242,8 @@ class Router(nn.Module):
         """
         weight_EH = router_weights(directions_EH, norms_F)
         values = {"weight": half_keys(weight_EH) if self.name == "pkm" else weight_EH}
-        values["mix"] = torch.eye(self.num_experts, device=weight_EH.device)
+        if self.name == "mlp":
+            values["mix"] = torch.eye(self.num_experts, device=weight_EH.device)
         values["bias"] = weight_EH.new_zeros(self.num_experts)
         return {name: values[name] for name, _ in self.named_parameters()}
 

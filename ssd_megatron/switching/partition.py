@@ -166,7 +166,8 @@ def structure_similarity(labels_a: Tensor, labels_b: Tensor) -> float:
     1 for the same groups whatever their names, about 0 for unrelated ones.
     Source: Hubert and Arabie (1985), by counts of pairs of neurons as in scikit-learn.
     """
-    in_both = _pairs(torch.bincount(labels_a * (int(labels_b.max()) + 1) + labels_b))
+    pairs = labels_a * (int(labels_b.max()) + 1) + labels_b
+    in_both = _pairs(torch.unique(pairs, return_counts=True)[1])  # of the E x E few occur where experts are many
     in_a, in_b = _pairs(torch.bincount(labels_a)), _pairs(torch.bincount(labels_b))
     by_chance = in_a * in_b / max(1, labels_a.numel() * (labels_a.numel() - 1))
     most = (in_a + in_b) / 2
