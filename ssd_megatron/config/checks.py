@@ -49,6 +49,7 @@ ACTS_ONLY_IF: dict[str, tuple[str, tuple[Any, ...]]] = {
     "ssd.z_loss": ("ssd.router", ("switch",)),
     "ssd.phases": ("ssd.schedule", ("fixed",)),
     "ssd.on_spike": ("ssd.schedule", ("adaptive",)),
+    "ssd.rebalance_limit": ("ssd.schedule", ("adaptive", "fixed", "sparse")),
     "ssd.spike_factor": ("ssd.schedule", ("adaptive", "fixed")),
     "model.rotary_base": ("model.position_embedding", ("rope",)),
     "data.split": ("data.train_paths", (None,)),

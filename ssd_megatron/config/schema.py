@@ -74,7 +74,8 @@ class ParallelConfig(Section):
     )
     timeout_seconds: Positive = optional(
         1800,
-        "Longest wait for another rank; then the job ends and says what waited.",
+        "Longest wait for another rank; then the job ends and says what waited. Reading the corpora before the "
+        "start may take longer.",
     )
 
     @property
@@ -258,7 +259,7 @@ class CheckpointConfig(Section):
         None,
         "Weights that a new run starts from: those of a run_dir, of a checkpoint's folder, or of a model imported by "
         "`tools/convert_checkpoint.py`, with the same `model` settings. All else starts anew, but for experts and "
-        "routers with `ssd.partition` `kept`.",
+        "routers with `ssd.partition` `kept`; `weight_sparsity` lays new masks on the weights.",
     )
 
 

@@ -45,6 +45,7 @@ def check_data(
     test_steps: int = 0,
     cache_dir: Path,
     report: Callable[[str], None],
+    at_work: Callable[[], None],
 ) -> None:
     """Refuse data that cannot carry the run. Needs no process group; several ranks may call it at the same time.
 
@@ -56,6 +57,7 @@ def check_data(
         text_length: tokens of text in a sample.
         eval_steps: validation batches; the same ones in each evaluation.
         report: receives lines that the user should see once.
+        at_work: is called again and again while a corpus is read.
     Raises:
         DataError: a missing, truncated, damaged or empty corpus; a tokenizer that is too large for the model or did
             not make the corpus; token ids out of range; too few samples, with the arithmetic.
@@ -75,7 +77,7 @@ def check_data(
     }
     for corpus in corpora.values():
         _check_tokenizer(corpus, data.tokenizer)
-        _check_ids(corpus, tokenizer, cache_dir, report)
+        _check_ids(corpus, tokenizer, cache_dir, report, at_work)
     demands = (
         (sources.train, Demand("training", train_steps, "training.train_steps", global_batch_size, text_length)),
         (sources.valid, Demand("validation", eval_steps, "training.eval_steps", global_batch_size, text_length)),
@@ -95,8 +97,14 @@ def _check_tokenizer(corpus: Corpus, tokenizer_path: Path) -> None:
         )
 
 
-def _check_ids(corpus: Corpus, tokenizer: Tokenizer, cache_dir: Path, report: Callable[[str], None]) -> None:
-    smallest, largest = token_range(corpus, cache_dir, report)
+def _check_ids(
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    cache_dir: Path,
+    report: Callable[[str], None],
+    at_work: Callable[[], None],
+) -> None:
+    smallest, largest = token_range(corpus, cache_dir, report, at_work)
     if smallest < 0 or largest >= tokenizer.vocab_size:
         raise DataError(
             f"{corpus.bin_path} has token ids from {smallest} to {largest}, but data.tokenizer has only the ids 0 to "

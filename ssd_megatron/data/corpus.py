@@ -74,11 +74,15 @@ def open_corpus(prefix: str) -> Corpus:
     return corpus
 
 
-def token_range(corpus: Corpus, cache_dir: Path, report: Callable[[str], None]) -> tuple[int, int]:
+def token_range(
+    corpus: Corpus, cache_dir: Path, report: Callable[[str], None], at_work: Callable[[], None]
+) -> tuple[int, int]:
     """Smallest and largest token id of a corpus.
 
     Reads all of .bin once; the result is kept in `cache_dir` for as long as path, size and time of the file stay.
 
+    Args:
+        at_work: is called after each part of the file.
     Raises:
         DataError: it cannot be kept there.
     """
@@ -95,6 +99,7 @@ def token_range(corpus: Corpus, cache_dir: Path, report: Callable[[str], None]) 
     for start in range(0, len(tokens), SCAN_CHUNK):
         chunk = tokens[start : start + SCAN_CHUNK]
         smallest, largest = min(smallest, int(chunk.min())), max(largest, int(chunk.max()))
+        at_work()
     try:
         write_atomically(cached, json.dumps([smallest, largest]).encode())
     except OSError as error:

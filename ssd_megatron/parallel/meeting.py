@@ -19,6 +19,8 @@ from ssd_megatron.parallel.launch import join_launch
 
 T = TypeVar("T")
 
+AT_WORK = "ranks at work"  # a key: how often they have said so
+
 
 class Meeting:
     """The ranks that one launcher started; methods are collective, in the same order on every rank.
@@ -50,8 +52,13 @@ class Meeting:
                 keys = [f"{topic}, rank {rank}" for rank in range(self.size)]
                 self._wait(keys)
                 self._store.set(topic, json.dumps([text.decode() for text in self._store.multi_get(keys)]))
+            self._wait_while_at_work([topic])
             gathered: list[str] = json.loads(self._store.get(topic))
         return gathered
+
+    def at_work(self) -> None:
+        """To be called now and then in what takes long, on any rank: the time of those who wait begins anew."""
+        self._store.add(AT_WORK, 1)
 
     def together(self, what: str, action: Callable[[], T]) -> T:
         """Run `action` on every rank; if one cannot, none goes on.
@@ -80,10 +87,20 @@ class Meeting:
     def _wait(self, keys: list[str]) -> None:
         """Wait for every rank's key; the message of a timeout names the ranks, where torch's names all keys."""
         try:
-            self._store.wait(keys)
+            self._wait_while_at_work(keys)
         except dist.DistStoreError as error:
             missing = [rank for rank, key in enumerate(keys) if not self._store.check([key])]
             raise CollectiveError(f"rank {shown_ranks(missing)} ended or did not answer") from error
+
+    def _wait_while_at_work(self, keys: list[str]) -> None:
+        while True:
+            said = self._store.add(AT_WORK, 0)
+            try:
+                self._store.wait(keys)
+                return
+            except dist.DistStoreError:
+                if self._store.add(AT_WORK, 0) == said:
+                    raise
 
 
 def said_by_ranks(texts: list[str]) -> str:

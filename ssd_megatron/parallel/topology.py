@@ -1,5 +1,5 @@
 """The processes of a job and their groups, held by one object that is passed in. The only file that sets up
-torch.distributed, DeepSpeed's and megatron-core's process groups.
+a job's torch.distributed, DeepSpeed's and megatron-core's process groups.
 
 Ranks are numbered tensor parallel first, then data parallel, then pipeline stages:
 rank = (stage * data + d) * tensor + t. Expert-parallel ranks are neighbours among the data-parallel ones:

@@ -15,7 +15,7 @@ from dataclasses import dataclass, fields
 from functools import partial
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from ssd_megatron.config.schema import WeightSparsityConfig
 from ssd_megatron.parallel.logical_state import LogicalState
@@ -73,7 +73,7 @@ class MaskedWeights:
         self._masks = {name: self._first_mask(name) for name in names}
         self._dead: dict[str, Tensor] = {}  # this rank's rows of each tensor, on its device
         self._gradients: dict[str, Tensor] | None = None  # of dead weights too, summed over microbatches, when needed
-        self._zero_dead(self.live)
+        self.apply()
         for name in names:
             state.parameter(name).register_hook(partial(self._mask_gradient, name))  # type: ignore[no-untyped-call]
 
@@ -81,6 +81,11 @@ class MaskedWeights:
     def live(self) -> dict[str, Tensor]:
         """Live blocks by tensor, bool [M, N]."""
         return {name: mask.live for name, mask in self._masks.items()}
+
+    @torch.no_grad()
+    def apply(self) -> None:
+        """Set dead weights to 0 that something else has written to the state, and publish it (collective)."""
+        self._zero_dead(self.live)
 
     def before_step(self, step: int) -> None:
         """To be called before every step."""
@@ -190,12 +195,3 @@ class MaskedWeights:
 def _key(part: str, name: str) -> str:
     """Key of a checkpoint: what of a mask, then the name of its tensor."""
     return f"mask_{part}/{name}"
-
-
-def masked_tensors(parameters: Mapping[str, nn.Parameter]) -> list[str]:
-    """Names of the matrices of the Transformer blocks: attention and feed-forward networks, without routers."""
-    return [
-        name
-        for name, parameter in parameters.items()
-        if name.startswith("blocks.") and parameter.dim() == 2 and not name.endswith("router.weight")
-    ]

@@ -1,10 +1,11 @@
 """Model, engine and coordinator of a job, put together in one way whatever its samples are."""
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
+from torch import nn
 
 from ssd_megatron.config.load import RunConfig
 from ssd_megatron.config.schema import SsdMegatronConfig, expert_shape
@@ -14,7 +15,7 @@ from ssd_megatron.ffn.kernels.trial import trial
 from ssd_megatron.model.cost import layers_of
 from ssd_megatron.model.language_model import LanguageModel, ffn_names
 from ssd_megatron.parallel.topology import Topology
-from ssd_megatron.sparse_weights.masked_weights import MaskedWeights, masked_tensors
+from ssd_megatron.sparse_weights.masked_weights import MaskedWeights
 from ssd_megatron.sparse_weights.schedule import MaskSchedule
 from ssd_megatron.switching.coordinator import Coordinator
 from ssd_megatron.switching.networks import Networks
@@ -22,6 +23,7 @@ from ssd_megatron.switching.schedule import Schedule
 from ssd_megatron.switching.statistics import ProbeBatch
 from ssd_megatron.training.engine import Batch, DataParallelEngine, Engine
 from ssd_megatron.training.pipeline_engine import PipelineParallelEngine
+from ssd_megatron.training.saved_model import is_router
 
 
 @dataclass(frozen=True)
@@ -65,6 +67,15 @@ def make_masks(
     schedule = MaskSchedule(section.training.train_steps, updates, settings.prune_ratio)
     names = masked_tensors(model.logical_parameters())
     return MaskedWeights(settings, names, engine.state, topology, schedule, section.seed)
+
+
+def masked_tensors(parameters: Mapping[str, nn.Parameter]) -> list[str]:
+    """Names of the matrices of the Transformer blocks: attention and feed-forward networks, without routers."""
+    return [
+        name
+        for name, parameter in parameters.items()
+        if name.startswith("blocks.") and parameter.dim() == 2 and not is_router(name)
+    ]
 
 
 def choose_kernels(config: RunConfig, topology: Topology) -> tuple[str, str]:

@@ -155,29 +155,37 @@ class Checkpointer:
         return None
 
     def start_from(self, path: Path, keep_experts: bool) -> Path:
-        """Take over the weights of another checkpoint, which `check_start` has seen; returns its folder.
+        """Take over the weights of another checkpoint, which `check_start` has seen, where no mask of this run lies.
+
+        Returns its folder.
 
         Args:
             keep_experts: neurons keep their identities, and routers their weights.
         Raises:
             CheckpointError: it is damaged, or has not exactly the tensors of this model.
         """
-        shapes, state = self._shapes(), self._trained.engine.state
+        shapes, state, masks = self._shapes(), self._trained.engine.state, self._trained.masks
+        found = self._agree("read to start the run of", lambda: open_model(path).folder)[0]
+        if damage := self._damages(found):
+            raise CheckpointError(
+                f"checkpoint.start_from ({path}): {found} is damaged ({'; '.join(damage)}). Name another checkpoint"
+            )
         top_k: list[int] = []
 
-        def read() -> Path:
-            saved = open_model(path)
+        def read() -> None:
+            saved = open_model(found)
             top_k.extend(saved.settings.top_k)
             read_start_weights(saved, state, shapes, with_routers=keep_experts)
             if keep_experts:
                 self._set_identities(files.read_tensors(saved.folder, files.SHARED, self._is_of_this_stage))
-            return saved.folder
 
-        folder = self._agree("read to start the run of", read)[0]
+        self._agree("read to start the run of", read)
         state.publish()
+        if masks is not None:
+            masks.apply()
         if keep_experts:
             self._trained.coordinator.keep_experts(top_k)
-        return folder
+        return found
 
     def _set_aside(self, damaged: list[Path]) -> None:
         if self._topology.is_first:

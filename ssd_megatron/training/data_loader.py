@@ -1,10 +1,13 @@
 """Which samples each rank reads at each step: a function of the step alone, so that a resumed run goes on exactly."""
 
+import signal
 from collections.abc import Iterator
 
 import torch
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, Sampler
+
+from ssd_megatron.training.signals import SIGNALS
 
 
 class StepSampler(Sampler[list[int]]):
@@ -40,12 +43,19 @@ def microbatches(
         batch_sampler=sampler,
         num_workers=num_workers,
         collate_fn=collate,
+        worker_init_fn=_leave_signals_to_the_rank,
         pin_memory=device.type == "cuda",
         generator=torch.Generator(),  # the default one belongs to dropout
         persistent_workers=num_workers > 0,
     )
     for batch in loader:
         yield to_device(batch, device)
+
+
+def _leave_signals_to_the_rank(_worker: int) -> None:
+    """A request to stop may go to all processes of a job, and a rank whose worker ends cannot save any more."""
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
 
 
 def collate(samples: list[dict[str, Tensor]]) -> dict[str, Tensor]:

@@ -46,9 +46,11 @@ MONITOR_PACKAGES = {"wandb": "wandb", "comet": "comet_ml"}
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
-def check_run_data(config: RunConfig, tell: Callable[[str], None]) -> Tokenizer:
+def check_run_data(config: RunConfig, tell: Callable[[str], None], at_work: Callable[[], None]) -> Tokenizer:
     """Open the tokenizer and refuse data that cannot carry the run; needs no process group.
 
+    Args:
+        tell, at_work: `report` and `at_work` of data.checks.check_data.
     Raises:
         DataError: see data.checks.
         ConfigError: a monitor's package is missing, or what torch.compile needs, or the weights to start from are of
@@ -69,6 +71,7 @@ def check_run_data(config: RunConfig, tell: Callable[[str], None]) -> Tokenizer:
         eval_steps=max(section.training.eval_steps, math.ceil(section.ssd.probe_samples / config.train_batch_size)),
         cache_dir=section.data_cache_dir,
         report=tell,
+        at_work=at_work,
     )
     return tokenizer
 

@@ -68,8 +68,17 @@ def prepare_job(read: RunConfig | ConfigError) -> Job:
     mark = meeting.together("locking run_dir", lambda: folder.create_and_lock() if meeting.rank == 0 else "")
     mark_of_first = meeting.gather("sharing run_dir", mark)[0]
     meeting.together("finding run_dir", lambda: folder.check_is_shared(mark_of_first))
-    tokenizer = meeting.together("checking the data", lambda: check_run_data(config, tell))
-    return Job(meeting, config, folder, tokenizer)
+    return Job(meeting, config, folder, _check_data(meeting, config))
+
+
+def _check_data(meeting: Meeting, config: RunConfig) -> Tokenizer:
+    """Rank 0 reads the corpora, and keeps what it has seen in the cache, before the others look (collective)."""
+
+    def check() -> Tokenizer:
+        return check_run_data(config, tell, meeting.at_work)
+
+    checked = meeting.together("checking the data on rank 0", lambda: check() if meeting.rank == 0 else None)
+    return meeting.together("checking the data", lambda: check() if checked is None else checked)
 
 
 def alike_on_all_ranks(config: RunConfig) -> dict[str, Any]:

@@ -19,6 +19,7 @@ from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.sparse_weights.masked_weights import MaskedWeights
 from ssd_megatron.switching.coordinator import Coordinator
 from ssd_megatron.switching.partition import save_partition
+from ssd_megatron.switching.switch import SwitchError
 from ssd_megatron.training.checkpoint import Checkpointer
 from ssd_megatron.training.console import StepLine
 from ssd_megatron.training.engine import Batch, Engine, StepResult
@@ -108,6 +109,15 @@ class Trainer:
             SwitchError: a switch could not be verified.
             CheckpointError: a checkpoint could not be written.
         """
+        try:
+            return self._run()
+        except (TrainingError, SwitchError) as error:
+            # All ranks are here, but for those of other pipeline stages than the one whose neurons are not verified.
+            if isinstance(error, TrainingError) or self._topology.pipeline.size == 1:
+                self._checkpointer.finish()
+            raise
+
+    def _run(self) -> Status:
         training, interval = self._section.training, self._section.checkpoint.interval
         if training.stop_after_step is not None and self._done >= training.stop_after_step:
             self._log.event(f"step {self._done}: training.stop_after_step ({training.stop_after_step}) is reached")

@@ -402,6 +402,11 @@ LAYOUTS: list[tuple[dict[str, Any], int, str]] = [
         "ssd.rebalance_limit (1.2) has no effect with tensor_parallel_size 1 and expert_parallel_size 1",
     ),
     (
+        {f"{SSD}.rebalance_limit": 1.2, f"{PARALLEL}.expert_parallel_size": 2, f"{SSD}.schedule": "dense"},
+        2,
+        'ssd.rebalance_limit (1.2) has no effect: leave it out, or set ssd.schedule "adaptive" or "fixed" or "sparse"',
+    ),
+    (
         {f"{PARALLEL}.pipeline_parallel_size": 2, "zero_optimization.overlap_comm": True},
         2,
         "zero_optimization.overlap_comm (true) has no effect with pipeline_parallel_size (2), where DeepSpeed switches "

@@ -29,6 +29,7 @@ def check(tmp_path: Path, tokenizer: Path, *paths: str | float | Path, data: Any
         tokenizer=load_tokenizer(tokenizer),
         cache_dir=tmp_path / "cache",
         report=reports.append,
+        at_work=lambda: None,
         **{**SIZES, **sizes},
     )
     return reports

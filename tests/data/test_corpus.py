@@ -87,8 +87,10 @@ def test_token_range(make_corpus: MakeCorpus, tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("ssd_megatron.data.corpus.SCAN_CHUNK", chunk)
     unsigned = open_corpus(str(make_corpus("a", [[5, 65_535], [3, 9]])))
     signed = open_corpus(str(make_corpus("b", [[7, 70_000], [-2]], dtype=np.int32)))
-    assert token_range(unsigned, tmp_path, print) == (3, 65_535)
-    assert token_range(signed, tmp_path, print) == (-2, 70_000)
+    parts: list[str] = []
+    assert token_range(unsigned, tmp_path, print, lambda: parts.append("unsigned")) == (3, 65_535)
+    assert token_range(signed, tmp_path, print, lambda: parts.append("signed")) == (-2, 70_000)
+    assert (parts.count("unsigned"), parts.count("signed")) == (-(-4 // chunk), -(-3 // chunk))
 
 
 def test_tokens_are_looked_at_once(
@@ -97,12 +99,12 @@ def test_tokens_are_looked_at_once(
     monkeypatch.setattr("ssd_megatron.data.corpus.SCAN_WORTH_A_WORD", 0)
     prefix = make_corpus("c", DOCUMENTS)
     bin_path = Path(f"{prefix}.bin")
-    assert token_range(open_corpus(str(prefix)), tmp_path, print) == (1, 8)
+    assert token_range(open_corpus(str(prefix)), tmp_path, print, lambda: None) == (1, 8)
     assert capsys.readouterr().out == f"{bin_path}: looking at all 8 token ids, once\n"
     stat = bin_path.stat()
     patch(bin_path, 0, b"\x63\x00")
     os.utime(bin_path, ns=(stat.st_atime_ns, stat.st_mtime_ns))
-    assert token_range(open_corpus(str(prefix)), tmp_path, print) == (1, 8)
+    assert token_range(open_corpus(str(prefix)), tmp_path, print, lambda: None) == (1, 8)
     assert capsys.readouterr().out == ""
     os.utime(bin_path, ns=(stat.st_atime_ns, stat.st_mtime_ns + 1))
-    assert token_range(open_corpus(str(prefix)), tmp_path, print) == (2, 99)
+    assert token_range(open_corpus(str(prefix)), tmp_path, print, lambda: None) == (2, 99)

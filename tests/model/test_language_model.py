@@ -12,7 +12,7 @@ from ssd_megatron.model.cost import flops_per_token, layers_of, masked_weights, 
 from ssd_megatron.model.init import named_normal
 from ssd_megatron.model.language_model import LanguageModel
 from ssd_megatron.parallel.topology import Topology
-from ssd_megatron.sparse_weights.masked_weights import masked_tensors
+from ssd_megatron.training.assembly import masked_tensors
 from tests.ranks import run_ranks
 from tests.small_engine import random_batch, run_config
 
@@ -133,8 +133,8 @@ def test_flops_of_gpt2_small_are_the_published_estimate() -> None:
 def masked_sizes(topology: Topology) -> dict[str, int]:
     sizes = {}
     for name, settings in SETTINGS.items():
-        model = LanguageModel(run_config(**settings).ssd_megatron, "torch", topology)
-        parameters = model.logical_parameters()
+        config = run_config(ssd={"router": "mlp"}, **settings)  # with two matrices of its own
+        parameters = LanguageModel(config.ssd_megatron, "torch", topology).logical_parameters()
         sizes[name] = sum(parameters[masked].numel() for masked in masked_tensors(parameters))
     return sizes
 

@@ -1,6 +1,7 @@
 """Masked weights under the real engine: what is dead is exactly 0, and everywhere; what grows begins at 0."""
 
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -13,10 +14,11 @@ from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.parallel.zero import EXP_AVG, EXP_AVG_SQ, KINDS, MASTER
 from ssd_megatron.sparse_weights.masked_weights import MaskedWeights, MaskReport
 from ssd_megatron.training.assembly import make_masks
+from ssd_megatron.training.checkpoint import Checkpointer, Trained
 from ssd_megatron.training.engine import Engine
 from tests.layouts import DP2, EP2, ONE, TP2, TP2_EP2, Layout, zero2
 from tests.ranks import run_ranks
-from tests.small_engine import build, random_batch, run_config
+from tests.small_engine import build, make_coordinator, random_batch, run_config
 
 
 def masked(
@@ -96,6 +98,39 @@ def test_what_is_dead_stays_zero_through_momentum_and_decay(bf16: bool) -> None:
 def test_and_on_any_layout(layout: Layout) -> None:
     ranks = run_ranks(layout.ranks, watch, layout, False, 10, parallel=layout.parallel)
     assert all(torch.equal(a, b) for rank in ranks for a, b in zip(rank, ranks[0], strict=True))
+
+
+def started(topology: Topology, layout: Layout, folder: Path) -> None:
+    """Weights of a dense run under static masks: dead ones are 0 from the start, for the model too, and stay it."""
+
+    def checkpointer(of: RunConfig, masks: MaskedWeights | None) -> Checkpointer:
+        coordinator = make_coordinator(topology, of, model, engine)
+        trained = Trained(engine, model, coordinator, masks, of.identity())
+        return Checkpointer(folder, trained, topology, keep_last=None, async_save=False, tell=print)
+
+    dense = run_config(topology.world.size, parallel=layout.parallel.model_dump(), stage=layout.stage)
+    model, engine = build(topology, dense)
+    weights = {name: engine.state.read(name, MASTER) for name in engine.state.specs}
+    checkpointer(dense, None).save(1, {})
+    engine.close()
+    config, engine, masks = masked(topology, layout, sparsity=0.75, block_size=4, mask="static")
+    state, model = engine.state, engine.deepspeed.module
+    checkpointer(config, masks).start_from(folder, keep_experts=False)
+    for name, mask in masks.live.items():
+        live, master = expand(mask, 4), state.read(name, MASTER)
+        assert torch.equal(master, weights[name] * live)
+        first, mine = state.offset(name), state.parameter(name).detach().flatten()
+        assert torch.equal(mine, master.flatten().narrow(0, first, mine.numel()))
+    assert torch.equal(state.read("head.norm.weight", MASTER), weights["head.norm.weight"])
+    for step in (1, 2):
+        train(topology, config, engine, masks, step)
+    for name, mask in masks.live.items():
+        assert not any(bool(state.read(name, kind)[~expand(mask, 4)].any()) for kind in KINDS)
+
+
+@pytest.mark.parametrize("layout", [zero2(DP2), TP2], ids=str)
+def test_masks_lie_on_the_weights_that_a_run_starts_from(layout: Layout, tmp_path: Path) -> None:
+    run_ranks(layout.ranks, started, layout, tmp_path, parallel=layout.parallel)
 
 
 def norm_of_live(topology: Topology) -> tuple[float, float]:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from pretrain_ssd import main
+from ssd_megatron.data import corpus
 from ssd_megatron.data.tokenizers import train_sentencepiece
 from ssd_megatron.switching.partition import save_partition
 from tests.small_run import Corpus, Ranks, curve, small_config, train, write_config
@@ -41,12 +42,12 @@ class Start:
             section = section.setdefault(step, {})
         section[name] = value
 
-    def ranks(self, world_size: int = 1) -> Ranks:
+    def ranks(self, world_size: int = 1, prepare: Callable[[int], None] | None = None) -> Ranks:
         if self.text is None:
             write_config(self.config, self.file)
         else:
             self.file.write_text(self.text)
-        return Ranks(self.file, *self.overrides, world_size=world_size)
+        return Ranks(self.file, *self.overrides, world_size=world_size, prepare=prepare)
 
 
 @pytest.fixture
@@ -55,6 +56,7 @@ def start(corpus: Corpus, tmp_path: Path) -> Start:
         shutil.copy(path, tmp_path)
     config = small_config(Corpus(tmp_path / corpus.prefix.name, corpus.tokenizer), tmp_path / "run")
     config["ssd_megatron"]["training"]["train_steps"] = 15
+    config["ssd_megatron"]["parallel"] = {"timeout_seconds": 60}
     return Start(tmp_path, config)
 
 
@@ -362,6 +364,26 @@ def test_only_the_first_of_two_ranks_speaks_and_both_end_alike(start: Start) -> 
     ranks = start.ranks(world_size=2)
     assert ranks.wait() == [2, 2]
     assert "train_batch_size (9) must be a multiple of the data parallel size (2" in ranks.output()
+    assert ranks.output(rank=1) == ""
+
+
+def no_others_read(rank: int) -> None:
+    """Reading a corpus fails on all ranks but the first."""
+    if rank > 0:
+        corpus.SCAN_CHUNK = 0
+
+
+def test_one_rank_reads_the_corpora_for_all(start: Start) -> None:
+    start.set(f"{TRAINING}.stop_after_step", 1)
+    assert start.ranks(world_size=2, prepare=no_others_read).wait() == [0, 0]
+
+
+def test_what_the_first_rank_finds_in_them_ends_all(start: Start) -> None:
+    small_tokenizer(start)
+    ranks = start.ranks(world_size=2, prepare=no_others_read)
+    assert ranks.wait() == [2, 2]
+    assert ranks.output().startswith("error: rank 0: ")
+    assert "but data.tokenizer has only the ids 0 to 299" in ranks.output()
     assert ranks.output(rank=1) == ""
 
 

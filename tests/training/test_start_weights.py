@@ -1,5 +1,6 @@
 """Runs that start from another model's weights: an imported one, or another run's."""
 
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -45,6 +46,20 @@ def test_training_starts_with_the_imported_weights_loss(tmp_path: Path, config: 
         assert [record["loss_dense"] for record in evaluations] == pytest.approx([expected] * 2, rel=1e-5)
         assert evaluations[1]["loss_sparse"] != pytest.approx(expected, rel=1e-5)
     assert found["import"] == pytest.approx(found["run"], rel=1e-5) and len(found["run"]) == 6
+
+
+def test_damaged_weights_are_refused(tmp_path: Path, config: dict[str, Any], imported: Path) -> None:
+    damaged = shutil.copytree(imported, tmp_path / "damaged")
+    (file,) = damaged.glob("*/rank_00000.safetensors")
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+    path = write_config(config, tmp_path / "run.json")
+    sets = [f"ssd_megatron.run_dir={tmp_path / 'run'}", f"ssd_megatron.checkpoint.start_from={damaged}"]
+    ranks = Ranks(path, *sets)
+    assert ranks.wait() == [1]
+    said = f"{file.parent} is damaged (rank_00000.safetensors does not have its checksum). Name another checkpoint"
+    assert f"error: checkpoint.start_from ({damaged}): {said}" in ranks.output()
 
 
 @pytest.mark.parametrize(

@@ -44,6 +44,26 @@ def test_a_signal_to_one_rank_saves_and_ends_all(long_run: Path, number: signal.
     assert [step for step, _, _ in curve(long_run.parent / "run")] == list(range(1, stopped + 3))
 
 
+def test_a_signal_to_all_processes_of_a_rank_saves_and_ends(long_run: Path) -> None:
+    """As torchrun, scancel and a preemption send it: the loader's worker gets it too."""
+    command = [sys.executable, str(ROOT / "pretrain_ssd.py"), "--ds_config", str(long_run)]
+    output = long_run.with_suffix(".log")
+    with output.open("w") as file:
+        rank = subprocess.Popen(
+            [*command, "--set", "ssd_megatron.data.num_workers=1"],
+            stdout=file,
+            stderr=subprocess.STDOUT,
+            env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+            start_new_session=True,
+        )
+    wait_until(lambda: "step 3/3000" in output.read_text(), f"training did not start: {output.read_text()}")
+    (worker,) = (p for p in psutil.Process(rank.pid).children() if p.cmdline() == rank.args)
+    os.killpg(rank.pid, signal.SIGTERM)
+    assert rank.wait(60) == 0, output.read_text()
+    assert f"step {last_step(long_run)}: saved and stopped by signal SIGTERM" in output.read_text()
+    assert not alive(worker)
+
+
 def test_the_file_stop_saves_and_ends_and_is_removed(long_run: Path) -> None:
     ranks = Ranks(long_run)
     ranks.wait_for("step 4/3000")

@@ -3,7 +3,9 @@
 import json
 import math
 import shutil
+import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -267,15 +269,17 @@ def test_every_valid_token_weighs_the_same_wherever_it_is_computed(masked: Any) 
 # What goes wrong while training.
 
 
-def blown_up(corpus: Corpus, tmp_path: Path, lr: float) -> Ranks:
+def blown_up(
+    corpus: Corpus, tmp_path: Path, lr: float, async_save: bool = False, prepare: Callable[[int], None] | None = None
+) -> Ranks:
     """A run whose third update, the first with a learning rate above 0, is far too large."""
     config = small_config(corpus, tmp_path / "run")
     config["optimizer"]["params"]["lr"] = lr
     config["ssd_megatron"]["model"]["dropout"] = 0.0
     config["ssd_megatron"]["ssd"] = {"schedule": "dense", "check_interval": 3}
     config["ssd_megatron"]["training"]["max_bad_steps"] = 3
-    config["ssd_megatron"]["checkpoint"]["interval"] = 2
-    return Ranks(write_config(config, tmp_path / "run.json"))
+    config["ssd_megatron"]["checkpoint"] |= {"interval": 2, "async_save": async_save}
+    return Ranks(write_config(config, tmp_path / "run.json"), prepare=prepare)
 
 
 @pytest.mark.parametrize(
@@ -313,6 +317,34 @@ def test_bad_steps_write_no_checkpoints_and_the_one_from_before_is_whole(corpus:
     assert "resuming after step 2 of 16" in again.output()
     assert "error: 3 steps in a row up to step 6" in again.output()
     assert [record["step"] for record in records(tmp_path / "run", "train")] == [1, 2, 3, 4, 5, 6]
+
+
+@dataclass(frozen=True)
+class WritesAfter:
+    """Files of checkpoints take until a text stands in the output of the run."""
+
+    output: Path
+    text: str
+
+    def __call__(self, rank: int) -> None:
+        write = checkpoint_files.write_tensors
+
+        def late(*arguments: Any) -> checkpoint_files.FileRecord:
+            while self.text not in self.output.read_text():
+                time.sleep(0.05)
+            return write(*arguments)
+
+        checkpoint_files.write_tensors = late
+
+
+def test_a_checkpoint_in_the_background_is_completed_when_the_run_fails(corpus: Corpus, tmp_path: Path) -> None:
+    last_words = WritesAfter(tmp_path / "run-rank0.log", "the update is skipped (3 in a row)")
+    ranks = blown_up(corpus, tmp_path, 3e4, async_save=True, prepare=last_words)
+    assert ranks.wait() == [1]
+    assert "error: 3 steps in a row up to step 6" in ranks.output()
+    (folder,) = (tmp_path / "run" / "checkpoints").iterdir()
+    assert folder.name == "step_00000002"
+    assert checkpoint_files.damages(folder, checkpoint_files.read_index(folder), rank=0, ranks=1) == []
 
 
 def test_the_first_module_that_gives_nan_is_named() -> None:
