@@ -17,9 +17,7 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from types import SimpleNamespace
 
-import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from rich.console import Console
@@ -33,13 +31,13 @@ from ssd_megatron.config.load import FREE_TO_CHANGE
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.files import write_atomically
 from ssd_megatron.inference.load import layer_top_k
+from ssd_megatron.moefication.allocation import ALLOCATIONS
 from ssd_megatron.moefication.comparison import compare
 from ssd_megatron.moefication.conversion import Workshop
-from ssd_megatron.moefication.experts import set_mode, use
+from ssd_megatron.moefication.experts import set_mode, set_top_k
 from ssd_megatron.moefication.layers import Router
 from ssd_megatron.moefication.task import LanguageTask
 from ssd_megatron.parallel.topology import Topology, initialize_topology, leave_topology
-from ssd_megatron.switching.allocation import Curve, allocate_experts, sparsity_costs
 from ssd_megatron.training.exit_status import exit_status
 from ssd_megatron.training.model_alone import load_alone
 from ssd_megatron.training.plots import new_figure, png
@@ -122,7 +120,7 @@ def check_pair(dense: SavedModel, ssd: SavedModel) -> None:
 def moefied_lines(
     dense: SavedModel, num_experts: int, out: Path, arguments: Namespace, topology: Topology
 ) -> Iterator[Line]:
-    """The dense model with experts by clustering, a line for each router."""
+    """The dense model with experts by clustering, lines for each router."""
     with Progress(console=Console(stderr=True)) as progress:
         workshop = Workshop(
             dense,
@@ -134,31 +132,17 @@ def moefied_lines(
             processes=arguments.threads,
             progress=progress,
         )
-        level, points = compare(workshop, num_experts, splits=("clustering",))
-        layers = workshop.split("clustering", num_experts)
-    numbers = sorted({p.top_k for p in points})
+        compared = {name: compare(workshop, num_experts, name, ("clustering",)) for name in ALLOCATIONS}
     for router in ROUTERS:
-        yield Line(f"MoEfied, {router}", level.loss, {p.share: p.loss for p in points if p.router == router})
-        use(workshop.task.ffns, layers, router, 1)
-        costs = layer_costs(workshop.task, num_experts)
-        dealt = {number / num_experts: allocate_experts(costs, number, least=1) for number in numbers}
-        sparse = {share: loss_with(workshop.task, top_k) for share, top_k in dealt.items()}
-        yield Line(f"MoEfied, {router}, dealt out", level.loss, sparse)
-
-
-def layer_costs(task: LanguageTask, num_experts: int) -> list[Curve]:
-    """What a training batch's loss rises by when one network alone is sparse, as a switch measures it."""
-    batch = next(task.batches())
-    probe = SimpleNamespace(loss=torch.no_grad()(lambda: task.forward_backward(batch)))
-    set_mode(task.ffns, "dense")
-    return sparsity_costs(SimpleNamespace(names=list(task.ffns), local=task.ffns), probe, num_experts, least=1)
+        for allocation, (level, points) in compared.items():
+            name = f"MoEfied, {router}" + ", dealt out" * (allocation == "measured")
+            yield Line(name, level.loss, {p.share: p.loss for p in points if p.router == router})
 
 
 def loss_with(task: LanguageTask, top_k: Sequence[int]) -> float:
     """On the validation text, with so many experts by layer."""
     set_mode(task.ffns, "sparse")
-    for ffn, number in zip(task.ffns.values(), top_k, strict=True):
-        ffn.router.top_k = number
+    set_top_k(task.ffns, top_k)
     return task.evaluate().loss
 
 

@@ -30,6 +30,7 @@ from ssd_megatron.export.convert import import_model
 from ssd_megatron.export.hf_folder import read_json
 from ssd_megatron.ffn.activations import ACTIVATIONS
 from ssd_megatron.files import LOCK, locked, require_empty, write_atomically
+from ssd_megatron.moefication.allocation import ALLOCATIONS
 from ssd_megatron.moefication.classification_task import ClassificationTask
 from ssd_megatron.moefication.comparison import compare, compared, draw
 from ssd_megatron.moefication.conversion import (
@@ -119,6 +120,7 @@ def _source(arguments: argparse.Namespace) -> tuple[SavedModel, Conversion]:
         top_k=max(1, round(SHARE * num_experts)) if arguments.top_k is None else arguments.top_k,
         split=arguments.partition,
         router=arguments.router,
+        top_k_allocation=arguments.top_k_allocation,
         calibrate_steps=arguments.calibrate_steps,
         calibrate_rate=RATE if arguments.calibrate_lr is None else arguments.calibrate_lr,
     )
@@ -180,7 +182,7 @@ def _convert(
     written: list[Path] = []
     about = {"from": str(arguments.source), "step": saved.index.step} | asdict(wanted)
     if arguments.compare:
-        dense, points = compare(workshop, wanted.num_experts)
+        dense, points = compare(workshop, wanted.num_experts, wanted.top_k_allocation)
         about["comparison"] = [point.record() for point in points]
         written.append(arguments.to / "comparison.png")
         write_atomically(written[-1], png(draw(dense, points)))
@@ -235,6 +237,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     add("--to", type=Path, required=True, metavar="DIR", help="a folder that is not there yet")
     add("--num_experts", type=int, metavar="E", help=f"of each network (default: of {NEURONS} neurons each)")
     add("--top_k", type=int, metavar="K", help=f"experts that a token computes (default: {SHARE:.0%}%)")
+    add(
+        "--top_k_allocation",
+        choices=ALLOCATIONS,
+        default="measured",
+        help="as many experts in every layer, or at the same cost more where they save more (default: %(default)s)",
+    )
     add("--partition", choices=SPLITS, default="clustering", help="how neurons are grouped")
     add("--router", choices=ROUTERS, default="mlp", help="who chooses experts")
     add(

@@ -11,9 +11,10 @@ from matplotlib.ticker import PercentFormatter
 from rich.box import SIMPLE_HEAD
 from rich.table import Table
 
+from ssd_megatron.moefication.allocation import Allocation, deal_out
 from ssd_megatron.moefication.conversion import Workshop
-from ssd_megatron.moefication.experts import set_mode, use
-from ssd_megatron.moefication.layers import LayerExperts, Router
+from ssd_megatron.moefication.experts import set_mode, set_top_k, use
+from ssd_megatron.moefication.layers import Router, recall_of
 from ssd_megatron.moefication.splits import SPLITS, Split
 from ssd_megatron.moefication.task import Quality
 from ssd_megatron.training.plots import new_figure
@@ -27,6 +28,7 @@ class Point:
     """One split with one router and one number of experts.
 
     Attributes:
+        top_k: experts, mean over layers.
         share: of the neurons that a token computes.
         recall: mean share of the activation mass that its experts have.
         seconds_over_dense: time of the whole model on the held-out data, once, over the dense model's median of three.
@@ -48,23 +50,32 @@ class Point:
 def compare(
     workshop: Workshop,
     num_experts: int,
+    allocation: Allocation,
     splits: Sequence[Split] = SPLITS,
     shares: Sequence[float] = SHARES,
 ) -> tuple[Quality, list[Point]]:
     """The dense model's quality, and every point. The model's neurons end up in another order, its function does not
     change."""
+    task = workshop.task
     found = {split: workshop.split(split, num_experts) for split in splits}
     numbers = sorted({max(1, round(share * num_experts)) for share in shares})
     bar = workshop.progress.add_task("measuring", total=len(splits) * len(workshop.routers) * len(numbers))
-    dense = workshop.task.evaluate()  # and warm up
+    dense = task.evaluate()  # and warm up
     dense_seconds = statistics.median(_timed(workshop)[1] for _ in range(3))
     points: list[Point] = []
     for split in splits:
         for router in workshop.routers:
-            for top_k in numbers:
-                points.append(_point(workshop, split, router, found[split], top_k, num_experts, dense_seconds))
+            use(task.ffns, found[split], router)
+            dealt = deal_out(task, workshop.saved.settings.model, num_experts, numbers, allocation)
+            set_mode(task.ffns, "sparse")
+            for number, top_k in zip(numbers, dealt, strict=True):
+                set_top_k(task.ffns, top_k)
+                quality, seconds = _timed(workshop)
+                recall = statistics.mean(recall_of(found[split], router, top_k))
+                share, ratio = number / num_experts, seconds / dense_seconds
+                points.append(Point(split, router, number, share, quality.loss, quality.accuracy, recall, ratio))
                 workshop.progress.update(bar, advance=1)
-    set_mode(workshop.task.ffns, "dense")
+    set_mode(task.ffns, "dense")
     return dense, points
 
 
@@ -104,23 +115,6 @@ def draw(dense: Quality, points: Sequence[Point]) -> Figure:
             one.xaxis.set_major_formatter(PercentFormatter(1))
     axes[0].legend(fontsize=9)
     return figure
-
-
-def _point(
-    workshop: Workshop,
-    split: Split,
-    router: Router,
-    layers: Sequence[LayerExperts],
-    top_k: int,
-    num_experts: int,
-    dense_seconds: float,
-) -> Point:
-    use(workshop.task.ffns, layers, router, top_k)
-    set_mode(workshop.task.ffns, "sparse")
-    quality, seconds = _timed(workshop)
-    recall = sum(float(layer.recall[router][top_k - 1]) for layer in layers) / len(layers)
-    share, ratio = top_k / num_experts, seconds / dense_seconds
-    return Point(split, router, top_k, share, quality.loss, quality.accuracy, recall, ratio)
 
 
 def _timed(workshop: Workshop) -> tuple[Quality, float]:

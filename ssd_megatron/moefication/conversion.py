@@ -8,6 +8,7 @@ import json
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 import torch
@@ -18,8 +19,9 @@ from torch import Tensor
 from ssd_megatron.config.model import Activation
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.activations import ACTIVATIONS
-from ssd_megatron.moefication.experts import set_mode, ssd_settings, use
-from ssd_megatron.moefication.layers import LayerExperts, LayerJob, Router, read_result, run_jobs
+from ssd_megatron.moefication.allocation import Allocation, deal_out
+from ssd_megatron.moefication.experts import set_mode, set_top_k, ssd_settings, use
+from ssd_megatron.moefication.layers import LayerExperts, LayerJob, Router, read_result, recall_of, run_jobs
 from ssd_megatron.moefication.observation import observe
 from ssd_megatron.moefication.splits import Split
 from ssd_megatron.moefication.task import Quality, Task
@@ -40,6 +42,7 @@ class Conversion:
     """What is asked for.
 
     Attributes:
+        top_k: experts that a token computes, mean over layers.
         calibrate_steps: of training `w_out` alone, sparse; 0: none.
     """
 
@@ -47,6 +50,7 @@ class Conversion:
     top_k: int
     split: Split
     router: Router
+    top_k_allocation: Allocation
     calibrate_steps: int = 0
     calibrate_rate: float = 1e-4
 
@@ -64,7 +68,8 @@ class Converted:
     dense: Quality
     sparse: Quality
     calibrated: Quality | None
-    recall: list[float]  # of each network, with top_k experts
+    top_k: list[int]  # by network
+    recall: list[float]  # by network
 
     def record(self) -> dict[str, Any]:
         """Ready for JSON."""
@@ -79,8 +84,8 @@ def converted_table(converted: Converted) -> Table:
         if quality is not None:
             accuracy = () if quality.accuracy is None else (f"{quality.accuracy:.1%}",)
             table.add_row(name, f"{quality.loss:.4f}", *accuracy)
-    recall = sum(converted.recall) / len(converted.recall)
-    table.caption = f"the chosen experts have {recall:.1%} of the activation"
+    experts = ", ".join(map(str, converted.top_k))
+    table.caption = f"experts by layer: {experts}; they have {mean(converted.recall):.1%} of the activation"
     return table
 
 
@@ -172,15 +177,17 @@ def convert(workshop: Workshop, wanted: Conversion) -> Converted:
     task = workshop.task
     layers = workshop.split(wanted.split, wanted.num_experts)
     dense = task.evaluate()
-    use(task.ffns, layers, wanted.router, wanted.top_k)
+    use(task.ffns, layers, wanted.router)
+    model = workshop.saved.settings.model
+    (top_k,) = deal_out(task, model, wanted.num_experts, [wanted.top_k], wanted.top_k_allocation)
+    set_top_k(task.ffns, top_k)
     set_mode(task.ffns, "sparse")
     sparse, calibrated = task.evaluate(), None
     if wanted.calibrate_steps:
         w_out = [parameter for name, parameter in task.parameters.items() if name.endswith(CALIBRATED)]
         tune(task, w_out, wanted.calibrate_steps, wanted.calibrate_rate, "calibrating", workshop.progress)
         calibrated = task.evaluate()
-    recall = [float(layer.recall[wanted.router][wanted.top_k - 1]) for layer in layers]
-    return Converted(dense, sparse, calibrated, recall)
+    return Converted(dense, sparse, calibrated, top_k, recall_of(layers, wanted.router, top_k))
 
 
 def write_converted(workshop: Workshop, wanted: Conversion, root: Path) -> Path:
@@ -189,7 +196,7 @@ def write_converted(workshop: Workshop, wanted: Conversion, root: Path) -> Path:
     settings = replace(
         before,
         ssd=ssd_settings(before.ssd, wanted.router, wanted.num_experts, wanted.top_k),
-        top_k=[wanted.top_k] * len(workshop.task.ffns),
+        top_k=[ffn.router.top_k for ffn in workshop.task.ffns.values()],
         has_experts=True,
     )
     return write_model(root, settings, _tensors(workshop.task), data=workshop.saved.data)

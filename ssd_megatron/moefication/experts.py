@@ -56,11 +56,17 @@ def set_router(ffn: SwitchableFFN, router: Router, weights: Mapping[str, Tensor]
     ffn.router = module
 
 
-def use(ffns: Mapping[str, SwitchableFFN], layers: Sequence[LayerExperts], router: Router, top_k: int) -> None:
-    """Experts and routers of all networks."""
+def use(ffns: Mapping[str, SwitchableFFN], layers: Sequence[LayerExperts], router: Router) -> None:
+    """Experts and routers of all networks; a token computes one, until set_top_k says more."""
     for ffn, layer in zip(ffns.values(), layers, strict=True):
         form_experts(ffn, layer.labels, int(layer.labels.max()) + 1)
-        set_router(ffn, router, layer.weights.get(router, {}), top_k)
+        set_router(ffn, router, layer.weights.get(router, {}), top_k=1)
+
+
+def set_top_k(ffns: Mapping[str, SwitchableFFN], top_k: Sequence[int]) -> None:
+    """So many experts by layer."""
+    for ffn, number in zip(ffns.values(), top_k, strict=True):
+        ffn.router.top_k = number
 
 
 def set_mode(ffns: Mapping[str, SwitchableFFN], mode: Mode) -> None:

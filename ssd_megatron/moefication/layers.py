@@ -151,6 +151,11 @@ def _routers(
     return weights, recall
 
 
+def recall_of(layers: Sequence[LayerExperts], router: Router, top_k: Sequence[int]) -> list[float]:
+    """Share of the activation mass that so many experts by layer have."""
+    return [float(layer.recall[router][number - 1]) for layer, number in zip(layers, top_k, strict=True)]
+
+
 def recall_by_experts(scores_TE: Tensor, mass_TE: Tensor) -> Tensor:
     """Mean share of the mass in the first 1 ... E experts by score, [E] float64; of tokens that have any."""
     ordered_TE = mass_TE.double().gather(1, scores_TE.argsort(dim=1, descending=True)).cumsum(dim=1)

@@ -5,15 +5,13 @@ every layer the first one alone causes most of what sparsity costs. So the exper
 dealt out by what they save of the probe loss, at the same cost. Not in the SSD paper; docs/log.md has what it gives.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from itertools import pairwise
 
 import torch
 
 from ssd_megatron.ffn.switchable import SwitchableFFN
-from ssd_megatron.switching.networks import Networks
-from ssd_megatron.switching.statistics import ProbeBatch
 
 Curve = list[tuple[int, float]]
 
@@ -22,19 +20,31 @@ MOST_MEASURED = 16
 
 
 @torch.no_grad()
-def sparsity_costs(networks: Networks, probe: ProbeBatch, num_experts: int, least: int) -> list[Curve]:
+def sparsity_costs(
+    names: Sequence[str],
+    local: Mapping[str, SwitchableFFN],
+    probe_loss: Callable[[], float],
+    num_experts: int,
+    least: int,
+) -> list[Curve]:
     """What the probe loss rises by when one network alone is sparse (collective over the job).
 
     Of a run of neighbours that are measured together, each is taken to cause an equal part. To be called in dense mode,
     when neurons are grouped and routers are set.
 
+    Args:
+        names: of the networks of all stages.
+        local: this stage's.
+        probe_loss: of the same tokens at every call, over the whole job.
     Returns:
         by network of all stages: (experts, rise of the loss) for experts = least, 2 least, 4 least ... and all (0).
     """
-    dense = probe.loss()
+    dense = probe_loss()
     curves: list[Curve] = []
-    for run in measured_together(networks.names):
-        curves += [_cost_curve(networks, run, probe, dense, num_experts, least)] * len(run)
+    for run in measured_together(names):
+        mine = [local[name] for name in run if name in local]
+        together = _cost_curve(mine, probe_loss, dense, num_experts, least)
+        curves += [[(experts, rise / len(run)) for experts, rise in together]] * len(run)
     return curves
 
 
@@ -84,17 +94,16 @@ def allocate_experts(costs: Sequence[Curve], top_k: int, least: int) -> list[int
 
 
 def _cost_curve(
-    networks: Networks, run: Sequence[str], probe: ProbeBatch, dense: float, num_experts: int, least: int
+    local: Sequence[SwitchableFFN], probe_loss: Callable[[], float], dense: float, num_experts: int, least: int
 ) -> Curve:
-    """Of each network of the run, some of which may be other stages'."""
-    local = [networks.local[name] for name in run if name in networks.local]
+    """Of these networks together, which may be none."""
     curve: Curve = []
     experts = least
     while experts < num_experts:
         with ExitStack() as sparse:
             for ffn in local:
                 sparse.enter_context(_sparse(ffn, experts))
-            curve.append((experts, (probe.loss() - dense) / len(run)))
+            curve.append((experts, probe_loss() - dense))
         experts *= 2
     return [*curve, (num_experts, 0.0)]
 

@@ -250,7 +250,7 @@ class Coordinator:
             return [ssd.top_k] * len(self.networks.names)
         # With a single expert the straight-through router would not learn.
         least = min(ssd.top_k, 2 if ssd.straight_through else 1)
-        costs = sparsity_costs(self.networks, self._probe, ssd.num_experts, least)
+        costs = sparsity_costs(self.networks.names, self.networks.local, self._probe.loss, ssd.num_experts, least)
         return allocate_alike(costs, self.networks.tokens, ssd.top_k, least)
 
     def _verify_loss(self, before: float, after: float) -> None:

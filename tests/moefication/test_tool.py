@@ -16,7 +16,7 @@ from ssd_megatron.ffn.kernels.trial import fastest_right
 from ssd_megatron.moefication.layers import LayerJob, read_result, run_jobs
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.training.model_alone import load_alone
-from ssd_megatron.training.saved_model import SavedModel, is_router, open_model
+from ssd_megatron.training.saved_model import SavedModel, is_router, open_model, write_model
 from tests.layouts import TP2_EP2, Layout, run_layout
 from tests.ranks import run_ranks, start_process
 from tests.saved_models import T5_11, trained
@@ -47,7 +47,8 @@ def dense(config: dict[str, Any]) -> Path:
 @pytest.fixture(scope="module")
 def moefied(dense: Path) -> Path:
     to = dense.parent / "moefied"
-    assert moefy(dense, to, "--compare", "--top_k", "3", "--calibrate_steps", "20", "--calibrate_lr", "0.003") == 0
+    calibration = ("--calibrate_steps", "20", "--calibrate_lr", "0.003")
+    assert moefy(dense, to, "--compare", "--top_k", "3", "--top_k_allocation", "equal", *calibration) == 0
     return to
 
 
@@ -108,6 +109,20 @@ def test_the_figures_are_those_of_the_ladder_of_routers(moefied: Path) -> None:
     assert found["sparse"]["loss"] == pytest.approx(points["clustering", "mlp", 3]["loss"], rel=1e-5)
     assert found["calibrated"]["loss"] < found["sparse"]["loss"]
     assert imread(moefied / "comparison.png").std() > 0.05
+
+
+def test_experts_are_dealt_out_to_layers_that_need_them(dense: Path, tmp_path: Path) -> None:
+    """The last layer's network gives nothing, so that it needs no more than one."""
+    saved, useless = open_model(dense), "blocks.1.layer.mlp.bank.w_out"
+    tensors = ((name, saved.tensor(name) * (name != useless)) for name in saved.shapes if not is_router(name))
+    write_model(tmp_path / "changed", saved.settings, tensors, data=saved.data)
+    asked = ("--top_k", "3", "--router", "similarity", "--top_k_allocation")
+    for allocation, expected in (("equal", [3, 3]), ("measured", [5, 1])):
+        to = tmp_path / allocation
+        assert moefy(tmp_path / "changed", to, *asked, allocation) == 0
+        assert open_model(to).settings.top_k == figures(to)["top_k"] == expected
+    losses = [figures(tmp_path / allocation)["sparse"]["loss"] for allocation in ("equal", "measured")]
+    assert losses[0] != losses[1]
 
 
 @pytest.mark.parametrize("layout", [Layout(), pytest.param(TP2_EP2, marks=pytest.mark.layouts)], ids=str)

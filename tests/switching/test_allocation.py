@@ -11,7 +11,6 @@ from ssd_megatron.switching.allocation import (
     measured_together,
     sparsity_costs,
 )
-from ssd_megatron.switching.networks import Networks
 from ssd_megatron.switching.statistics import ProbeBatch
 from tests.ranks import run_ranks
 from tests.small_engine import build, random_batch, run_config
@@ -69,7 +68,7 @@ def measured(topology: Topology) -> tuple[list[list[tuple[int, float]]], list[li
     batch = random_batch(config, 7)
     mine = {name: values[topology.rank :: topology.world.size] for name, values in batch.items()}
     probe = ProbeBatch([mine], engine.mean_loss, topology)
-    curves = sparsity_costs(Networks(list(model.ffns), model.ffns, topology), probe, num_experts=8, least=2)
+    curves = sparsity_costs(list(model.ffns), model.ffns, probe.loss, num_experts=8, least=2)
     assert all(ffn.mode == "dense" and ffn.router.top_k == 2 for ffn in model.ffns.values())
     dense = engine.mean_loss([batch])
     rises = []
