@@ -22,7 +22,7 @@ from ssd_megatron.export.hf_tokenizer import find_tokenizer, write_tokenizer
 from ssd_megatron.export.model_card import model_card
 from ssd_megatron.export.settings import unmet
 from ssd_megatron.files import require_empty, write_atomically
-from ssd_megatron.training.saved_model import SavedModel, Settings, is_router, write_model
+from ssd_megatron.training.saved_model import SavedModel, Settings, is_router, open_tokenizer, write_model
 
 ExportMode = Literal["dense", "sparse"]
 STOCK = {"gpt": {"OPT": opt, "Llama": llama}, "bert": {"BERT": bert}, "t5": {"T5": t5}}
@@ -65,7 +65,7 @@ def export_model(
     folder.mkdir(parents=True, exist_ok=True)
     dtype_name = str(dtype).removeprefix("torch.")
     config = exported.config | {"dtype": dtype_name}
-    generation = _write_tokenizer(saved, tokenizer or saved.settings.tokenizer, folder, config)
+    generation = _write_tokenizer(saved, tokenizer, folder, config)
     write_json(folder / "config.json", config)
     if saved.settings.model.family != "bert":
         write_json(folder / "generation_config.json", generation)
@@ -135,13 +135,14 @@ def _shown(name: str, section: Section, conflicts: list[str]) -> list[str]:
 
 
 def _write_tokenizer(saved: SavedModel, tokenizer: Path | None, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Write the tokenizer, if there is one, and its ids into `config`; returns what generation_config.json has."""
+    """Write the tokenizer, the one that is given or the model's, if there is one, and its ids into `config`; returns
+    what generation_config.json has."""
     model = saved.settings.model
     config |= dict.fromkeys(("bos_token_id", "pad_token_id", "eos_token_id"))
     generation: dict[str, Any] = {}
     tokens = model.vocab_size
-    if tokenizer is not None:
-        eod, size = write_tokenizer(tokenizer, folder, model)
+    if tokenizer is not None or saved.settings.tokenizer is not None:
+        eod, size = write_tokenizer(*open_tokenizer(saved, tokenizer), folder, model)
         config["eos_token_id"] = generation["eos_token_id"] = generation["pad_token_id"] = eod
         if model.family == "t5":
             config["pad_token_id"], config["decoder_start_token_id"] = eod, first_decoder_token(model, eod)
