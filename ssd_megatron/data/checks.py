@@ -109,7 +109,7 @@ def check_vocabulary(tokenizer: Tokenizer, path: Path, vocab_size: int) -> None:
     if tokenizer.vocab_size > vocab_size:
         raise DataError(
             f"tokenizer {path} has {tokenizer.vocab_size:,} tokens, more than model.vocab_size ({vocab_size:,}): give "
-            "the one that made the model's training data; a new model can have a model.vocab_size of "
+            "the one that made the model's training data, or, for a new model, set model.vocab_size to "
             f"{tokenizer.vocab_size} or more"
         )
 

@@ -49,7 +49,7 @@ def test_a_tokenizer_larger_than_the_model(make_corpus: MakeCorpus, tmp_path: Pa
         check(tmp_path, sentencepiece_model, prefix, model_vocab_size=339)
     assert str(error.value) == (
         f"tokenizer {sentencepiece_model} has 340 tokens, more than model.vocab_size (339): give the one that made the "
-        "model's training data; a new model can have a model.vocab_size of 340 or more"
+        "model's training data, or, for a new model, set model.vocab_size to 340 or more"
     )
 
 
