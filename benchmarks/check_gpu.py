@@ -31,7 +31,8 @@ TOLERANCE = {torch.bfloat16: 1.5e-2, torch.float16: 4e-3, torch.float32: 1e-5}
 
 @dataclass(frozen=True)
 class Case:
-    """`skew`: how unevenly experts are chosen. `elsewhere`: share of the copies that are computed on another rank."""
+    """`skew`: how unevenly experts are chosen. `elsewhere`: share of the copies that are computed on another rank.
+    `scaled`: outputs are multiplied by gates, which are random."""
 
     tokens: int
     hidden: int
@@ -43,6 +44,7 @@ class Case:
     add_bias: bool = False
     skew: float = 0.0
     elsewhere: float = 0.0
+    scaled: bool = False
 
 
 CASES = (
@@ -56,6 +58,7 @@ CASES = (
     Case(1500, 1024, 128, 16, 4, "reglu", add_bias=True),
     Case(1500, 1024, 128, 16, 4, "gelu", torch.float16),
     Case(1000, 768, 96, 32, 5, "swiglu", elsewhere=0.5),
+    Case(1500, 1024, 128, 16, 4, "swiglu", add_bias=True, elsewhere=0.3, scaled=True),
     Case(777, 520, 72, 10, 3, "relu", torch.float32, add_bias=True),
     Case(1, 1024, 128, 16, 4),
     Case(2, 2048, 256, 32, 8, "geglu_tanh", add_bias=True),
@@ -80,13 +83,15 @@ class Problem:
         ids = scores.topk(case.top_k, dim=1).indices
         ids[torch.rand(ids.shape) < case.elsewhere] = -1
         self.ids = ids.to(DEVICE)
-        self.gates = torch.ones(ids.shape, device=DEVICE, requires_grad=True)
+        gates = torch.rand(ids.shape) if case.scaled else torch.ones(ids.shape)
+        self.gates = gates.to(DEVICE).requires_grad_()
 
     def run(self, backend: str) -> dict[str, Tensor]:
         """Output and gradients."""
         leaves = {"x": self.x, "gates": self.gates, **self.bank.neuron_parameters()}
+        case, bank = self.case, self.bank
         y = sparse_ffn(
-            self.x, self.ids, self.gates, self.bank.tensors(), self.bank.activation, self.case.experts, backend
+            self.x, self.ids, self.gates, bank.tensors(), bank.activation, case.experts, backend, case.scaled
         )
         return {"y": y, **dict(zip(leaves, torch.autograd.grad(y, list(leaves.values()), self.dy), strict=True))}
 

@@ -5,8 +5,8 @@ the embedded corpus, same data and steps for each arm.
 
 Arms: `dense`; for each sparsity `small`, a dense model that is narrower until it costs as many FLOPs as the masked one,
 and for each block size `static` and `dynamic` masks. Masked products count as free, as in the paper, although they are
-computed. Each arm has the best of some learning rates; those of masked arms follow the paper's rule besides (unless
---plain_rate). Runs that are finished are not made again. The last rows are what a block-sparse kernel would give on
+computed. Each arm has the best of the same learning rates; with --paper_rate those of masked arms are multiplied by the
+paper's factor. Runs that are finished are not made again. The last rows are what a block-sparse kernel would give on
 this device. loss.png goes to --out.
 """
 
@@ -51,14 +51,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--updates", type=int, default=50)
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--rates", type=float, nargs="+", default=[1.0], help="multiples of 1e-3 that each arm tries")
-    parser.add_argument("--plain_rate", action="store_true", help="leave out the paper's rule")
+    parser.add_argument(
+        "--rates", type=float, nargs="+", default=[1.0, 2.0, 6.0], help="multiples of 1e-3 that each arm tries"
+    )
+    parser.add_argument("--paper_rate", action="store_true", help="multiply rates of masked arms as the paper does")
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--out", type=Path, default=Path("runs/dynsparse"))
     arguments = parser.parse_args(argv)
     if arguments.quick:
         arguments.layers, arguments.hidden, arguments.sparsities, arguments.blocks = 2, 64, [0.9], [16]
         arguments.steps, arguments.updates, arguments.out = 20, 5, arguments.out / "quick"
+        arguments.rates = [1.0]
     make_embedded_corpus(arguments.family)
     return 0 if report("sparse weights", rows(arguments), arguments.json) else 1
 
@@ -104,10 +107,10 @@ def masked_arm(arguments: Any, sparsity: float, block: int, mask: str) -> Arm:
         "sparsity": sparsity,
         "block_size": block,
         "mask": mask,
-        "scale_learning_rate": not arguments.plain_rate,
+        "scale_learning_rate": arguments.paper_rate,
     }
     updates = {"updates": arguments.updates} if mask == "dynamic" else {}
-    rate = "-plain" if arguments.plain_rate else ""
+    rate = "-paper-rate" if arguments.paper_rate else ""
     return f"{mask}-{block}-at-{sparsity:g}{rate}", {"weight_sparsity": settings | updates}
 
 

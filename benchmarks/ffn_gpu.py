@@ -7,6 +7,7 @@ inputs and so a routing of its own. `ideal` is the roofline of an H200 (790 TFLO
 """
 
 import statistics
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
@@ -244,14 +245,15 @@ def rows(quick: bool) -> Iterator[Row]:
         yield from compare(case, 9 if quick else TURNS)
 
 
-def main() -> None:
+def main() -> int:
     parser = parser_for(__doc__)
     parser.add_argument("--profile", type=Path, help="write the time of each kernel at one shape here")
     args = parser.parse_args()
-    report("sparse feed-forward network", rows(args.quick), args.json)
+    met = report("sparse feed-forward network", rows(args.quick), args.json)
     if args.profile:
         profile(QUICK_CASES[0], args.profile)
+    return 0 if met else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -8,6 +8,7 @@ ReLU neurons fire, of a trained model far fewer, which makes our modes faster th
 """
 
 import gc
+import sys
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -246,13 +247,14 @@ def rows(size: Size) -> Iterator[Row | Missing]:
         yield prompt_row(size, dtype)
 
 
-def main() -> None:
+def main() -> int:
     parser = parser_for(__doc__)
     parser.add_argument("--threads", type=int, default=torch.get_num_threads())
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    report("inference", rows(QUICK if args.quick else FULL_GPU if IS_CUDA else FULL), args.json)
+    met = report("inference", rows(QUICK if args.quick else FULL_GPU if IS_CUDA else FULL), args.json)
+    return 0 if met else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

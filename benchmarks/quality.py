@@ -5,9 +5,10 @@
 
 Trains the arms `dense` and `ssd` of benchmarks.ssd_vs_dense, unless runs of equal model, data and steps are given. The
 dense model gets as many experts as the SSD model has, by clustering, and routers by similarity and by a trained MLP
-(MoEfication, arXiv 2110.01786); the SSD model keeps its own. A row is the loss on the validation text at one share of
-the neurons over the same model's dense loss. quality.png, loss above the own dense loss, goes to --out. What is
-finished is not done again: a stopped benchmark goes on.
+(MoEfication, arXiv 2110.01786): as many in every layer, as there, and dealt out among layers by what they save, as SSD
+does. The SSD model keeps its own. A row is the loss on the validation text at one share of the neurons over the same
+model's dense loss. quality.png, loss above the own dense loss, goes to --out. What is finished is not done again: a
+stopped benchmark goes on.
 """
 
 import os
@@ -16,7 +17,9 @@ from argparse import Namespace
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 
+import torch
 from matplotlib.figure import Figure
 from matplotlib.ticker import PercentFormatter
 from rich.console import Console
@@ -32,10 +35,11 @@ from ssd_megatron.files import write_atomically
 from ssd_megatron.inference.load import layer_top_k
 from ssd_megatron.moefication.comparison import compare
 from ssd_megatron.moefication.conversion import Workshop
-from ssd_megatron.moefication.experts import set_mode
+from ssd_megatron.moefication.experts import set_mode, use
 from ssd_megatron.moefication.layers import Router
 from ssd_megatron.moefication.task import LanguageTask
 from ssd_megatron.parallel.topology import Topology, initialize_topology, leave_topology
+from ssd_megatron.switching.allocation import Curve, allocate_experts, sparsity_costs
 from ssd_megatron.training.exit_status import exit_status
 from ssd_megatron.training.model_alone import load_alone
 from ssd_megatron.training.plots import new_figure, png
@@ -70,10 +74,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     if arguments.quick:
         arguments.steps, arguments.tokens, arguments.eval_tokens = 50, 4096, 4096
         arguments.out /= "quick"
-    return exit_status(lambda: _main(arguments))
+    met: list[bool] = []
+    return exit_status(lambda: met.append(_main(arguments))) or int(not all(met))
 
 
-def _main(arguments: Namespace) -> None:
+def _main(arguments: Namespace) -> bool:
     out = arguments.out.resolve()
     dense, ssd = (open_model(getattr(arguments, arm) or _trained(arm, out, arguments)) for arm in ("dense", "ssd"))
     check_pair(dense, ssd)
@@ -82,7 +87,7 @@ def _main(arguments: Namespace) -> None:
     lines.append(ssd_line(ssd, list(lines[0].sparse), _task(ssd, out, arguments, topology)))
     leave_topology()
     write_atomically(out / "quality.png", png(draw(lines)))
-    report("loss by share of the neurons", rows(lines), arguments.json)
+    return report("loss by share of the neurons", rows(lines), arguments.json)
 
 
 def _trained(arm: str, out: Path, arguments: Namespace) -> Path:
@@ -99,15 +104,15 @@ def check_pair(dense: SavedModel, ssd: SavedModel) -> None:
         raise ConfigError(
             f"--ssd ({ssd.folder}) has never formed experts: give a run that has switched, or more --steps"
         )
-    differing = [] if dense.index.step == ssd.index.step else [f"steps ({dense.index.step}, {ssd.index.step})"]
-    for name, one, other in (("model", dense.settings.model, ssd.settings.model), ("data", dense.data, ssd.data)):
-        if one is None or other is None:
-            raise ConfigError(f"--dense ({dense.folder}) or --ssd ({ssd.folder}) does not say what it was trained on")
-        differing += [
-            f"{name}.{field} ({getattr(one, field)}, {getattr(other, field)})"
-            for field in type(one).model_fields
-            if f"{name}.{field}" not in FREE_TO_CHANGE and getattr(one, field) != getattr(other, field)
-        ]
+    for saved in (dense, ssd):
+        if saved.data is None:
+            raise ConfigError(f"{saved.folder} does not say what it was trained on: give a run")
+    one, other = (saved.index.values["identity"] | {"steps": saved.index.step} for saved in (dense, ssd))
+    differing = [
+        f"{field} ({one.get(field)}, {other.get(field)})"
+        for field in sorted(one.keys() | other.keys())
+        if not field.startswith("ssd.") and field not in FREE_TO_CHANGE and one.get(field) != other.get(field)
+    ]
     if differing:
         raise ConfigError(
             f"--dense and --ssd must be equal in {', '.join(differing)}: give runs that were trained alike"
@@ -130,8 +135,31 @@ def moefied_lines(
             progress=progress,
         )
         level, points = compare(workshop, num_experts, splits=("clustering",))
+        layers = workshop.split("clustering", num_experts)
+    numbers = sorted({p.top_k for p in points})
     for router in ROUTERS:
         yield Line(f"MoEfied, {router}", level.loss, {p.share: p.loss for p in points if p.router == router})
+        use(workshop.task.ffns, layers, router, 1)
+        costs = layer_costs(workshop.task, num_experts)
+        dealt = {number / num_experts: allocate_experts(costs, number, least=1) for number in numbers}
+        sparse = {share: loss_with(workshop.task, top_k) for share, top_k in dealt.items()}
+        yield Line(f"MoEfied, {router}, dealt out", level.loss, sparse)
+
+
+def layer_costs(task: LanguageTask, num_experts: int) -> list[Curve]:
+    """What a training batch's loss rises by when one network alone is sparse, as a switch measures it."""
+    batch = next(task.batches())
+    probe = SimpleNamespace(loss=torch.no_grad()(lambda: task.forward_backward(batch)))
+    set_mode(task.ffns, "dense")
+    return sparsity_costs(SimpleNamespace(names=list(task.ffns), local=task.ffns), probe, num_experts, least=1)
+
+
+def loss_with(task: LanguageTask, top_k: Sequence[int]) -> float:
+    """On the validation text, with so many experts by layer."""
+    set_mode(task.ffns, "sparse")
+    for ffn, number in zip(task.ffns.values(), top_k, strict=True):
+        ffn.router.top_k = number
+    return task.evaluate().loss
 
 
 def ssd_line(ssd: SavedModel, shares: Iterable[float], task: LanguageTask) -> Line:
@@ -139,13 +167,8 @@ def ssd_line(ssd: SavedModel, shares: Iterable[float], task: LanguageTask) -> Li
     settings = ssd.settings
     every = settings.ssd.num_experts
     level = task.evaluate()
-    sparse: dict[float, float] = {}
-    set_mode(task.ffns, "sparse")
-    for share in shares:
-        top_k = layer_top_k(settings, round(share * every))
-        for ffn, number in zip(task.ffns.values(), top_k, strict=True):
-            ffn.router.top_k = number
-        sparse[sum(top_k) / len(top_k) / every] = task.evaluate().loss
+    dealt = [layer_top_k(settings, round(share * every)) for share in shares]
+    sparse = {sum(top_k) / len(top_k) / every: loss_with(task, top_k) for top_k in dealt}
     trained = sum(settings.top_k) / len(settings.top_k) / every
     return Line(f"SSD with {trained:.0%} in sparse phases", level.loss, sparse)
 

@@ -12,6 +12,7 @@ how well: 30 steps, three routers, one size, one seed.
 
 import argparse
 import os
+import sys
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import Future
 from pathlib import Path
@@ -150,7 +151,7 @@ def draw(path: Path, curves: Mapping[str, Mapping[int, Sequence[float]]], args: 
     FigureCanvasAgg(figure).print_png(path)
 
 
-def main(argv: Sequence[str] | None = None) -> None:
+def main(argv: Sequence[str] | None = None) -> int:
     parser = parser_for(__doc__)
     parser.add_argument("--out", type=Path, default=Path("runs/routers"))
     parser.add_argument("--routers", nargs="+", choices=list(KINDS), default=list(KINDS))
@@ -166,8 +167,9 @@ def main(argv: Sequence[str] | None = None) -> None:
         args.out, args.steps, args.sizes, args.seeds = args.out / "quick", 30, [16], [1]
         args.routers = ["centroid", "switch", "hash"]
     make_embedded_corpus()
-    report(f"routers at equal active neurons, {args.steps} steps", rows(args), args.json)
+    met = report(f"routers at equal active neurons, {args.steps} steps", rows(args), args.json)
+    return 0 if met else 1
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(main())

@@ -167,15 +167,17 @@ def markdown(rows: Sequence[dict[str, Any]]) -> str:
     return "\n".join(lines)
 
 
-def verdict(rows: Sequence[dict[str, Any]]) -> str:
+def verdict(rows: Sequence[dict[str, Any]]) -> tuple[str, bool]:
+    """In words, and whether the goal is reached."""
     ssd = next(row for row in rows if row["arm"] == "ssd")
     goal = ssd["gap"] <= LOSS_GOAL and ssd["saved"] >= SAVED_GOAL
     floor = ssd["gap"] <= LOSS_FLOOR and ssd["saved"] >= SAVED_FLOOR
     reached = "goal reached" if goal else "floor reached, goal missed" if floor else "floor missed"
-    return (
+    text = (
         f"ssd: {ssd['gap']:+.2%} loss at {ssd['saved']:.1%} fewer FLOPs: {reached} (goal {LOSS_GOAL:+.1%} at "
         f"{SAVED_GOAL:.0%}, floor {LOSS_FLOOR:+.0%} at {SAVED_FLOOR:.0%})"
     )
+    return text, goal
 
 
 def draw(out: Path, results: Sequence[Result], arms: Sequence[str]) -> None:
@@ -222,12 +224,13 @@ def main(argv: Sequence[str] | None = None) -> int:
             results += [run.result() for run in runs]
     arms = FIRST + following
     rows = table_rows(results, arms)
-    text = f"{markdown(rows)}\n\n{verdict(rows)}\n"
+    found, met = verdict(rows)
+    text = f"{markdown(rows)}\n\n{found}\n"
     (out / "table.md").write_text(text)
     (out / "table.json").write_text(json.dumps(rows, indent=2))
     draw(out, results, arms)
     print(text)
-    return 0
+    return 0 if met else 1
 
 
 if __name__ == "__main__":

@@ -3,6 +3,7 @@
 import fcntl
 import hashlib
 import os
+import shutil
 from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -43,6 +44,24 @@ def require_empty(folder: Path, but: Collection[str] = ()) -> None:
     """
     if folder.exists() and any(path.name not in but for path in folder.iterdir()):
         raise ConfigError(f"{folder} is not empty: give a folder that is not there yet")
+
+
+@contextmanager
+def new_folder(folder: Path) -> Iterator[Path]:
+    """A folder to fill that appears under its name at the end of the context; after a failure within there is none.
+
+    Raises:
+        ConfigError: there is one, and it is not empty.
+    """
+    folder = folder.resolve()
+    require_empty(folder)
+    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        yield partial
+        partial.replace(folder)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
 
 
 @contextmanager

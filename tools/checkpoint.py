@@ -14,35 +14,33 @@ from pathlib import Path
 
 from rich.console import Console
 
-from ssd_megatron.errors import DataError
 from ssd_megatron.parallel.zero import KINDS, MASTER
-from ssd_megatron.training.checkpoint_files import CheckpointError
 from ssd_megatron.training.checkpoint_tools import DTYPES, consolidate, describe, find_checkpoint, verify
+from ssd_megatron.training.exit_status import exit_status
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit status: 0 done and whole, 1 damaged or not written, 2 no such checkpoint."""
     arguments = _parse(argv)
-    try:
-        folder = find_checkpoint(arguments.dir)
-        if arguments.command == "inspect":
-            console = Console()
-            for table in describe(folder):
-                console.print(table)
-        elif arguments.command == "verify":
-            damages = verify(folder)
-            print("\n".join(damages) or f"{folder} is whole")
-            return int(bool(damages))
-        else:
-            size = consolidate(folder, arguments.out, arguments.kind, DTYPES[arguments.dtype])
-            print(f"{arguments.out}: {size / 1e6:,.1f} MB, {arguments.kind} as {arguments.dtype} of {folder}")
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except (CheckpointError, OSError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    damages: list[str] = []
+    return exit_status(lambda: damages.extend(_work(arguments))) or int(bool(damages))
+
+
+def _work(arguments: argparse.Namespace) -> list[str]:
+    """Returns the damages that were looked for and found."""
+    folder = find_checkpoint(arguments.dir)
+    if arguments.command == "verify":
+        damages = verify(folder)
+        print("\n".join(damages) or f"{folder} is whole")
+        return damages
+    if arguments.command == "inspect":
+        console = Console()
+        for table in describe(folder):
+            console.print(table)
+    else:
+        size = consolidate(folder, arguments.out, arguments.kind, DTYPES[arguments.dtype])
+        print(f"{arguments.out}: {size / 1e6:,.1f} MB, {arguments.kind} as {arguments.dtype} of {folder}")
+    return []
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

@@ -27,14 +27,12 @@ EXAMPLE = "example:\n  python tools/docstring_task.py --out data/docstrings\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; returns the exit status: 0 done, 2 there is no library to read."""
+    """Run the tool; returns the exit status: 0 done, 1 not written, 2 there is no library to read."""
     arguments = _parse(argv)
-    try:
-        make_task(arguments.out, Path(sysconfig.get_path("stdlib")), arguments.seed)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    # After the arguments: importing torch and DeepSpeed takes seconds.
+    from ssd_megatron.training.exit_status import exit_status
+
+    return exit_status(lambda: make_task(arguments.out, Path(sysconfig.get_path("stdlib")), arguments.seed))
 
 
 def make_task(out: Path, library: Path, seed: int) -> None:

@@ -21,6 +21,7 @@ from ssd_megatron.data.preprocess import corpus_files, preprocess, read_corpus_i
 from ssd_megatron.data.tokenizers import MARKERS, load_tokenizer, train_sentencepiece
 from ssd_megatron.errors import DataError
 from ssd_megatron.files import sha256_of, write_atomically
+from ssd_megatron.training.exit_status import exit_status
 
 VOCAB_SIZE, MACHINE_VOCAB_SIZE = 4096, 32_768
 SEED = 1  # of the order of the documents, so that the validation split is not one corner of the alphabet
@@ -29,7 +30,7 @@ EXAMPLE = "example:\n  python tools/embedded_corpus.py --out data/embedded\n"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; returns the exit status: 0 done (now or before), 2 there is no library to read."""
+    """Run the tool; returns the exit status: 0 done (now or before), 1 not written, 2 there is no library to read."""
     parser = argparse.ArgumentParser(
         description=__doc__, epilog=EXAMPLE, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -38,21 +39,20 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--machine", action="store_true", help="all Python and documentation text of the machine")
     parser.add_argument("--reserve", nargs="*", choices=tuple(MARKERS), default=(), help="as of train_tokenizer.py")
     arguments = parser.parse_args(argv)
+    return exit_status(lambda: _embed(arguments))
+
+
+def _embed(arguments: argparse.Namespace) -> None:
     machine, library = arguments.machine, Path(sysconfig.get_path("stdlib"))
     out = arguments.out or Path("data/machine" if machine else "data/embedded")
     vocab_size = MACHINE_VOCAB_SIZE if machine else VOCAB_SIZE
-    try:
-        if is_finished(out, vocab_size, arguments.reserve):
-            print(f"{out} is finished: nothing to do")
-            return 0
-        sources = find_texts() if machine else find_sources(library)
-        if not sources:
-            raise DataError(f"{library} has no Python sources: use data of your own with tools/preprocess_data.py")
-        make_corpus(out, sources, library, arguments.reserve, vocab_size, workers=arguments.workers)
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if is_finished(out, vocab_size, arguments.reserve):
+        print(f"{out} is finished: nothing to do")
+        return
+    sources = find_texts() if machine else find_sources(library)
+    if not sources:
+        raise DataError(f"{library} has no Python sources: use data of your own with tools/preprocess_data.py")
+    make_corpus(out, sources, library, arguments.reserve, vocab_size, workers=arguments.workers)
 
 
 def is_finished(out: Path, vocab_size: int, reserve: Sequence[str]) -> bool:

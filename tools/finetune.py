@@ -40,16 +40,22 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _run(arguments: argparse.Namespace) -> None:
-    from ssd_megatron.files import write_atomically
+    from ssd_megatron.files import locked, write_atomically
     from ssd_megatron.parallel.device import share_cores
+    from ssd_megatron.parallel.launch import require_one_process
     from ssd_megatron.parallel.topology import initialize_topology, leave_topology
     from ssd_megatron.training.checkpoint_tools import find_checkpoint
 
+    require_one_process("tools/finetune.py")
     _refuse_without_effect(arguments)
     folder = find_checkpoint(arguments.start or arguments.evaluate)
     share_cores()
     topology = initialize_topology()
-    result = (_finetune if arguments.start else _evaluate)(arguments, folder, topology)
+    if arguments.start:
+        with locked(arguments.to, "--to"):
+            result = _finetune(arguments, folder, topology)
+    else:
+        result = _evaluate(arguments, folder, topology)
     leave_topology()
     if arguments.json is not None:
         write_atomically(arguments.json, f"{json.dumps(result, indent=1)}\n".encode())
@@ -61,10 +67,10 @@ def _finetune(arguments: argparse.Namespace, source: Path, topology: "Topology")
     from ssd_megatron.classification.finetune import finetune
     from ssd_megatron.classification.labelled import labels_of, read_labelled
     from ssd_megatron.classification.saved_classifier import begin_classifier
-    from ssd_megatron.files import require_empty
+    from ssd_megatron.files import LOCK, require_empty
     from ssd_megatron.training.saved_model import Classification
 
-    require_empty(arguments.to)
+    require_empty(arguments.to, but=(LOCK,))
     recipe = _recipe(arguments)
     columns, texts = read_labelled(arguments.train, _columns(arguments))
     classification = Classification(labels_of(texts), [*columns.texts, columns.label], str(arguments.train))

@@ -27,6 +27,7 @@ from rich.table import Table
 from ssd_megatron.classification.saved_classifier import classifier_of
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.export.convert import import_model
+from ssd_megatron.export.hf_folder import read_json
 from ssd_megatron.ffn.activations import ACTIVATIONS
 from ssd_megatron.files import LOCK, locked, require_empty, write_atomically
 from ssd_megatron.moefication.classification_task import ClassificationTask
@@ -42,6 +43,7 @@ from ssd_megatron.moefication.conversion import (
 from ssd_megatron.moefication.layers import ROUTERS
 from ssd_megatron.moefication.splits import SPLITS
 from ssd_megatron.moefication.task import LanguageTask, Task, data_of
+from ssd_megatron.parallel.launch import require_one_process
 from ssd_megatron.parallel.topology import Topology, initialize_topology, leave_topology
 from ssd_megatron.training.checkpoint_files import checkpoints
 from ssd_megatron.training.exit_status import exit_status
@@ -56,7 +58,7 @@ RATE = 1e-4  # by default, of calibration and of adapting to ReLU
 LEAST = {
     "num_experts": 1,
     "processes": 1,
-    "tokens": 1,
+    "tokens": 2,  # of which one is held out from the routers' training
     "eval_tokens": 1,
     "batch": 1,
     "calibrate_steps": 0,
@@ -73,6 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _moefy(arguments: argparse.Namespace) -> None:
+    require_one_process("tools/moefy.py")
     console = Console()
     columns = (TextColumn("{task.description}"), BarColumn(), MofNCompleteColumn(), TimeElapsedColumn())
     with locked(arguments.to, "--to"):
@@ -101,7 +104,7 @@ def _source(arguments: argparse.Namespace) -> tuple[SavedModel, Conversion]:
     """The dense model, and what is to become of it."""
     _check_numbers(arguments)
     source = arguments.source
-    if (source / "config.json").exists() and not checkpoints(source / "checkpoints"):
+    if _is_of_transformers(source):
         source = _work(arguments) / "imported"
         if not checkpoints(source):
             shutil.rmtree(source, ignore_errors=True)  # what an interrupted import left
@@ -123,6 +126,12 @@ def _source(arguments: argparse.Namespace) -> tuple[SavedModel, Conversion]:
     wanted.check(neurons)
     _refuse_without_effect(arguments, saved.settings)
     return saved, wanted
+
+
+def _is_of_transformers(folder: Path) -> bool:
+    """A run_dir has a config.json, too."""
+    path = folder / "config.json"
+    return path.exists() and "model_type" in read_json(path)
 
 
 def _check_numbers(arguments: argparse.Namespace) -> None:
@@ -156,7 +165,7 @@ def _convert(
     """Returns what was written, and what to show."""
     work = _work(arguments)
     classifies = saved.settings.classification is not None
-    make_task = _classification(arguments, topology) if classifies else _language(arguments, saved, topology)
+    make_task = _classification(arguments, topology) if classifies else _language(arguments, saved, wanted, topology)
     adapt = arguments.relu_adapt_steps, RATE if arguments.relu_adapt_lr is None else arguments.relu_adapt_lr
     saved = adapt_to_relu(saved, make_task, work / "adapted", *adapt, progress)
     workshop = Workshop(
@@ -184,13 +193,15 @@ def _convert(
     return written, compared(dense, points) if arguments.compare else converted_table(converted)
 
 
-def _language(arguments: argparse.Namespace, saved: SavedModel, topology: Topology) -> Callable[[SavedModel], Task]:
+def _language(
+    arguments: argparse.Namespace, saved: SavedModel, wanted: Conversion, topology: Topology
+) -> Callable[[SavedModel], Task]:
     """Makes the task of a language model."""
     data = data_of(saved, arguments.data, arguments.tokenizer)
 
     def make(source: SavedModel) -> Task:
         return LanguageTask(
-            load_alone(source, topology),
+            load_alone(source, topology, wanted.num_experts),
             source.settings.model,
             data,
             _work(arguments) / "data_cache",

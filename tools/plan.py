@@ -14,10 +14,12 @@ import rich.console
 
 from ssd_megatron.config.load import Hardware, RunConfig, load_config
 from ssd_megatron.errors import ConfigError
+from ssd_megatron.files import write_atomically
 from ssd_megatron.model.memory import layout_of
 from ssd_megatron.planning.cluster import GPUS, Cluster
 from ssd_megatron.planning.recommend import Job, Plan, plan, recommend
 from ssd_megatron.planning.show import as_json, details, overview
+from ssd_megatron.training.exit_status import exit_status
 
 EXAMPLE = """example:
   python tools/plan.py --ds_config examples/gpt/13b.json --gpus 64 --gpus_per_node 8 --gpu h200 --tensor 8
@@ -30,30 +32,38 @@ IGNORED = ("ssd_megatron.ssd.rebalance_limit=",)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; returns the exit status: 0 done, 2 the sizes are impossible or nothing fits."""
+    """Run the tool; returns the exit status: 0 done, 1 not written, 2 the sizes are impossible or nothing fits."""
     arguments = _parse(argv)
-    try:
-        cluster = _cluster(arguments)
-        asked = {name: getattr(arguments, name) for name in ("tensor", "pipeline", "expert")}
-        if any(asked.values()):
-            config = _load(arguments, [f"{PARALLEL}{k}_parallel_size={v or 1}" for k, v in asked.items()], cluster.gpus)
-            job = _job(config, cluster)
-            plans = [plan(job, layout_of(config))]
-        else:
-            single = [f"{PARALLEL}{name}_parallel_size=1" for name in asked]
-            job = _job(_load(arguments, [*single, *OURS], 1), cluster)
-            plans = recommend(job)[: arguments.top]
-    except ConfigError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    return exit_status(lambda: _plan(arguments))
+
+
+def _plan(arguments: argparse.Namespace) -> None:
+    if arguments.top < 1:
+        raise ConfigError(f"--top ({arguments.top}) must be at least 1")
+    cluster = _cluster(arguments)
+    asked = {name: getattr(arguments, name) for name in ("tensor", "pipeline", "expert")}
+    sizes = [f"{PARALLEL}{name}_parallel_size={1 if size is None else size}" for name, size in asked.items()]
+    if any(size is not None for size in asked.values()):
+        config = _load(arguments, sizes, cluster.gpus)
+        job = _job(config, cluster)
+        plans = [plan(job, layout_of(config))]
+    else:
+        job = _job(_load(arguments, [*sizes, *OURS], 1), cluster)
+        plans = recommend(job)[: arguments.top]
     _show(job, plans, arguments.markdown)
     if arguments.json is not None:
-        arguments.json.write_text(json.dumps(as_json(job, plans), indent=2) + "\n", encoding="utf-8")
-    return 0
+        write_atomically(arguments.json, (json.dumps(as_json(job, plans), indent=2) + "\n").encode())
 
 
 def _load(arguments: argparse.Namespace, overrides: list[str], world_size: int) -> RunConfig:
     given = [assignment for group in arguments.set for assignment in group]
+    chosen = {assignment.partition("=")[0] for assignment in overrides}
+    for assignment in given:
+        if assignment.partition("=")[0] in chosen:
+            raise ConfigError(
+                f"--set {assignment} has no effect on what is compared here: leave it out, or name one layout with "
+                "--tensor, --pipeline or --expert"
+            )
     hardware = Hardware("cuda", bf16=True, name=arguments.gpu)
     return load_config(arguments.ds_config, [*given, *overrides, *IGNORED], world_size=world_size, hardware=hardware)
 

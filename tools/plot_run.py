@@ -4,7 +4,6 @@ import argparse
 import sys
 from pathlib import Path
 
-from ssd_megatron.errors import DataError
 from ssd_megatron.training.plots import draw_run
 
 
@@ -13,15 +12,17 @@ def main() -> int:
         description="Draw the plots of runs into their plots/ folders, from metrics.jsonl."
     )
     parser.add_argument("run_dirs", metavar="RUN_DIR", nargs="+", type=Path, help="folder of a run")
-    for run_dir in parser.parse_args().run_dirs:
-        try:
-            paths = draw_run(run_dir)
-        except DataError as error:
-            print(f"error: {error}", file=sys.stderr)
-            return 2
-        for path in paths:
+    run_dirs = parser.parse_args().run_dirs
+    # After the arguments: importing torch and DeepSpeed takes seconds.
+    from ssd_megatron.training.exit_status import exit_status
+
+    return exit_status(lambda: _plot(run_dirs))
+
+
+def _plot(run_dirs: list[Path]) -> None:
+    for run_dir in run_dirs:
+        for path in draw_run(run_dir):
             print(path)
-    return 0
 
 
 if __name__ == "__main__":

@@ -10,7 +10,7 @@ from rich.console import Console
 
 from ssd_megatron.data.documents import DocumentReader, find_inputs
 from ssd_megatron.data.preprocess import preprocess
-from ssd_megatron.errors import DataError
+from ssd_megatron.training.exit_status import exit_status
 
 EXAMPLE = """example:
   python tools/preprocess_data.py --input notes.jsonl --key text --tokenizer data/tokenizer.model --output data/notes
@@ -19,31 +19,30 @@ then in ds.json: "data": {"paths": ["data/notes"], "tokenizer": "data/tokenizer.
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; returns the exit status: 0 done, 2 the data cannot be used."""
+    """Run the tool; returns the exit status: 0 done, 1 not written, 2 the data cannot be used."""
     arguments = _parse(argv)
+    return exit_status(lambda: _preprocess(arguments))
+
+
+def _preprocess(arguments: argparse.Namespace) -> None:
     console = Console(stderr=True)
-    try:
-        reader = DocumentReader(
-            find_inputs(arguments.input, arguments.format),
-            key=arguments.key,
-            on_error=arguments.on_error,
-            report=lambda line: console.print(line, soft_wrap=True, highlight=False, markup=False),
-        )
-        preprocess(
-            reader,
-            tokenizer_path=arguments.tokenizer,
-            prefix=arguments.output,
-            total_bytes=reader.total_bytes,
-            workers=arguments.workers,
-            overwrite=arguments.overwrite,
-            console=console,
-        )
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    reader = DocumentReader(
+        find_inputs(arguments.input, arguments.format),
+        key=arguments.key,
+        on_error=arguments.on_error,
+        report=lambda line: console.print(line, soft_wrap=True, highlight=False, markup=False),
+    )
+    preprocess(
+        reader,
+        tokenizer_path=arguments.tokenizer,
+        prefix=arguments.output,
+        total_bytes=reader.total_bytes,
+        workers=arguments.workers,
+        overwrite=arguments.overwrite,
+        console=console,
+    )
     if reader.broken:
         print(f"{reader.broken:,} broken records skipped", file=sys.stderr)
-    return 0
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

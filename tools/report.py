@@ -6,14 +6,13 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from ssd_megatron.errors import DataError
 from ssd_megatron.files import write_atomically
 from ssd_megatron.reporting.page import render
 from ssd_megatron.reporting.run import read_runs
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; returns the exit status: 0 done, 2 a folder holds no run that has started."""
+    """Run the tool; returns the exit status: 0 done, 1 not written, 2 a folder holds no run that has started."""
     parser = argparse.ArgumentParser(
         description="Write a self-contained HTML report of one run, or of several compared."
     )
@@ -21,13 +20,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", metavar="FILE.html", type=Path, help="(default: report.html in the first RUN_DIR)")
     arguments = parser.parse_args(argv)
     out = arguments.out or arguments.run_dirs[0] / "report.html"
-    try:
-        write_atomically(out, render(read_runs(arguments.run_dirs)).encode())
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    # After the arguments: importing torch and DeepSpeed takes seconds.
+    from ssd_megatron.training.exit_status import exit_status
+
+    return exit_status(lambda: _report(arguments.run_dirs, out))
+
+
+def _report(run_dirs: Sequence[Path], out: Path) -> None:
+    write_atomically(out, render(read_runs(run_dirs)).encode())
     print(out)
-    return 0
 
 
 if __name__ == "__main__":

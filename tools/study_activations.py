@@ -29,12 +29,14 @@ def main(argv: Sequence[str] | None = None) -> int:
 def _study(arguments: argparse.Namespace) -> None:
     from rich.progress import track
 
+    from ssd_megatron.parallel.launch import require_one_process
     from ssd_megatron.parallel.topology import initialize_topology, leave_topology
     from ssd_megatron.study.activations import Look, look
     from ssd_megatron.study.pictures import write_study
     from ssd_megatron.study.subject import find_checkpoints, prepare
     from ssd_megatron.training.metrics import read_metrics
 
+    require_one_process("tools/study_activations.py")
     folders, records = find_checkpoints(arguments.run_dir), read_metrics(arguments.run_dir)
     subject = prepare(arguments.run_dir, initialize_topology(), arguments.samples)
     looks: list[Look] = []

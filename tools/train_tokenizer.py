@@ -15,30 +15,32 @@ EXAMPLE = """example:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run the tool; returns the exit status: 0 done, 2 the data cannot be used."""
+    """Run the tool; returns the exit status: 0 done, 1 not written, 2 the data cannot be used."""
     arguments = _parse(argv)
-    try:
-        if arguments.output.exists() and not arguments.overwrite:
-            raise DataError(f"{arguments.output} exists already: choose another output, or overwrite it (--overwrite)")
-        reader = DocumentReader(
-            find_inputs(arguments.input, arguments.format),
-            key=arguments.key,
-            on_error=arguments.on_error,
-            report=lambda line: print(line, file=sys.stderr),
-        )
-        train_sentencepiece(
-            (document.text for document in reader),
-            arguments.output,
-            arguments.vocab_size,
-            reserve=arguments.reserve,
-            seed=arguments.seed,
-        )
-        vocab_size = load_tokenizer(arguments.output).vocab_size
-    except DataError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
+    # After the arguments: importing torch and DeepSpeed takes seconds.
+    from ssd_megatron.training.exit_status import exit_status
+
+    return exit_status(lambda: _train(arguments))
+
+
+def _train(arguments: argparse.Namespace) -> None:
+    if arguments.output.exists() and not arguments.overwrite:
+        raise DataError(f"{arguments.output} exists already: choose another output, or overwrite it (--overwrite)")
+    reader = DocumentReader(
+        find_inputs(arguments.input, arguments.format),
+        key=arguments.key,
+        on_error=arguments.on_error,
+        report=lambda line: print(line, file=sys.stderr),
+    )
+    train_sentencepiece(
+        (document.text for document in reader),
+        arguments.output,
+        arguments.vocab_size,
+        reserve=arguments.reserve,
+        seed=arguments.seed,
+    )
+    vocab_size = load_tokenizer(arguments.output).vocab_size
     print(f"{arguments.output}: {vocab_size:,} tokens, {reader.broken:,} broken records skipped")
-    return 0
 
 
 def _parse(argv: Sequence[str] | None) -> argparse.Namespace:

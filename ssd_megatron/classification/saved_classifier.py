@@ -6,8 +6,9 @@ from pathlib import Path
 from ssd_megatron.classification.classifier import Classifier
 from ssd_megatron.classification.labelled import Columns
 from ssd_megatron.classification.samples import Encoder, Samples
+from ssd_megatron.config.schema import DataConfig
 from ssd_megatron.errors import ConfigError
-from ssd_megatron.files import require_empty
+from ssd_megatron.files import LOCK, require_empty
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.training.model_alone import build_alone
 from ssd_megatron.training.saved_model import (
@@ -29,11 +30,13 @@ class Opened:
         classifier: in fp32, its networks dense, with the experts per token of the last switch; sparse networks have
             backend torch.
         settings: of the checkpoint that it becomes; `classification` names its labels.
+        data: of the run that trained its language model, if one did.
         encoder: makes its samples.
     """
 
     classifier: Classifier
     settings: Settings
+    data: DataConfig | None
     encoder: Encoder
 
     @property
@@ -53,16 +56,17 @@ class Opened:
         """As a checkpoint of step 0 in `root`, with experts and the identities of neurons as they were.
 
         Raises:
-            ConfigError: `root` is not empty.
+            ConfigError: `root` is not empty but for its lock.
         """
-        require_empty(root)
+        require_empty(root, but=(LOCK,))
         ffns, parameters = self.classifier.model.ffns, self.classifier.logical_parameters()
         tensors = (
             (name, parameter.detach().cpu())
             for name, parameter in parameters.items()
             if self.settings.has_experts or not is_router(name)
         )
-        return write_model(root, self.settings, tensors, {name: f.bank.neuron_ids.cpu() for name, f in ffns.items()})
+        neuron_ids = {name: ffn.bank.neuron_ids.cpu() for name, ffn in ffns.items()}
+        return write_model(root, self.settings, tensors, neuron_ids, self.data)
 
     @property
     def _classification(self) -> Classification:
@@ -133,4 +137,4 @@ def _opened(
     model = build_alone(settings, topology, "torch")
     classifier = Classifier(model, settings.model, len(classification.labels), dropout, seed).to(topology.device)
     classifier.use("dense", settings.top_k)
-    return Opened(classifier.eval(), settings, encoder)
+    return Opened(classifier.eval(), settings, saved.data, encoder)

@@ -26,12 +26,12 @@ class Batch:
 
 
 def check_loss_chunk(chunk: int | None, tokens: int) -> Iterator[str]:
-    """Problems of `training.loss_chunk_tokens` with microbatches of so many tokens."""
+    """Problems of `training.loss_chunk_tokens` with microbatches of so many tokens that have logits."""
     if chunk is not None and chunk >= tokens:
         yield problem(
             "training.loss_chunk_tokens",
             chunk,
-            f"has no effect on microbatches of {tokens} tokens: leave it out, or try {max(1, tokens // 8)}",
+            f"has no effect on microbatches with logits of {tokens} tokens: leave it out, or try {max(1, tokens // 8)}",
         )
 
 

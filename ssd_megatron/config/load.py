@@ -220,8 +220,8 @@ def _batch(values: dict[str, Any], world_size: int, hardware: Hardware) -> tuple
         batch = resolve_batch(train, micro, accumulation, data_parallel=data_parallel, micro_limit=limit)
     except ConfigError as error:
         return None, [str(error)]
-    tokens = batch.micro * values["model.seq_length"]
-    return batch, list(check_loss_chunk(values.get("training.loss_chunk_tokens"), tokens))
+    predicted_tokens = batch.micro * (decoder_length if family == "t5" else length)
+    return batch, list(check_loss_chunk(values.get("training.loss_chunk_tokens"), predicted_tokens))
 
 
 def _resolve(keys: DsJson, batch: Batch, hardware: Hardware) -> RunConfig:

@@ -77,14 +77,20 @@ def _router_of_tiles(router: str, granularity: int) -> Iterator[str]:
         )
 
 
-@ROUTER_CHECKS("ssd.routing_granularity", "model.seq_length", "ssd.routing", "ssd.record_routing")
-def _granularity(granularity: int, length: int, routing: str | Path, record: Path | None) -> Iterator[str]:
+@ROUTER_CHECKS("ssd.routing_granularity", "ssd.routing", "ssd.record_routing")
+def _recorded_tiles(granularity: int, routing: str | Path, record: Path | None) -> Iterator[str]:
     for name, value in (("routing", None if routing == "live" else routing), ("record_routing", record)):
         if value is not None and granularity > 1:
             yield problem(f"ssd.{name}", value, "has experts of tokens, not of tiles: it needs routing_granularity 1")
-    if granularity > length:
+
+
+@ROUTER_CHECKS("ssd.routing_granularity", "model.family", "model.seq_length", "model.decoder_seq_length")
+def _tiles_of_sequences(granularity: int, family: str, length: int, decoder_length: int) -> Iterator[str]:
+    lengths = {"seq_length": length} | ({"decoder_seq_length": decoder_length} if family == "t5" else {})
+    name, shortest = min(lengths.items(), key=lambda named: named[1])
+    if granularity > shortest:
         yield problem(
             "ssd.routing_granularity",
             granularity,
-            f"must be at most model.seq_length ({length}), where a sequence is one tile: try {max(1, length // 4)}",
+            f"must be at most model.{name} ({shortest}), where a sequence is one tile: try {max(1, shortest // 4)}",
         )

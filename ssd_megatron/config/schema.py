@@ -163,8 +163,8 @@ class SSDConfig(Section):
     probe_samples: Positive = optional(8, "Fixed held-out samples on which activation statistics are taken.")
     rebalance_limit: Annotated[float, Field(gt=1)] | None = optional(
         None,
-        "Busiest rank's share of tokens over the mean at which, at a check in a sparse phase, experts move to other "
-        "ranks; null: only at a switch.",
+        "Busiest rank's share of the tokens of a step's last microbatch over the mean at which, at a check in a sparse "
+        "phase, experts move to other ranks; null: only at a switch.",
     )
     check_layers: Positive | None = optional(None, "Layers that a check between switches looks at; null: all.")
     kmeans_rounds: Positive = optional(20, "Most rounds of balanced k-means per clustering.")

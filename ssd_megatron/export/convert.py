@@ -21,7 +21,7 @@ from ssd_megatron.export.hf_folder import SHARD_BYTES, read_json, read_tensors, 
 from ssd_megatron.export.hf_tokenizer import find_tokenizer, write_tokenizer
 from ssd_megatron.export.model_card import model_card
 from ssd_megatron.export.settings import unmet
-from ssd_megatron.files import require_empty, write_atomically
+from ssd_megatron.files import new_folder, require_empty, write_atomically
 from ssd_megatron.training.saved_model import SavedModel, Settings, is_router, open_tokenizer, write_model
 
 ExportMode = Literal["dense", "sparse"]
@@ -57,22 +57,27 @@ def export_model(
     Returns:
         what it was written as, in words.
     Raises:
-        ConfigError: the model cannot be exported so, or the folder is not empty.
+        ConfigError: the model cannot be exported so, is a classifier, or the folder is not empty.
         CheckpointError: the checkpoint is damaged.
     """
+    if saved.settings.classification is not None:
+        raise ConfigError(
+            f"{saved.folder} is of a classifier, which no class of transformers computes as it does: export the model "
+            "that it was fine-tuned from"
+        )
     require_empty(folder)
     exported = _sparse(saved) if mode == "sparse" else _dense(saved)
-    folder.mkdir(parents=True, exist_ok=True)
     dtype_name = str(dtype).removeprefix("torch.")
     config = exported.config | {"dtype": dtype_name}
-    generation = _write_tokenizer(saved, tokenizer, folder, config)
-    write_json(folder / "config.json", config)
-    if saved.settings.model.family != "bert":
-        write_json(folder / "generation_config.json", generation)
-    if mode == "sparse":
-        shutil.copyfile(Path(__file__).with_name(MODELING), folder / MODELING)
-    write_tensors(folder, {name: tensor.to(dtype) for name, tensor in exported.tensors.items()}, shard_bytes)
-    write_atomically(folder / "README.md", model_card(saved, mode).encode())
+    with new_folder(folder) as made:
+        generation = _write_tokenizer(saved, tokenizer, made, config)
+        write_json(made / "config.json", config)
+        if saved.settings.model.family != "bert":
+            write_json(made / "generation_config.json", generation)
+        if mode == "sparse":
+            shutil.copyfile(Path(__file__).with_name(MODELING), made / MODELING)
+        write_tensors(made, {name: tensor.to(dtype) for name, tensor in exported.tensors.items()}, shard_bytes)
+        write_atomically(made / "README.md", model_card(saved, mode).encode())
     return f"{config['architectures'][0]}, {dtype_name}"
 
 
@@ -142,7 +147,8 @@ def _write_tokenizer(saved: SavedModel, tokenizer: Path | None, folder: Path, co
     generation: dict[str, Any] = {}
     tokens = model.vocab_size
     if tokenizer is not None or saved.settings.tokenizer is not None:
-        eod, size = write_tokenizer(*open_tokenizer(saved, tokenizer), folder, model)
+        known, path = open_tokenizer(saved, tokenizer)
+        eod, size = write_tokenizer(known, path, folder, model, was_trained_here=saved.data is not None)
         config["eos_token_id"] = generation["eos_token_id"] = generation["pad_token_id"] = eod
         if model.family == "t5":
             config["pad_token_id"], config["decoder_start_token_id"] = eod, first_decoder_token(model, eod)
@@ -172,5 +178,5 @@ def _settings(config: Mapping[str, Any], model: ModelConfig, tokenizer: Path | N
     if config["model_type"] == ssd.MODEL_TYPE:
         routing = {name: config[name] for name in ("num_experts", "router", "router_update")}
         return Settings(model, SSDConfig(**routing), list(config["experts_per_token"]), True, tokenizer)
-    defaults = SSDConfig()
-    return Settings(model, defaults, [defaults.top_k] * model.total_layers, False, tokenizer)
+    whole = SSDConfig(num_experts=1, top_k=1)  # none formed yet: networks of any size are one
+    return Settings(model, whole, [1] * model.total_layers, False, tokenizer)

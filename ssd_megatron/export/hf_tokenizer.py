@@ -22,10 +22,15 @@ SPACE = "\u2581"  # SentencePiece's sign for it
 STAND_FOR_WORDS = frozenset((*MASK_TOKENS, *MARKERS["t5"]))
 
 
-def write_tokenizer(tokenizer: Tokenizer, path: Path, folder: Path, model: ModelConfig) -> tuple[int, int]:
+def write_tokenizer(
+    tokenizer: Tokenizer, path: Path, folder: Path, model: ModelConfig, *, was_trained_here: bool
+) -> tuple[int, int]:
     """Write a tokenizer, which lies at `path`, into an exported model's folder; returns the id that ends a document,
     and the first id from which on none is used.
 
+    Args:
+        was_trained_here: a GPT's texts had no markers; one that comes from elsewhere may have seen those that its
+            tokenizer.json adds.
     Raises:
         DataError: the tokenizer lacks what the model's family needs.
     """
@@ -44,6 +49,8 @@ def write_tokenizer(tokenizer: Tokenizer, path: Path, folder: Path, model: Model
         "clean_up_tokenization_spaces": False,
         "model_input_names": ["input_ids", "attention_mask"],
     }
+    if model.family == "gpt" and was_trained_here:
+        theirs.post_processor = None
     if model.family == "bert":
         ids = marker_ids(tokenizer, path)
         settings |= {name.replace("_id", "_token"): theirs.id_to_token(token) for name, token in ids.items()}

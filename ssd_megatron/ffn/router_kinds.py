@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.activations import Activation
 from ssd_megatron.ffn.bank import NeuronTensors
 
@@ -50,7 +51,10 @@ def _row_per_expert(hidden: int, experts: int) -> dict[str, tuple[int, ...]]:
 
 
 def _product_keys(hidden: int, experts: int) -> dict[str, tuple[int, ...]]:
-    return {"weight": (2 * math.isqrt(experts), hidden)}
+    side = math.isqrt(experts)
+    if side**2 != experts:
+        raise ConfigError(f"num_experts ({experts}) must be a square with kind pkm: try {side**2} or {(side + 1) ** 2}")
+    return {"weight": (2 * side, hidden)}
 
 
 def _two_layers(hidden: int, experts: int) -> dict[str, tuple[int, ...]]:

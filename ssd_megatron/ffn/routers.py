@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
+from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.activations import Activation
 from ssd_megatron.ffn.bank import NeuronTensors
 from ssd_megatron.ffn.kernels import cpp_router
@@ -145,6 +146,8 @@ class Router(nn.Module):
         balance_bias: each expert has a bias that enters the choice alone and follows the load.
         salt: which of the hashes.
         backend: of the network's kernels; "cpp" has some for a straight-through centroid router.
+    Raises:
+        ConfigError: there is no such router.
 
     Attributes:
         loss_weight: what the gradient of a mean over this pass's tokens is to be multiplied by; the engine sets it.
@@ -171,8 +174,11 @@ class Router(nn.Module):
         device: torch.device | str | None = None,
     ) -> None:
         super().__init__()
-        assert router_update in ROUTER_UPDATES, router_update
-        assert 1 <= top_k <= num_experts, (top_k, num_experts)
+        for name, value, choices in (("router_update", router_update, ROUTER_UPDATES), ("kind", kind, tuple(KINDS))):
+            if value not in choices:
+                raise ConfigError(f"{name} ({value}) must be one of {', '.join(choices)}")
+        if not 1 <= top_k <= num_experts:
+            raise ConfigError(f"top_k ({top_k}) must be between 1 and num_experts ({num_experts})")
         self.num_experts = num_experts
         self.top_k = top_k
         self.name = "avg_k" if router_update == "avg_k" and kind == "centroid" else kind
@@ -186,7 +192,11 @@ class Router(nn.Module):
             self.register_parameter(name, nn.Parameter(torch.empty(shape, dtype=dtype, device=device)))
         bias = nn.Parameter(torch.empty(num_experts, dtype=dtype, device=device)) if balance_bias else None
         self.register_parameter("bias", bias)
-        assert bias is None or (self.learns and not self.kind.by_identity), self.name
+        if balance_bias and (self.kind.by_identity or not self.learns):
+            raise ConfigError(
+                f"balance_bias (True) needs a router that learns a row per expert, not {self.name}: use switch or a "
+                "straight-through centroid, or leave it out"
+            )
 
     @property
     def learns(self) -> bool:
@@ -232,7 +242,8 @@ class Router(nn.Module):
         """
         weight_EH = router_weights(directions_EH, norms_F)
         values = {"weight": half_keys(weight_EH) if self.name == "pkm" else weight_EH}
-        values["mix"] = torch.eye(self.num_experts, device=weight_EH.device)
+        if self.name == "mlp":
+            values["mix"] = torch.eye(self.num_experts, device=weight_EH.device)
         values["bias"] = weight_EH.new_zeros(self.num_experts)
         return {name: values[name] for name, _ in self.named_parameters()}
 

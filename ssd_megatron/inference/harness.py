@@ -29,7 +29,7 @@ from ssd_megatron.inference.model import CausalModel
 from ssd_megatron.inference.sampling import Sampling
 from ssd_megatron.inference.text import complete_tokens
 from ssd_megatron.parallel.device import local_device
-from ssd_megatron.training.checkpoint_files import CheckpointError
+from ssd_megatron.training.exit_status import exit_status
 from ssd_megatron.training.saved_model import open_model, open_tokenizer
 
 NAME = "ssd_megatron"
@@ -199,16 +199,8 @@ def main() -> int:
     """Run the harness; returns the exit status: 0 done, 1 the checkpoint is damaged, 2 it cannot be used so."""
     register()
     setup_logging()
-    try:
-        harness = HarnessCLI()
-        harness.execute(harness.parse_args())
-    except (ConfigError, DataError) as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except CheckpointError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    return 0
+    harness = HarnessCLI()
+    return exit_status(lambda: harness.execute(harness.parse_args()))
 
 
 if __name__ == "__main__":

@@ -9,7 +9,8 @@ from ssd_megatron.config.schema import SSDConfig
 
 @dataclass(frozen=True)
 class Flops:
-    """FLOPs of training on one token: forward and backward (three times forward), matrix products only.
+    """FLOPs of training on one token: forward and backward (three times forward; routers that learn nothing have no
+    backward), matrix products only.
 
     Attention counts every pair of tokens, also those that the causal mask hides, as is usual for MFU. Recomputation
     does not count.
@@ -177,7 +178,8 @@ def flops_per_token(model: ModelConfig, ssd: SSDConfig, live: float = 1.0) -> Fl
         flops = forward_flops(model, ssd, layer)
         masked = (1 - live) * masked_flops(model, layer)
         dense += layer.length * (flops.attention + flops.ffn - masked)
-        sparse += layer.length * (flops.attention + flops.ffn * ssd.top_k / ssd.num_experts + flops.router)
+        router = flops.router if ssd.router_learns else flops.router / 3
+        sparse += layer.length * (flops.attention + flops.ffn * ssd.top_k / ssd.num_experts + router)
     return Flops(3.0 * dense / model.sample_tokens, 3.0 * sparse / model.sample_tokens)
 
 

@@ -24,6 +24,7 @@ from ssd_megatron.moefication.observation import observe
 from ssd_megatron.moefication.splits import Split
 from ssd_megatron.moefication.task import Quality, Task
 from ssd_megatron.moefication.tuning import tune
+from ssd_megatron.switching.assignment import expert_size
 from ssd_megatron.training.checkpoint_files import checkpoints
 from ssd_megatron.training.saved_model import SavedModel, open_model, write_model
 
@@ -51,10 +52,7 @@ class Conversion:
 
     def check(self, neurons: int) -> None:
         """Raises ConfigError if a network of so many neurons cannot be split so."""
-        if neurons % self.num_experts:
-            divisors = [e for e in range(1, neurons + 1) if neurons % e == 0]
-            nearest = min(divisors, key=lambda e: abs(e - self.num_experts))
-            raise ConfigError(f"num_experts ({self.num_experts}) must divide the {neurons} neurons: try {nearest}")
+        expert_size(neurons, self.num_experts)
         if not 1 <= self.top_k <= self.num_experts:
             raise ConfigError(f"top_k ({self.top_k}) must be between 1 and num_experts ({self.num_experts})")
 
@@ -165,7 +163,7 @@ def adapt_to_relu(
         settings = replace(saved.settings, model=model)
         task = make_task(replace(saved, settings=settings))
         tune(task, task.parameters.values(), steps, rate, f"{before} to {TO_RELU[before]}", progress)
-        write_model(root, settings, _tensors(task))
+        write_model(root, settings, _tensors(task), data=saved.data)
     return open_model(root)
 
 
@@ -194,7 +192,7 @@ def write_converted(workshop: Workshop, wanted: Conversion, root: Path) -> Path:
         top_k=[wanted.top_k] * len(workshop.task.ffns),
         has_experts=True,
     )
-    return write_model(root, settings, _tensors(workshop.task))
+    return write_model(root, settings, _tensors(workshop.task), data=workshop.saved.data)
 
 
 def _tensors(task: Task) -> Iterator[tuple[str, Tensor]]:

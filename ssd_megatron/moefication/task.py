@@ -18,6 +18,7 @@ from ssd_megatron.data.tokenizers import load_tokenizer
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.switchable import SwitchableFFN
 from ssd_megatron.model.language_model import LanguageModel
+from ssd_megatron.model.loss_parts import loss_parts, mean_of_parts
 from ssd_megatron.training.data_loader import collate, to_device
 from ssd_megatron.training.saved_model import SavedModel
 
@@ -61,7 +62,7 @@ class Task(Protocol):
         ...
 
     def forward_backward(self, batch: Any) -> float:
-        """Mean loss; its gradients are added to the parameters' where gradients are enabled."""
+        """Mean loss, as training has it; its gradients are added to the parameters' where gradients are enabled."""
         ...
 
     def evaluate(self) -> Quality:
@@ -145,8 +146,7 @@ class LanguageTask:
         return self._batches(self._train)
 
     def forward_backward(self, batch: Batch) -> float:
-        total, weight = self._sums(batch)
-        loss = total / weight
+        loss = mean_of_parts(self._parts(batch))
         if torch.is_grad_enabled():
             torch.autograd.backward(loss)
         return float(loss.detach())
@@ -154,14 +154,11 @@ class LanguageTask:
     @torch.no_grad()
     def evaluate(self) -> Quality:
         self.model.eval()
-        sums = torch.tensor([[float(part) for part in self._sums(batch)] for batch in self._batches(self._valid)])
-        total, weight = sums.double().sum(0).tolist()
-        return Quality(total / weight)
+        parts = torch.stack([self._parts(batch) for batch in self._batches(self._valid)])
+        return Quality(float(mean_of_parts(parts.sum(0))))
 
-    def _sums(self, batch: Batch) -> tuple[Tensor, Tensor]:
-        losses = self.model(batch)
-        total = sum(((values * batch[mask]).sum() for mask, values in losses.items()), torch.zeros(()))
-        return total, sum((batch[mask].sum() for mask in losses), torch.zeros(()))
+    def _parts(self, batch: Batch) -> Tensor:
+        return loss_parts(self.model(batch), batch)
 
     def _batches(self, samples: SampleDataset) -> Iterator[Batch]:
         device = next(self.model.parameters()).device

@@ -82,6 +82,14 @@ def rank_of_launch() -> int:
     return _launch_of_this_process().rank
 
 
+def require_one_process(tool: str) -> None:
+    """Raises ConfigError if the launcher started more processes than the one in which a tool works, and as find_launch
+    does."""
+    size = world_size_of_launch()
+    if size > 1:
+        raise ConfigError(f"the number of processes ({size}) must be 1 for {tool}: start it with plain python")
+
+
 def join_launch() -> bool:
     """Give torch.distributed the variables it reads: RANK, WORLD_SIZE, LOCAL_RANK, LOCAL_WORLD_SIZE, MASTER_ADDR,
     MASTER_PORT. A launcher's ranks keep MASTER_ADDR and MASTER_PORT that are set. Every job of a process finds the

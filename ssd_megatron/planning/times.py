@@ -79,19 +79,20 @@ def step_time(
 def microbatch_compute(
     model: ModelConfig, ssd: SSDConfig, layout: Layout, stage: int, mode: str, cluster: Cluster, dtype: Dtype
 ) -> float:
-    """Seconds of arithmetic of one stage for one microbatch: backward is twice forward, recomputation one more, of
-    layers and, where the loss keeps no logits, of the head."""
+    """Seconds of arithmetic of one stage for one microbatch: backward is twice forward and left out of routers that
+    learn nothing, recomputation one more, of layers and, where the loss keeps no logits, of the head."""
     samples, rate = layout.micro_batch_size, cluster.flops_per_second * layout.tensor
     passes, seconds = 4 if layout.recompute else 3, 0.0
+    router_passes = passes if ssd.router_learns else passes - 2
     for layer in stage_layers(model, layout.pipeline, stage):
         flops = forward_flops(model, ssd, layer)
-        token = flops.attention / rate
+        token = passes * flops.attention / rate
         if mode == "dense":
-            token += flops.ffn / rate
+            token += passes * flops.ffn / rate
         else:
-            token += flops.router / cluster.flops_per_second
-            token += sparse_ffn_seconds(model, ssd, layout, cluster, dtype, layer.length)
-        seconds += passes * layer.length * token
+            token += router_passes * flops.router / cluster.flops_per_second
+            token += passes * sparse_ffn_seconds(model, ssd, layout, cluster, dtype, layer.length)
+        seconds += layer.length * token
     repeated = 3 if layout.loss_chunk_tokens is None else 4
     head = repeated * head_flops(model) / rate if stage == layout.pipeline - 1 else 0.0
     return samples * (seconds + model.predicted_tokens * head)

@@ -17,7 +17,7 @@ AXES = {
     "step": "step",
     "tokens": "tokens",
     "flops": "training FLOPs",
-    "seconds": "seconds of steps, checks and switches",
+    "seconds": "seconds of steps and all between them",
 }
 
 
@@ -100,6 +100,7 @@ class Spent:
         is_sparse = np.array([record["mode"] == "sparse" for record in train])
         dense_step = np.median(seconds[~is_sparse]) if (~is_sparse).any() else np.nan
         between = _seconds_between(records)
+        extra = _seconds_between([record for record in records if record["kind"] not in ("eval", "save")])
         return cls(
             axes={
                 "step": values_of(train, "step"),
@@ -107,7 +108,7 @@ class Spent:
                 "flops": values_of(train, "flops"),
                 "seconds": np.cumsum(seconds + between),
             },
-            saved_seconds=np.cumsum(np.where(is_sparse, dense_step - seconds, 0.0) - between),
+            saved_seconds=np.cumsum(np.where(is_sparse, dense_step - seconds, 0.0) - extra),
         )
 
     def at(self, steps: np.ndarray) -> dict[str, np.ndarray]:
@@ -141,7 +142,8 @@ def read_runs(run_dirs: Sequence[Path]) -> list[Run]:
 
 
 def _seconds_between(records: Sequence[Record]) -> np.ndarray:
-    """Seconds of checks, switches and the like before each train record; what follows the last counts with it."""
+    """Seconds of records between steps, such as checks and switches, before each train record; what follows the last
+    counts with it."""
     between: list[float] = []
     waiting = 0.0
     for record in records:

@@ -11,7 +11,7 @@ from ssd_megatron.reporting.run import Run
 from ssd_megatron.training.console import format_loss, format_seconds, short_number
 
 _MODES = ("dense", "sparse")
-_DRAWN = {"train", "eval", "check", "load", "switch"}  # every other kind is an event
+_NO_EVENTS = {"train", "eval", "save", "check", "load", "switch"}
 _SWITCH_PARTS = ("statistics", "cluster", "transfer", "verify")
 
 
@@ -61,7 +61,7 @@ def event_table(run: Run) -> Table | None:
     rows = [
         [f"{record['step']:,}", record["kind"], ", ".join(f"{name} {_shown(value)}" for name, value in _rest(record))]
         for record in run.records
-        if record["kind"] not in _DRAWN
+        if record["kind"] not in _NO_EVENTS
     ]
     return Table("Events", ["step", "event", ""], rows) if rows else None
 

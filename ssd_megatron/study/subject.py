@@ -9,8 +9,9 @@ import torch
 from ssd_megatron.config.load import Hardware, RunConfig, load_config
 from ssd_megatron.config.schema import ParallelConfig
 from ssd_megatron.data.tokenizers import load_tokenizer
-from ssd_megatron.errors import DataError
+from ssd_megatron.errors import ConfigError, DataError
 from ssd_megatron.model.language_model import LanguageModel
+from ssd_megatron.model.loss_parts import loss_parts, mean_of_parts
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.switching.statistics import Batch, ProbeBatch
 from ssd_megatron.training import checkpoint_files as files
@@ -54,8 +55,10 @@ def prepare(run_dir: Path, topology: Topology, samples: int | None = None) -> Su
         samples: of the probe batch; without it as many as the run had, or for LEAST_TOKENS.
     Raises:
         DataError: the folder holds no run, or its data is not there any more.
-        ConfigError: the run's settings cannot be read.
+        ConfigError: the run's settings cannot be read, or there are no samples.
     """
+    if samples is not None and samples < 1:
+        raise ConfigError(f"samples ({samples}) must be at least 1")
     config = _one_process(run_dir, samples)
     section = config.ssd_megatron
     model = LanguageModel(section, "torch", topology).to(topology.device).eval()
@@ -63,8 +66,7 @@ def prepare(run_dir: Path, topology: Topology, samples: int | None = None) -> Su
 
     @torch.no_grad()
     def forward(batches: Sequence[Batch]) -> float:
-        parts = [(batch[mask], losses) for batch in batches for mask, losses in model(batch).items()]
-        return sum(float((losses * mask).sum()) for mask, losses in parts) / sum(float(mask.sum()) for mask, _ in parts)
+        return float(mean_of_parts(torch.stack([loss_parts(model(batch), batch) for batch in batches]).sum(0)))
 
     return Subject(config, model, ProbeBatch(batches, forward, topology), section.ssd.probe_samples)
 

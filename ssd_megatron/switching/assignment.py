@@ -19,6 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from ssd_megatron.config.check_list import divisors_near
+from ssd_megatron.errors import ConfigError
+
 # The temperature starts at the typical stake of a neuron (what its best expert gives it above the mean) and falls ...
 _COOLING = 0.25
 _COLDEST = 1e-7
@@ -30,11 +33,10 @@ _LARGEST_UNIT = 2**40
 
 
 def expert_size(num_neurons: int, num_experts: int) -> int:
-    """Neurons per expert. Raises ValueError when the experts cannot all have the same size."""
+    """Neurons per expert. Raises ConfigError when the experts cannot all have the same size."""
     if not 1 <= num_experts <= num_neurons or num_neurons % num_experts:
-        raise ValueError(
-            f"{num_experts} experts cannot share {num_neurons} neurons evenly: num_experts must divide them"
-        )
+        hint = divisors_near(num_neurons, num_experts)
+        raise ConfigError(f"num_experts ({num_experts}) must divide the {num_neurons} neurons: try {hint}")
     return num_neurons // num_experts
 
 
@@ -48,7 +50,8 @@ def balanced_assignment(scores_NE: Tensor) -> Tensor:
     Returns:
         expert labels [N], int64, each value 0..E-1 exactly N / E times, on the device of the scores.
     Raises:
-        ValueError: E does not divide N, or a score is NaN or infinite.
+        ConfigError: E does not divide N.
+        ValueError: a score is NaN or infinite.
     Source: the balanced assignment of SSD (arXiv 2410.03440), which uses auction rounds; the method here is ours.
     """
     size = expert_size(*scores_NE.shape)

@@ -63,7 +63,7 @@ class Coordinator:
         self.mode: Mode = "dense"
         self.has_partition = False  # once a switch has formed experts, the model can be evaluated in both modes
         self._labels: dict[str, Tensor] = {}  # of this stage, by neuron identity
-        self._expert_ids: dict[str, Tensor] = {}  # of this stage, by probe token, int16
+        self._expert_ids: dict[str, Tensor] = {}  # of this stage, by probe token, int32
 
     def before_step(self, step: int) -> SwitchReport | None:
         """Bring the model into the mode of `step` (collective). To be called before every step.
@@ -94,7 +94,8 @@ class Coordinator:
         experts new homes, neurons and routers with all their moments; nothing changes but where they are (collective).
 
         Args:
-            loads: of this stage's networks, tokens of each expert [E] over all data-parallel ranks.
+            loads: of this stage's networks, tokens of each expert [E] in the last microbatch of all data-parallel
+                ranks.
         Raises:
             SwitchError: the move could not be verified; the run must end.
         """
@@ -272,7 +273,7 @@ class Coordinator:
         centroids = {name: grouping.centroids for name, grouping in groupings.items()}
         top_k = dict.fromkeys(networks.local, ssd.top_k)
         statistics = collect_statistics(networks.local, self._probe, centroids, top_k, signatures=False)
-        ids = {name: statistics[name].expert_ids.to(torch.int16) for name in names}
+        ids = {name: statistics[name].expert_ids.to(torch.int32) for name in names}
         layers = self._similarity(labels)
         known = {
             name: expert_overlap(self._expert_ids[name], ids[name], ssd.num_experts)

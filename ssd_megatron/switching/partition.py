@@ -55,7 +55,8 @@ def kmeans_partition(
         previous_labels: balanced labels [N] to start from, or None.
         max_rounds: most rounds of balanced k-means after each start.
     Raises:
-        ValueError: num_experts does not divide N, the labels are not balanced, or a row holds NaN or infinity.
+        ConfigError: num_experts does not divide N.
+        ValueError: the labels are not balanced, or a row holds NaN or infinity.
     Source: SSD (arXiv 2410.03440).
     """
     fresh = balanced_kmeans(rows_NH, num_experts, seed=seed, max_rounds=max_rounds)
@@ -75,7 +76,8 @@ def balanced_kmeans(
         init_labels: balanced labels [N] to start from; None starts fresh, by `seed`.
         max_rounds: most rounds of expert means and balanced assignment after the start; fewer when labels repeat.
     Raises:
-        ValueError: num_experts does not divide N, init_labels are not balanced, or a row holds NaN or infinity.
+        ConfigError: num_experts does not divide N.
+        ValueError: init_labels are not balanced, or a row holds NaN or infinity.
     """
     rows_NH = F.normalize(rows_NH.float(), dim=1)
     if init_labels is None:
@@ -120,7 +122,8 @@ def coactivation_partition(
         num_tokens: tokens of the probe batch. Memory: about 12 * N * num_tokens bytes at the peak.
         init_labels: balanced labels [N] of an earlier partition, tried as a start beside the fresh one, or None.
     Raises:
-        ValueError: signatures of another shape or dtype, num_experts does not divide N, init_labels not balanced.
+        ConfigError: num_experts does not divide N.
+        ValueError: signatures of another shape or dtype, or init_labels that are not balanced.
     Source: co-activation partition of MoEfication (arXiv 2110.01786); solving it by k-means is ours.
     """
     fired_NT = _unpack(signatures, num_tokens)
@@ -142,7 +145,7 @@ def cofiring_share(signatures: Tensor, num_tokens: int, labels: Tensor) -> float
 
 
 def random_partition(num_neurons: int, num_experts: int, seed: int) -> Partition:
-    """Neurons dealt to experts at random: the control. ValueError if num_experts does not divide num_neurons."""
+    """Neurons dealt to experts at random: the control. ConfigError if num_experts does not divide num_neurons."""
     expert_size(num_neurons, num_experts)
     shuffled = torch.randperm(num_neurons, generator=torch.Generator().manual_seed(seed))
     return Partition(shuffled % num_experts, math.nan)
@@ -163,7 +166,8 @@ def structure_similarity(labels_a: Tensor, labels_b: Tensor) -> float:
     1 for the same groups whatever their names, about 0 for unrelated ones.
     Source: Hubert and Arabie (1985), by counts of pairs of neurons as in scikit-learn.
     """
-    in_both = _pairs(torch.bincount(labels_a * (int(labels_b.max()) + 1) + labels_b))
+    pairs = labels_a * (int(labels_b.max()) + 1) + labels_b
+    in_both = _pairs(torch.unique(pairs, return_counts=True)[1])  # of the E x E few occur where experts are many
     in_a, in_b = _pairs(torch.bincount(labels_a)), _pairs(torch.bincount(labels_b))
     by_chance = in_a * in_b / max(1, labels_a.numel() * (labels_a.numel() - 1))
     most = (in_a + in_b) / 2

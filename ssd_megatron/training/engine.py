@@ -19,6 +19,7 @@ from torch.optim.lr_scheduler import LambdaLR
 from ssd_megatron.config.deepspeed_keys import WSDParams
 from ssd_megatron.config.load import RunConfig
 from ssd_megatron.model.language_model import WORD_EMBEDDING, LanguageModel
+from ssd_megatron.model.loss_parts import loss_parts, mean_of_parts
 from ssd_megatron.parallel.experts import declare_expert_parallel
 from ssd_megatron.parallel.logical_state import LogicalState
 from ssd_megatron.parallel.sharding import expert_group_of
@@ -86,17 +87,14 @@ class Engine(ABC):
         Collective; expert-parallel ranks give the same number of batches. Batches may be empty.
         """
         self._model.eval()
-        masks = self._model.fields.masks
-        sums, counts = dict.fromkeys(masks, 0.0), dict.fromkeys(masks, 0.0)
+        parts_2M = torch.zeros(2, len(self._model.fields.masks), dtype=torch.float64)
         for batch, losses in self._losses(batches):
-            for mask in masks:
-                sums[mask] += float((losses[mask] * batch[mask]).sum(dtype=torch.float64))
-                counts[mask] += float(batch[mask].sum(dtype=torch.float64))
+            parts_2M += loss_parts(losses, batch).cpu()
         # Each batch counts once: on the last stage, and there on one of the ranks that share its layers.
-        mine = [*sums.values(), *counts.values()]
-        is_counted = self._topology.is_last_stage and self._topology.tensor.rank == 0
-        total = self._topology.world.sum("mean loss", mine if is_counted else [0.0] * len(mine))
-        return sum(loss / count for loss, count in zip(total[: len(masks)], total[len(masks) :], strict=True))
+        if not (self._topology.is_last_stage and self._topology.tensor.rank == 0):
+            parts_2M.zero_()
+        total = self._topology.world.sum("mean loss", parts_2M.flatten().tolist())
+        return float(mean_of_parts(torch.tensor(total, dtype=torch.float64).view_as(parts_2M)))
 
     def close(self) -> None:
         """Free what the engine holds, so that the process can make another one."""

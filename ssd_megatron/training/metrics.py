@@ -6,14 +6,15 @@ Every line has `step` (the first step is 1) and `kind`:
 |--------|-----------------------------------------------------------------------------------------------------------|
 | train  | loss, grad_norm, lr, mode, tokens_per_second, seconds, flops, flops_dense (cumulative), skipped,    |
 |        | loss_scale, peak_memory (bytes of rank 0 so far; on a GPU its tensors, on a CPU its process); every step  |
-| eval   | loss_dense, loss_sparse (null before the first partition)                                                 |
+| eval   | loss_dense, loss_sparse (null before the first partition), seconds                                        |
+| save   | seconds for which a checkpoint held training up                                                           |
 | check  | similarity, similarity_layers, overlap (null at the first check), active_fraction (per layer), stable,    |
 |        | seconds                                                                                                   |
 | switch | from, to, seconds, seconds_{statistics, cluster, transfer, verify}, bytes_moved, loss_before,             |
 |        | loss_after, loss_sparse, reason, similarity, top_k (these two by layer), imbalance_before,                |
 |        | imbalance_after (as below, of the probe batch; null back to dense and where one rank has all experts)     |
 | load   | expert_load: per layer, tokens of the busiest expert over the mean; home_load: per layer, tokens of each  |
-|        | of the tensor x expert parallel ranks that share the experts                                              |
+|        | of the tensor x expert parallel ranks that share the experts; of the step's last microbatch               |
 | placement | experts moved to other ranks inside a sparse phase: seconds, bytes_moved, imbalance_before,        |
 |        | imbalance_after (tokens of the busiest of the ranks that share experts over the mean, worst layer)        |
 | mask   | an update of sparse weights' masks: update (its number), share (of the live blocks pruned and regrown),   |

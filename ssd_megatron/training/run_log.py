@@ -112,7 +112,8 @@ class RunLog:
         )
 
     def loads(self, step: int, loads: list[list[int]], homes: int) -> None:
-        """Tokens per expert by layer, of the last sparse step; experts of one home follow each other."""
+        """Tokens per expert by layer, of a sparse step's last microbatch on all data-parallel ranks; experts of one
+        home follow each other."""
         ratios = [max(layer) * len(layer) / max(1, sum(layer)) for layer in loads]
         size = len(loads[0]) // homes
         by_home = [[sum(layer[first : first + size]) for first in range(0, len(layer), size)] for layer in loads]

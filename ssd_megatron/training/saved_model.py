@@ -206,6 +206,7 @@ def write_model(
     settings: Settings,
     tensors: Iterable[tuple[str, Tensor]],
     neuron_ids: Mapping[str, Tensor] | None = None,
+    data: DataConfig | None = None,
 ) -> Path:
     """Write a checkpoint of step 0 that holds weights alone: what the tools read and a run can start from.
 
@@ -213,6 +214,7 @@ def write_model(
         root: the checkpoint's folder is made in here.
         tensors: by logical name; read one after the other, and written as fp32.
         neuron_ids: which neuron lies at each position, [F] int64 by the name of every network; as numbered without.
+        data: of the run that trained the model, if one did; the tokenizer is that of the settings.
     """
     folder = files.temporary_folder(root, 0)
     shutil.rmtree(folder, ignore_errors=True)  # what an interrupted write left
@@ -230,7 +232,7 @@ def write_model(
         records.append(files.write_tensors(folder, file, flat))
         shapes |= {name: tuple(tensor.shape) for name, tensor in part.items()}
         pieces |= {key: [Piece(file, 0, values.numel())] for key, values in flat.items()}
-    return files.commit(root, Index(0, shapes, pieces, _values(settings), records))
+    return files.commit(root, Index(0, shapes, pieces, _values(settings, data), records))
 
 
 def _parts(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]:
@@ -244,11 +246,13 @@ def _parts(tensors: Iterable[tuple[str, Tensor]]) -> Iterator[dict[str, Tensor]]
     yield part
 
 
-def _values(settings: Settings) -> dict[str, Any]:
+def _values(settings: Settings, data: DataConfig | None) -> dict[str, Any]:
     """What a run that has not begun would save with its state."""
     identity: dict[str, Any] = {"training.train_steps": 0}
     identity |= {f"model.{field}": value for field, value in settings.model.model_dump(mode="json").items()}
     identity |= {f"ssd.{field}": value for field, value in settings.ssd.model_dump(mode="json").items()}
+    if data is not None:
+        identity |= {f"data.{field}": value for field, value in data.model_dump(mode="json").items()}
     if settings.tokenizer is not None:
         identity["data.tokenizer"] = str(settings.tokenizer)
     if settings.classification is not None:

@@ -57,7 +57,7 @@ def build_summary(
         "flops": flops,
         "flops_dense": flops_dense,
         "flops_saved_fraction": 1 - flops / flops_dense if flops_dense else 0.0,
-        "seconds": sum(record["seconds"] for record in train),
+        "seconds": sum(record.get("seconds") or 0.0 for record in records),
         "tokens_per_second": {mode: _median_speed(train, mode) for mode in _MODES},
         "skipped_steps": sum(record["skipped"] for record in train),
         "faults": [_without_kind(record) for record in records if record["kind"] == "fault"],

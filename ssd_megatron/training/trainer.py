@@ -220,7 +220,7 @@ class Trainer:
 
     def _evaluate(self, step: int) -> None:
         """Mean loss over the fixed validation batches, of the same weights in both modes."""
-        mode = self._coordinator.mode
+        started, mode = time.perf_counter(), self._coordinator.mode
         losses: dict[str, float | None] = {"dense": None, "sparse": None}
         self._coordinator.set_mode("dense")
         losses["dense"] = self._engine.mean_loss(self._eval_batches)
@@ -228,7 +228,8 @@ class Trainer:
             self._coordinator.set_mode("sparse")
             losses["sparse"] = self._engine.mean_loss(self._eval_batches)
         self._coordinator.set_mode(mode)
-        self._log.record("eval", step, loss_dense=losses["dense"], loss_sparse=losses["sparse"])
+        seconds = time.perf_counter() - started
+        self._log.record("eval", step, loss_dense=losses["dense"], loss_sparse=losses["sparse"], seconds=seconds)
         shown = ", ".join(f"{name} {loss:.4f}" for name, loss in losses.items() if loss is not None)
         self._log.event(f"step {step}: validation loss {shown}")
 
@@ -248,8 +249,10 @@ class Trainer:
         self._log.flush()
         started = time.perf_counter()
         folder = self._checkpointer.save(step, vars(self._counters))
+        seconds = time.perf_counter() - started
+        self._log.record("save", step, seconds=seconds)
         if folder is not None:
-            self._log.event(f"step {step}: checkpoint {folder} in {time.perf_counter() - started:.2f} s")
+            self._log.event(f"step {step}: checkpoint {folder} in {seconds:.2f} s")
 
     def _look_at_loads(self, step: int) -> None:
         """Log tokens per expert in the last microbatch, over all data-parallel ranks; place experts anew if due."""

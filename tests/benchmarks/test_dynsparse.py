@@ -10,7 +10,7 @@ from benchmarks.dynsparse import _flops, config_of, masked_arm, small_arm
 from ssd_megatron.config.load import Hardware, load_config
 
 ARGUMENTS = Namespace(
-    family="gpt", layers=4, hidden=256, sparsities=[0.9], blocks=[16], updates=50, steps=1000, seed=1, plain_rate=False
+    family="gpt", layers=4, hidden=256, sparsities=[0.9], blocks=[16], updates=50, steps=1000, seed=1, paper_rate=True
 )
 
 

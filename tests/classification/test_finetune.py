@@ -17,8 +17,9 @@ from ssd_megatron.classification.finetune import Epoch, Recipe, finetune
 from ssd_megatron.classification.samples import Sample
 from ssd_megatron.classification.saved_classifier import Opened, begin_classifier
 from ssd_megatron.config.model import ModelConfig
-from ssd_megatron.config.schema import SSDConfig
+from ssd_megatron.config.schema import DataConfig, SSDConfig
 from ssd_megatron.errors import ConfigError
+from ssd_megatron.files import locked
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.training.saved_model import Classification, Settings, open_model
 from tests.classification.helpers import FAMILIES, TOP_K, write_random_model, write_task
@@ -190,17 +191,30 @@ def test_a_model_without_experts_is_dense(tmp_path: Path, tokenizer: Path, task:
     assert run_tool(log, "--evaluate", tmp_path / "tuned", "--dev", task) == (0, "")
 
 
+def test_where_it_cannot_write_it_does_not_train(tmp_path: Path, tokenizer: Path, task: Path) -> None:
+    run_ranks(1, write_source, tmp_path / "source", tokenizer, False)
+    log, file = tmp_path / "log", tmp_path / "file"
+    file.touch()
+    files = ["--from", tmp_path / "source", "--train", task, "--dev", task]
+    assert run_tool(log, *files, "--to", file / "tuned") == (1, f"error: [Errno 20] Not a directory: '{file}/tuned'\n")
+    with locked(tmp_path / "tuned", "--to"):
+        code, message = run_tool(log, *files, "--to", tmp_path / "tuned")
+    assert (code, "is in use by another running process" in message) == (2, True)
+
+
 def test_fine_tuning_may_begin_with_a_classifier(tmp_path: Path, tokenizer: Path, task: Path) -> None:
     assert run_ranks(1, begun_twice, tmp_path, tokenizer) == [(3, True)]
 
 
 def begun_twice(topology: Topology, root: Path, tokenizer: Path) -> tuple[int, bool]:
-    first = begun(topology, root / "source", tokenizer, {})
+    data = DataConfig(paths=("corpus",), tokenizer=tokenizer, mask_fraction=0.4)
+    first = replace(begun(topology, root / "source", tokenizer, {}), data=data)
     with torch.no_grad():
         first.classifier.model.logical_parameters()["embedding.word.weight"].add_(1)
     first.write(root / "first")
     three = Classification(["a", "b", "c"], ["sentence", "label"], "other.tsv")
     second = begin_classifier(root / "first", topology, three, dropout=0.0, seed=1)
+    assert second.data == first.data
     name = "embedding.word.weight"
     word, word_again = (c.classifier.model.logical_parameters()[name] for c in (first, second))
     return len(second.classifier.logical_parameters()["classifier.bias"]), word.equal(word_again)

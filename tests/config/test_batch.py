@@ -49,5 +49,5 @@ def test_largest_divisor(number: int, limit: int, expected: int) -> None:
 def test_a_chunk_of_a_microbatch_is_smaller_than_it() -> None:
     assert not [*check_loss_chunk(None, 64), *check_loss_chunk(63, 64)]
     assert list(check_loss_chunk(64, 64)) == [
-        "training.loss_chunk_tokens (64) has no effect on microbatches of 64 tokens: leave it out, or try 8"
+        "training.loss_chunk_tokens (64) has no effect on microbatches with logits of 64 tokens: leave it out, or try 8"
     ]

@@ -140,6 +140,14 @@ TOGETHER: list[tuple[dict[str, Any], str]] = [
         {f"{SSD}.routing_granularity": 129},
         "ssd.routing_granularity (129) must be at most model.seq_length (128), where a sequence is one tile: try 32",
     ),
+    (
+        {f"{MODEL}.family": "t5", f"{SSD}.routing_granularity": 64},
+        "ssd.routing_granularity (64) must be at most model.decoder_seq_length (32), where a sequence is one tile",
+    ),
+    (
+        {f"{MODEL}.family": "t5", "train_micro_batch_size_per_gpu": 2, "ssd_megatron.training.loss_chunk_tokens": 64},
+        "training.loss_chunk_tokens (64) has no effect on microbatches with logits of 64 tokens: leave it out",
+    ),
     ({f"{SSD}.router": "pkm", f"{SSD}.top_k": 1}, 'ssd.top_k (1) gives ssd.router "pkm" no gradient: try 2'),
     (
         {f"{SSD}.router": "pkm", f"{SSD}.num_experts": 32},

@@ -89,6 +89,19 @@ def test_outputs_are_not_overwritten_unasked(
         assert tool.main([*arguments, "--overwrite"]) == 0
 
 
+def test_where_nothing_can_be_written_is_told(
+    tmp_path: Path, inputs: list[str], sentencepiece_model: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    file = tmp_path / "file"
+    file.touch()
+    common = ["--input", inputs[2], "--output", str(file / "c.model")]
+    assert train_tokenizer.main([*common, "--vocab_size", "330"]) == 1
+    assert preprocess_data.main([*common, "--tokenizer", str(sentencepiece_model), "--workers", "1"]) == 1
+    assert embedded_corpus.main(["--out", str(file / "c")]) == 1
+    messages = [line for line in capsys.readouterr().err.splitlines() if line.startswith("error: [Errno ")]
+    assert len(messages) == 3
+
+
 @pytest.mark.parametrize("tool", [train_tokenizer, preprocess_data, embedded_corpus])
 def test_help_has_an_example(tool: ModuleType, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit) as exit:

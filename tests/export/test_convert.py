@@ -8,6 +8,8 @@ from typing import Any
 import pytest
 import torch
 import transformers
+from sentencepiece import SentencePieceTrainer
+from tokenizers import processors
 from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
@@ -15,12 +17,13 @@ from ssd_megatron.data.tokenizers import load_tokenizer
 from ssd_megatron.errors import ConfigError, DataError
 from ssd_megatron.export import llama, opt, ssd
 from ssd_megatron.export.convert import export_model, import_model
+from ssd_megatron.export.hf_tokenizer import from_sentencepiece, write_tokenizer
 from ssd_megatron.inference.generate import generate
 from ssd_megatron.inference.load import load
 from ssd_megatron.inference.sampling import Sampling
 from ssd_megatron.training.checkpoint_files import CheckpointError
 from ssd_megatron.training.checkpoint_tools import consolidate, describe, verify
-from ssd_megatron.training.saved_model import Settings, open_model, write_model
+from ssd_megatron.training.saved_model import Classification, Settings, open_model, write_model
 from tests.layouts import TP2_PP2, run_layout
 from tests.saved_models import LEARNED, ROPE, TOP_K, Trained, trained
 from tests.small_run import Corpus, small_config
@@ -174,6 +177,47 @@ def test_the_tokenizer_gives_the_same_ids(tmp_path: Path, corpus: Corpus) -> Non
         assert theirs.encode(text, add_special_tokens=False) == ids
         assert theirs.decode(ids) == ours.decode(ids)
     assert theirs.eos_token_id == ours.eod
+
+
+def test_texts_of_a_gpt_get_no_tokens_that_training_never_saw(tmp_path: Path, corpus: Corpus) -> None:
+    """But one from elsewhere keeps what its tokenizer.json adds."""
+    with_start = from_sentencepiece(corpus.tokenizer)
+    start = with_start.id_to_token(0)
+    with_start.post_processor = processors.TemplateProcessing(single=f"{start} $A", special_tokens=[(start, 0)])
+    with_start.add_special_tokens(["<|endoftext|>"])
+    with_start.save(str(tmp_path / "tokenizer.json"))
+    plain = load_tokenizer(tmp_path / "tokenizer.json").encode("import os")
+    for was_trained_here, expected in ((True, plain), (False, [0, *plain])):
+        folder = tmp_path / str(was_trained_here)
+        folder.mkdir()
+        model = trained().settings.model
+        write_tokenizer(tmp_path / "tokenizer.json", folder, model, was_trained_here=was_trained_here)
+        assert AutoTokenizer.from_pretrained(folder).encode("import os") == expected
+
+
+def test_a_failed_export_leaves_nothing_behind(tmp_path: Path, corpus: Corpus) -> None:
+    texts = [path.read_text() for path in sorted(Path(json.__file__).parent.glob("*.py"))]
+    SentencePieceTrainer.train(
+        sentence_iterator=iter(" ".join(texts).splitlines()),
+        model_prefix=str(tmp_path / "unigram"),
+        model_type="unigram",
+        vocab_size=300,
+        minloglevel=2,
+    )
+    saved = open_model(trained().write(tmp_path / "saved"))
+    with pytest.raises(ConfigError, match="is not a BPE model"):
+        export_model(saved, tmp_path / "hf", "dense", tokenizer=tmp_path / "unigram.model")
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["saved", "unigram.model", "unigram.vocab"]
+    export_model(saved, tmp_path / "hf", "dense", tokenizer=corpus.tokenizer)
+    assert (tmp_path / "hf" / "tokenizer.json").exists()
+
+
+def test_a_classifier_is_refused(tmp_path: Path) -> None:
+    classification = Classification(["a", "b"], ["text", "label"], "train.tsv")
+    settings = replace(trained().settings, classification=classification)
+    saved = open_model(write_model(tmp_path / "saved", settings, trained().tensors.items()))
+    with pytest.raises(ConfigError, match=r"is of a classifier, .*: export the model that it was fine-tuned from"):
+        export_model(saved, tmp_path / "hf", "dense")
 
 
 def test_large_models_are_cut_into_several_files(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.router_kinds import KINDS, half_keys, hashed_experts, product_scores
 from ssd_megatron.ffn.routers import Router, Seen
 from ssd_megatron.ffn.switchable import SwitchableFFN
@@ -205,5 +206,5 @@ def test_what_a_kind_needs_and_does_not_get_is_told() -> None:
     for name in ("avg_k", "oracle", "hash", "random", "mlp"):
         with pytest.raises(AssertionError, match=name):
             Router(16, 8, 2, "frozen", kind=name).route(torch.randn(4, 16), Seen())
-    with pytest.raises(AssertionError, match="mlp"):
+    with pytest.raises(ConfigError, match=r"balance_bias \(True\) needs a router that .*, not mlp: use switch"):
         Router(16, 8, 2, "straight_through", kind="mlp", balance_bias=True)

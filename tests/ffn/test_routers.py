@@ -1,7 +1,11 @@
+from typing import Any
+
 import pytest
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
 
+from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.router_kinds import expert_scores
 from ssd_megatron.ffn.routers import Router, Seen, router_weights_from_bank
 from tests.ffn.helpers import relative_error
@@ -113,7 +117,33 @@ def test_weights_from_bank_point_to_the_mean_direction_with_the_mean_norm() -> N
 
 
 def test_impossible_routers_are_refused() -> None:
-    with pytest.raises(AssertionError, match="learned"):
+    with pytest.raises(ConfigError, match=r"router_update \(learned\) must be one of straight_through, frozen, avg_k"):
         Router(16, 8, 2, "learned")
-    with pytest.raises(AssertionError, match=r"\(9, 8\)"):
+    with pytest.raises(ConfigError, match=r"kind \(best\) must be one of centroid, avg_k"):
+        Router(16, 8, 2, "frozen", kind="best")
+    with pytest.raises(ConfigError, match=r"top_k \(9\) must be between 1 and num_experts \(8\)"):
         Router(16, 8, 9, "frozen")
+    with pytest.raises(ConfigError, match=r"num_experts \(8\) must be a square with kind pkm: try 4 or 9"):
+        Router(16, 8, 2, "straight_through", kind="pkm")
+
+
+class LargestTensor(TorchDispatchMode):
+    """The number of elements of the largest tensor that operators give."""
+
+    elements = 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = func(*args, **(kwargs or {}))
+        self.elements = max(self.elements, out.numel())
+        return out
+
+
+@pytest.mark.parametrize(("kind", "elements"), [("centroid", 2**16 * 4), ("vanilla", 2**16 * 4), ("mlp", 2**32)])
+def test_initial_values_are_no_larger_than_the_router(kind: str, elements: int) -> None:
+    """With 65,536 experts, on the device that holds no values."""
+    with torch.device("meta"):
+        router = Router(4, 2**16, 4, "frozen", kind=kind)
+        directions_EH, norms_F = torch.empty(2**16, 4), torch.empty(2**16)
+    with LargestTensor() as largest:
+        router.initial_values(directions_EH, norms_F)
+    assert largest.elements == elements

@@ -5,7 +5,7 @@ import torch
 
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn import kernels
-from ssd_megatron.ffn.kernels import torch_bmm
+from ssd_megatron.ffn.kernels import cpp_router, torch_bmm
 from ssd_megatron.ffn.kernels.trial import trial
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.training import assembly
@@ -39,9 +39,38 @@ def test_wrong_and_broken_kernels_are_told(monkeypatch: pytest.MonkeyPatch) -> N
         raise RuntimeError("no kernel image is available\nand more")
 
     monkeypatch.setitem(kernels.BACKENDS, "triton", wrong)
-    assert trial("triton", CPU, torch.bfloat16, "relu") == "the output differs from brute force by 1e-01"
+    told = "the output, router centroid, differs from brute force by 1e-01"
+    assert trial("triton", CPU, torch.bfloat16, "relu") == told
     monkeypatch.setitem(kernels.BACKENDS, "triton", broken)
     assert trial("triton", CPU, torch.float32, "relu") == "RuntimeError: no kernel image is available"
+
+
+def test_gates_that_are_forgotten_are_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    def unscaled(*arguments: object) -> torch.Tensor:
+        return torch_bmm.sparse_ffn(*arguments[:-1], False)
+
+    monkeypatch.setitem(kernels.BACKENDS, "triton", unscaled)
+    wrong = trial("triton", CPU, torch.bfloat16, "relu")
+    assert wrong is not None and wrong.startswith("the output, router switch, differs from brute force by ")
+
+
+@pytest.mark.skipif(not HAS_CPP, reason="needs AVX-512, AMX and a C++ compiler")
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_wrong_scores_and_choices_of_cpp_are_told(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    right = cpp_router.top_k
+
+    def second_best(scores_TE: torch.Tensor, k: int) -> tuple[torch.Tensor, ...]:
+        return tuple(best[:, 1:].contiguous() for best in right(scores_TE, k + 1))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cpp_router, "top_k", second_best)
+        wrong = trial("cpp", CPU, dtype, "relu")
+    assert wrong is not None and wrong.startswith("the output, router centroid, differs from brute force by ")
+
+    gradients = cpp_router.score_gradients
+    monkeypatch.setattr(cpp_router, "score_gradients", lambda *args: [1.1 * gradient for gradient in gradients(*args)])
+    wrong = trial("cpp", CPU, dtype, "relu")
+    assert wrong is not None and wrong.startswith("the gradient of the ")
 
 
 def choices(topology: Topology) -> tuple[str, str, str]:

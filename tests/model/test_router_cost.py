@@ -31,6 +31,21 @@ def test_flops_of_choosing_are_those_of_the_products_it_takes() -> None:
     assert old_name.router_kind == "avg_k" and parameter_counts(MODEL, old_name)["router"] == 0
 
 
+@pytest.mark.parametrize(
+    ("router", "router_update", "passes"),
+    [
+        *((kind, "straight_through", 3 if kind in ("centroid", "switch", "pkm") else 1) for kind in KINDS),
+        ("centroid", "frozen", 1),
+        ("centroid", "avg_k", 1),
+    ],
+)
+def test_routers_that_learn_nothing_have_no_backward(router: str, router_update: str, passes: int) -> None:
+    ssd = SSDConfig(router=router, router_update=router_update, num_experts=16, top_k=4)
+    without = flops_per_token(MODEL, SSDConfig(router="hash", num_experts=16, top_k=4)).sparse
+    forward = MODEL.num_layers * forward_flops(MODEL, ssd, Layer(16)).router
+    assert flops_per_token(MODEL, ssd).sparse - without == pytest.approx(passes * forward)
+
+
 def test_tiles_are_chosen_for_once() -> None:
     each, shared = (SSDConfig(routing_granularity=tokens) for tokens in (1, 8))
     assert forward_flops(MODEL, each, Layer(16)).router == 8 * forward_flops(MODEL, shared, Layer(16)).router

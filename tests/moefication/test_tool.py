@@ -12,11 +12,14 @@ import pytest
 import torch
 from matplotlib.image import imread
 
-from ssd_megatron.export.convert import export_model
+from ssd_megatron.export.convert import export_model, import_model
+from ssd_megatron.ffn.kernels.trial import fastest_right
 from ssd_megatron.moefication.layers import LayerJob, read_result, run_jobs
+from ssd_megatron.parallel.topology import Topology
+from ssd_megatron.training.model_alone import load_alone
 from ssd_megatron.training.saved_model import SavedModel, is_router, open_model, write_model
 from tests.layouts import TP2_EP2, Layout, run_layout
-from tests.ranks import start_process
+from tests.ranks import run_ranks, start_process
 from tests.saved_models import T5_11, trained
 from tests.small_run import Corpus, records, small_config, train, write_config
 
@@ -169,9 +172,10 @@ def test_a_transformers_folder_is_taken_with_data_of_its_own(dense: Path, corpus
     ("arguments", "message"),
     [
         (("--num_experts", "0"), "num_experts (0) must be at least 1"),
-        (("--num_experts", "7"), "num_experts (7) must divide the 64 neurons: try 8"),
+        (("--num_experts", "7"), "num_experts (7) must divide the 64 neurons: try 4 or 8"),
         (("--top_k", "9"), "top_k (9) must be between 1 and num_experts (8)"),
         (("--processes", "0"), "processes (0) must be at least 1"),
+        (("--tokens", "1"), "tokens (1) must be at least 2"),
         (("--calibrate_steps", "1", "--calibrate_lr", "0"), "calibrate_lr (0.0) must be above 0"),
         (("--calibrate_lr", "0.1"), "calibrate_lr (0.1) has no effect with calibrate_steps (0): leave it out"),
         (("--relu_adapt_lr", "0.1"), "relu_adapt_lr (0.1) has no effect with relu_adapt_steps (0): leave it out"),
@@ -213,3 +217,47 @@ def test_a_tokenizer_that_is_not_where_it_was_can_be_given(tmp_path: Path) -> No
     settings = replace(model.settings, has_experts=False, tokenizer=Path("data/own.model"))
     assert moefy(write_model(tmp_path / "saved", settings, model.tensors.items()), tmp_path / "no") == 2
     assert "tokenizer data/own.model, which is not found" in said(tmp_path / "no")
+
+
+def test_losses_and_data_are_those_of_the_run(marked_corpus: Corpus, tmp_path: Path) -> None:
+    """Of a BERT whose loss has two parts, with masks of its own."""
+    config = small_config(marked_corpus, tmp_path / "run")
+    section = config["ssd_megatron"]
+    section["model"] |= {"family": "bert", "num_token_types": 2, "sentence_objective": "next"}
+    section["data"] |= {"mask_fraction": 0.4, "whole_words": False}
+    section["ssd"] = {"schedule": "dense", "num_experts": 8, "backend": "torch"}
+    section["training"] = {"train_steps": 3, "eval_interval": 3, "eval_steps": 2}  # the tool's 16 samples
+    train(write_config(config, tmp_path / "ds.json"))
+    cheap = ("--router", "random", "--partition", "random")
+    assert moefy(tmp_path / "run", tmp_path / "moefied", *cheap) == 0
+    (evaluation,) = records(tmp_path / "run", "eval")
+    assert figures(tmp_path / "moefied")["dense"]["loss"] == pytest.approx(evaluation["loss_dense"], rel=1e-5)
+    data = open_model(tmp_path / "moefied").data
+    assert data is not None and (data.mask_fraction, data.whole_words) == (0.4, False)
+    assert data == open_model(tmp_path / "run").data
+    assert moefy(tmp_path / "moefied", tmp_path / "again", *cheap) == 0  # without --data
+
+
+def test_a_run_without_a_checkpoint_is_no_folder_of_transformers(tmp_path: Path, corpus: Corpus) -> None:
+    (tmp_path / "run").mkdir()
+    write_config(small_config(corpus, tmp_path / "run"), tmp_path / "run" / "config.json")
+    assert moefy(tmp_path / "run", tmp_path / "no") == 2
+    assert f"error: {tmp_path / 'run'} has no checkpoint: give a run_dir" in said(tmp_path / "no")
+
+
+def kernels(topology: Topology, folder: Path, num_experts: int) -> tuple[set[str], str]:
+    """Of an imported model that is going to have so many experts, and those that such experts need."""
+    saved = open_model(folder)
+    model, few = saved.settings.model, saved.settings.model.ffn_hidden_size // num_experts
+    found = {ffn.settings.backend for ffn in load_alone(saved, topology, num_experts).ffns.values()}
+    return found, fastest_right(topology.device, torch.float32, model.activation, (few, model.hidden_size))
+
+
+def test_networks_of_any_size_are_imported_and_get_kernels_for_their_experts(tmp_path: Path) -> None:
+    """1000 neurons are no 16 experts; as one they are too large for the kernels that 100 experts have."""
+    wide = {"hidden_size": 512, "num_attention_heads": 4, "ffn_hidden_size": 1000}
+    export_model(open_model(trained(**wide).write(tmp_path / "saved")), tmp_path / "hf", "dense")
+    folder = import_model(tmp_path / "hf", tmp_path / "ours")
+    assert (open_model(folder).settings.ssd.num_experts, open_model(folder).settings.top_k) == (1, [1, 1])
+    ((found, needed),) = run_ranks(1, kernels, folder, 100)
+    assert found == {needed}

@@ -1,6 +1,7 @@
 """Launchers' variables: whose they are, what follows from them for torch.distributed, and where rank 0 listens."""
 
 import os
+from types import ModuleType
 
 import pytest
 
@@ -15,6 +16,8 @@ from ssd_megatron.parallel.launch import (
     slurm_port,
     world_size_of_launch,
 )
+from tests.ranks import rank_environment
+from tools import finetune, moefy, study_activations
 
 # As seen in a job of 2 nodes with 2 tasks each.
 SLURM_BATCH_SCRIPT = {
@@ -196,3 +199,22 @@ def test_slurm_ports_differ_between_jobs_and_steps_and_are_nobodys() -> None:
     ]
     assert len(set(ports)) == len(ports)
     assert min(ports) >= 15_000 and max(ports) < 32_768
+
+
+@pytest.mark.parametrize(
+    ("tool", "arguments"),
+    [
+        (finetune, ["--evaluate", "tuned", "--dev", "dev.tsv"]),
+        (moefy, ["--from", "run", "--to", "moefied"]),
+        (study_activations, ["run"]),
+    ],
+)
+def test_tools_of_one_process_refuse_several(
+    tool: ModuleType, arguments: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for name, value in rank_environment(1, 2, 4711).items():
+        monkeypatch.setenv(name, value)
+    assert tool.main(arguments) == 2
+    name = f"tools/{tool.__name__.split('.')[-1]}.py"
+    message = f"error (rank 1): the number of processes (2) must be 1 for {name}: start it with plain python\n"
+    assert capsys.readouterr().err == message

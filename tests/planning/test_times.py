@@ -31,6 +31,18 @@ def test_recomputation_is_a_third_more_for_layers_and_nothing_for_the_head() -> 
     assert again - plain == pytest.approx(32 * 4 * (flops.attention + flops.ffn) / RATE)
 
 
+def test_routers_that_learn_nothing_have_no_backward() -> None:
+    """Frozen centroids are scored with the same products as those that learn, forward and again."""
+    routers = 32 * 4 * forward_flops(model(), ssd(), Layer(32)).router / RATE
+    for recompute in (False, True):
+        layout = Layout(recompute=recompute)
+        learning, frozen = (
+            step_time(model(), ssd(router_update=update), layout, "sparse", cluster(1), "bfloat16").compute
+            for update in ("straight_through", "frozen")
+        )
+        assert learning - frozen == pytest.approx(2 * routers)
+
+
 def test_the_bubble_is_one_stage_less_than_stages_over_microbatches() -> None:
     layout = Layout(pipeline=4, data=1, micro_batch_size=1, microbatches=8)
     time = step_time(model(), ssd(), layout, "dense", cluster(4), "bfloat16")

@@ -14,6 +14,9 @@ DOCS = (ROOT / "docs" / "planning.md").read_text(encoding="utf-8")
 COMMANDS = re.findall(r"^python tools/plan\.py (.*--markdown.*)$", DOCS, re.MULTILINE)
 
 
+MICRO = "train_micro_batch_size_per_gpu"
+
+
 def tool() -> Callable[[list[str]], int]:
     spec = importlib.util.spec_from_file_location("plan_tool", ROOT / "tools" / "plan.py")
     assert spec is not None and spec.loader is not None
@@ -81,17 +84,20 @@ def test_weights_gathered_once_a_step_take_memory_and_save_bytes(
 
 
 def test_settings_that_only_some_layouts_take_do_not_stop_a_recommendation(
-    capsys: pytest.CaptureFixture[str],
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    settings = ["ssd_megatron.parallel.dense_gather=step", "ssd_megatron.ssd.rebalance_limit=1.2"]
-    assert tool()([*config(), "--set", *settings]) == 0
+    given = json.loads(Path(config()[1]).read_text())
+    given["ssd_megatron"].setdefault("parallel", {})["dense_gather"] = "step"
+    given["ssd_megatron"]["ssd"]["rebalance_limit"] = 1.2
+    (tmp_path / "ds.json").write_text(json.dumps(given))
+    assert tool()(["--ds_config", str(tmp_path / "ds.json"), "--gpus", "64"]) == 0
     recommended = capsys.readouterr().out
     assert tool()(config()) == 0
     assert recommended == capsys.readouterr().out
 
 
 def test_recommendations_are_as_many_as_asked_for(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    path = tmp_path / "plan.json"
+    path = tmp_path / "new" / "plan.json"
     assert tool()([*config(), "--top", "3", "--json", str(path), "--link", "intra=300", "inter=25"]) == 0
     written = json.loads(path.read_text())
     assert len(written["plans"]) == 3
@@ -112,6 +118,10 @@ def test_recommendations_are_as_many_as_asked_for(tmp_path: Path, capsys: pytest
         (["--gpus_per_node", "24"], "--gpus (64) must be whole nodes of --gpus_per_node (24)"),
         (["--link", "outer=3"], "--link outer=3: must be intra=GB/s or inter=GB/s"),
         (["--link", "inter=fast"], "--link inter=fast: must be"),
+        (["--top", "0"], "--top (0) must be at least 1"),
+        (["--tensor", "0"], "tensor_parallel_size (0)"),
+        (["--set", f"{MICRO}=4"], f"--set {MICRO}=4 has no effect on what is compared here: leave it out, or name one"),
+        (["--expert", "2", "--set", "ssd_megatron.parallel.tensor_parallel_size=2"], "tensor_parallel_size=2 has no"),
         (["--fraction", "50"], "--fraction (50.0) must be a share of the peak"),
         (["--set", "ssd_megatron.model.num_layers=4000"], "no layout fits into the 71.6 GiB"),
     ],

@@ -10,6 +10,7 @@ from ssd_megatron.training.metrics import MetricsLog
 TOKENS = 4096  # of a step
 DENSE_SECONDS, SPARSE_SECONDS = 0.5, 0.25
 CHECK_SECONDS, SWITCH_SECONDS = 0.125, 1.0
+EVAL_SECONDS, SAVE_SECONDS = 0.375, 0.0625
 SWITCHES = {101: "sparse", 151: "dense"}
 
 
@@ -53,7 +54,8 @@ def write_run(run_dir: Path, steps: int = 200, *, homes: int = 2, lr: float = 0.
         )
         if step % 20 == 0:
             log.write("check", step, **_check(step))
-            log.write("eval", step, loss_dense=3.1, loss_sparse=3.4 if step > 100 else None)
+            log.write("eval", step, loss_dense=3.1, loss_sparse=3.4 if step > 100 else None, seconds=EVAL_SECONDS)
+            log.write("save", step, seconds=SAVE_SECONDS)
             if mode == "sparse":
                 home_load = [[30, 10], [20, 20]] if homes == 2 else [[40], [40]]
                 log.write("load", step, expert_load=[2.0, 1.25], home_load=home_load)

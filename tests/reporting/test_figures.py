@@ -11,7 +11,7 @@ from ssd_megatron.reporting.comparison import comparison_figures
 from ssd_megatron.reporting.figures import Figure, run_figures
 from ssd_megatron.reporting.run import AXES, Run, read_run, read_runs
 from ssd_megatron.training.metrics import MetricsLog
-from tests.reporting.runs import CHECK_SECONDS, SWITCH_SECONDS, TOKENS, loss_of, write_run
+from tests.reporting.runs import CHECK_SECONDS, EVAL_SECONDS, SAVE_SECONDS, SWITCH_SECONDS, TOKENS, loss_of, write_run
 
 ALL = [
     "Loss",
@@ -54,8 +54,8 @@ def test_a_point_stands_at_its_step_and_at_what_was_spent_by_then(figures: dict[
     validation = trace(figures["Loss"], "validation, dense")
     assert validation["y"] == [3.1] * 10
     place = {axis: x[5] for axis, x in validation["x"].items()}
-    checks = 5 * CHECK_SECONDS  # the check after step 120 comes before step 121
-    seconds = 100 * 0.5 + 20 * 0.25 + SWITCH_SECONDS + checks
+    between = 5 * (CHECK_SECONDS + EVAL_SECONDS + SAVE_SECONDS)  # those after step 120 come before step 121
+    seconds = 100 * 0.5 + 20 * 0.25 + SWITCH_SECONDS + between
     assert place == {"step": 120, "tokens": 120 * TOKENS, "flops": 110e12, "seconds": seconds}
 
 
@@ -82,9 +82,11 @@ def test_savings_count_checks_and_switches_as_loss(figures: dict[str, Figure]) -
     flops, time = (trace(figures["FLOPs and time saved"], name)["y"] for name in ("FLOPs", "time"))
     assert flops[99] == 0 and flops[-1] == 0.125
     lost = 10 * CHECK_SECONDS + 2 * SWITCH_SECONDS
-    all_dense = 200 * 0.5
+    alike = EVAL_SECONDS + SAVE_SECONDS  # each time, had all steps been dense
+    all_dense = 200 * 0.5 + 10 * alike
     assert time[-1] == pytest.approx((50 * 0.25 - lost) / all_dense)
-    assert time[99] == pytest.approx(-4 * CHECK_SECONDS / (100 * 0.5))  # the check after step 100 is step 101's
+    # What follows step 100 is step 101's.
+    assert time[99] == pytest.approx(-4 * CHECK_SECONDS / (100 * 0.5 + 4 * alike))
 
 
 def test_heat_maps_have_a_row_per_layer_and_columns_that_end_at_their_check(figures: dict[str, Figure]) -> None:

@@ -43,8 +43,8 @@ def test_a_page_holds_figures_facts_and_tables_of_a_run(tmp_path: Path) -> None:
         "validation loss, sparse": "3.4000",
         "FLOPs": "175T",
         "FLOPs saved": "12.5%",
-        "time": "0:01:31",
-        "time saved": "9.2%",
+        "time": "0:01:35",
+        "time saved": "8.9%",
         "tokens": "819k",
         "tokens/s, dense": "8.19k",
         "tokens/s, sparse": "16.4k",
@@ -103,6 +103,8 @@ def test_the_tool_writes_beside_the_metrics_or_where_it_is_told(
     assert (tmp_path / "new" / "page.html").exists()
     assert run_tool(monkeypatch, str(tmp_path / "none")) == 2
     assert f"error: {tmp_path / 'none'} has no metrics.jsonl" in capsys.readouterr().err
+    assert run_tool(monkeypatch, str(run_dir), "--out", str(tmp_path)) == 1
+    assert capsys.readouterr().err.startswith("error: [Errno 21] Is a directory: ")
 
 
 @pytest.mark.skipif(BROWSER is None, reason="needs Chromium: apt install chromium")

@@ -11,7 +11,7 @@ import torch
 from matplotlib.image import imread
 from torch import Tensor
 
-from ssd_megatron.errors import DataError
+from ssd_megatron.errors import ConfigError, DataError
 from ssd_megatron.parallel.topology import Topology
 from ssd_megatron.study.activations import OTHER_SAMPLE, LayerLook, Look, fired_tokens, look, overlaps, similarities
 from ssd_megatron.study.pictures import draw_structure
@@ -131,3 +131,25 @@ def test_dead_and_always_on_neurons_are_shares() -> None:
 def test_a_folder_without_checkpoints_is_refused(tmp_path: Path) -> None:
     with pytest.raises(DataError, match="has no checkpoints/: give the run_dir of a run that has saved one"):
         find_checkpoints(tmp_path)
+
+
+def probed(topology: Topology, run_dir: Path) -> tuple[float, list[float]]:
+    """Probe loss, and the mean of each part of it."""
+    with pytest.raises(ConfigError, match=r"samples \(0\) must be at least 1"):
+        prepare(run_dir, topology, 0)
+    subject = prepare(run_dir, topology, PROBE_SAMPLES)
+    parts: dict[str, list[Tensor]] = {}
+    with torch.no_grad():
+        for batch in subject.probe.batches:
+            for mask, losses in subject.model(batch).items():
+                parts.setdefault(mask, []).append(losses[batch[mask] > 0])
+    return subject.probe.loss(), [float(torch.cat(losses).mean()) for losses in parts.values()]
+
+
+def test_the_probe_loss_has_the_parts_that_training_has(marked_corpus: Corpus, tmp_path: Path) -> None:
+    config = small_config(marked_corpus, tmp_path) | {"gradient_accumulation_steps": 4}
+    pairs = {"family": "bert", "num_token_types": 2, "sentence_objective": "next", "dropout": 0.0}
+    config["ssd_megatron"]["model"] |= pairs
+    write_config(config, tmp_path / "config.json")
+    ((loss, parts),) = run_ranks(1, probed, tmp_path)
+    assert len(parts) == 2 and loss == pytest.approx(sum(parts), rel=1e-6)

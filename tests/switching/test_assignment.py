@@ -5,6 +5,7 @@ import torch
 from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensorMode
 
+from ssd_megatron.errors import ConfigError
 from ssd_megatron.switching.assignment import balanced_assignment, expert_size, spread
 from tests.switching.exact import exact_assignment
 
@@ -138,7 +139,7 @@ def test_refuses_scores_that_are_not_finite(bad: float) -> None:
 
 @pytest.mark.parametrize(("num_neurons", "num_experts"), [(10, 4), (4, 8), (4, 0)])
 def test_refuses_experts_of_unequal_size(num_neurons: int, num_experts: int) -> None:
-    with pytest.raises(ValueError, match=f"{num_experts} experts cannot share {num_neurons} neurons evenly"):
+    with pytest.raises(ConfigError, match=rf"num_experts \({num_experts}\) must divide the {num_neurons} neurons: try"):
         expert_size(num_neurons, num_experts)
 
 

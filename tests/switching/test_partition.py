@@ -221,7 +221,7 @@ def test_random_partition() -> None:
     assert math.isnan(found.objective)
     assert torch.equal(found.labels, partitions.random_partition(512, 16, 3).labels)
     assert abs(partitions.structure_similarity(found.labels, partitions.random_partition(512, 16, 4).labels)) < 0.02
-    with pytest.raises(ValueError, match="15 experts cannot share 512 neurons evenly"):
+    with pytest.raises(ConfigError, match=r"num_experts \(15\) must divide the 512 neurons: try 8 or 16"):
         partitions.random_partition(512, 15, 0)
 
 

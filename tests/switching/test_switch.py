@@ -194,5 +194,21 @@ def router_rates(topology: Topology) -> list[tuple[float, float]]:
     return rates
 
 
+def overlaps_of_single_neurons(topology: Topology) -> list[float | None]:
+    """Of three checks without training between, of 65,536 experts: more than 16 bits hold."""
+    neurons = 2**16
+    ssd = {"router": "vanilla", "num_experts": neurons, "top_k": 4, "check_interval": 1}
+    config = run_config(num_layers=1, hidden_size=4, ffn_hidden_size=neurons, ssd=ssd)
+    model, engine = build(topology, config)
+    coordinator = make_coordinator(topology, config, model, engine)
+    reports = [coordinator.after_step(step, 1.0) for step in (1, 2, 3)]
+    assert max(int(ids.max()) for ids in coordinator._expert_ids.values()) >= 2**15
+    return [report.overlap for report in reports if report is not None]
+
+
+def test_checks_follow_any_number_of_experts() -> None:
+    assert run_ranks(1, overlaps_of_single_neurons) == [[None, 1.0, 1.0]]
+
+
 def test_routers_learn_from_the_first_sparse_step_on_also_after_a_skipped_one() -> None:
     assert run_ranks(1, router_rates)[0] == [(0.0, 0.25), (0.25, 0.25)]

@@ -34,7 +34,7 @@ def make_run(run_dir: Path) -> None:
     """12 steps, sparse from 5 to 8, which cost 40 % there; killed at 10 and resumed from 8."""
     log = MetricsLog(run_dir, last_step=0)
     write_steps(log, 1, 4, "dense")
-    log.write("eval", 4, loss_dense=3.5, loss_sparse=None)
+    log.write("eval", 4, loss_dense=3.5, loss_sparse=None, seconds=0.25)
     log.write("switch", 4, **{"from": "dense", "to": "sparse"}, **SWITCH, reason="stable", similarity=[0.9])
     write_steps(log, 5, 8, "sparse", seconds=1.0)
     write_steps(log, 9, 10, "sparse")
@@ -44,7 +44,8 @@ def make_run(run_dir: Path) -> None:
     log.write("switch", 9, **{"from": "sparse", "to": "dense"}, **SWITCH, reason="share used", similarity=None)
     write_steps(log, 9, 12, "dense")
     log.write("fault", 9, what="loss is nan")
-    log.write("eval", 12, loss_dense=2.5, loss_sparse=2.75)
+    log.write("eval", 12, loss_dense=2.5, loss_sparse=2.75, seconds=0.75)
+    log.write("save", 12, seconds=4.0)
     log.close()
 
 
@@ -81,7 +82,7 @@ def test_the_summary_is_computed_from_the_metrics(tmp_path: Path) -> None:
         "masks": None,
         "flops": 960e9,
         "flops_dense": 1200e9,
-        "seconds": 4 * 2.0 + 4 * 1.0 + 4 * 2.0,
+        "seconds": 4 * 2.0 + 4 * 1.0 + 4 * 2.0 + 2 * 0.5 + 0.25 + 0.75 + 4.0,  # steps, switches, evaluations, save
         "tokens_per_second": {"dense": 106.5, "sparse": 306.5},
         "skipped_steps": 1,
         "faults": [{"step": 9, "what": "loss is nan"}],
@@ -134,7 +135,7 @@ def test_the_printed_summary_says_what_happened_and_where_things_lie(
         "validation loss, sparse": "2.7500",
         "FLOPs spent": "960G (20.0% saved against 1.2T all-dense)",
         "tokens": "12.3M",
-        "training time": "0:00:20",
+        "training time": "0:00:26",
         "tokens/s, dense": "106",
         "tokens/s, sparse": "306",
         "steps skipped (not finite)": "1",

@@ -29,7 +29,8 @@ CPU = Hardware("cpu", False, "test")
 # As ssd_megatron/training/metrics.py documents them.
 KEYS = {
     "train": "loss grad_norm lr mode tokens_per_second seconds flops flops_dense skipped loss_scale peak_memory",
-    "eval": "loss_dense loss_sparse",
+    "eval": "loss_dense loss_sparse seconds",
+    "save": "seconds",
     "check": "similarity similarity_layers overlap active_fraction stable seconds",
     "switch": "from to seconds seconds_statistics seconds_cluster seconds_transfer seconds_verify bytes_moved "
     "loss_before loss_after loss_sparse reason similarity top_k imbalance_before imbalance_after",
@@ -69,6 +70,7 @@ def test_every_record_has_the_documented_keys_at_the_steps_where_it_is_due(finis
     due = {
         "train": list(range(1, STEPS + 1)),
         "eval": [4, 8, 12, 16],
+        "save": list(range(1, STEPS + 1)),
         "check": [3, 6, 9, 12, 15],
         "switch": [5, 9, 12, 15],
         "load": sorted(SPARSE),
@@ -98,6 +100,11 @@ def test_the_summary_says_what_the_records_say(finished: Path) -> None:
     flops = flops_per_token(settings(finished).ssd_megatron.model, settings(finished).ssd_megatron.ssd)
     saved = len(SPARSE) / STEPS * (1 - flops.sparse / flops.dense)
     assert summary["status"] == "finished"
+    spent = {
+        kind: sum(r["seconds"] for r in records(finished, kind)) for kind in KEYS if "seconds" in KEYS[kind].split()
+    }
+    assert set(spent) == {"train", "eval", "save", "check", "switch"} and min(spent.values()) > 0
+    assert summary["seconds"] == pytest.approx(sum(spent.values()))
     assert [summary[key] for key in ("steps", "train_steps", "tokens", "resumes")] == [16, 16, 16 * 8 * 16, 1]
     assert [(p["start_step"], p["end_step"], p["mode"]) for p in summary["phases"]] == [
         (1, 4, "dense"),

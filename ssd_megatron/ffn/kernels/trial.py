@@ -13,28 +13,31 @@ from torch import Tensor
 from ssd_megatron.ffn.activations import ACTIVATIONS
 from ssd_megatron.ffn.bank import NeuronBank
 from ssd_megatron.ffn.kernels import SPECIAL, choose_backend, sparse_ffn
+from ssd_megatron.ffn.routers import Router
 
 TOKENS, HIDDEN, EXPERTS, TOP_K, EXPERT_SIZE = 192, 128, 4, 2, 64
+ROUTERS = ("centroid", "switch")  # gates that are 1, for which cpp has kernels, and gates that scale outputs
 # Norm of the error of the output and of each gradient, relative to brute force in fp32; fp32 may compute in TF32.
 TOLERANCE = {torch.float32: 5e-3, torch.bfloat16: 2e-2, torch.float16: 4e-3}
 
 
 def trial(backend: str, device: torch.device, dtype: torch.dtype, activation: str) -> str | None:
-    """Compare outputs and all gradients with brute force.
+    """Compare outputs and all gradients with brute force, of experts that each of ROUTERS chooses.
 
     Returns:
         what is wrong, None if nothing.
     """
     failures = _failures()
-    try:
-        found = _run(backend, device, dtype, activation)
-    except failures as failure:
-        return f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}"
-    expected = _run("reference", device, torch.float32, activation)
-    for name, wanted in expected.items():
-        error = float(torch.dist(found[name].float(), wanted) / wanted.norm())
-        if not error <= TOLERANCE[dtype]:
-            return f"{name} differs from brute force by {error:.0e}"
+    for kind in ROUTERS:
+        try:
+            found = _run(backend, device, dtype, activation, kind)
+        except failures as failure:
+            return f"{type(failure).__name__}: {str(failure).strip().partition(chr(10))[0]}"
+        expected = _run("reference", device, torch.float32, activation, kind)
+        for name, wanted in expected.items():
+            error = float(torch.dist(found[name].float(), wanted) / wanted.norm())
+            if not error <= TOLERANCE[dtype]:
+                return f"{name}, router {kind}, differs from brute force by {error:.0e}"
     return None
 
 
@@ -62,23 +65,22 @@ def router_backend(device: torch.device, dtype: torch.dtype, activation: str) ->
 
 @torch.inference_mode(False)
 @torch.enable_grad()
-def _run(backend: str, device: torch.device, dtype: torch.dtype, activation: str) -> dict[str, Tensor]:
+def _run(backend: str, device: torch.device, dtype: torch.dtype, activation: str, kind: str) -> dict[str, Tensor]:
     """Output and gradients by name, from the same numbers for every backend and dtype."""
     generator = torch.Generator().manual_seed(0)
     # Numbers that all dtypes have.
     x_TH, dy_TH = (torch.randn(TOKENS, HIDDEN, generator=generator).bfloat16() for _ in range(2))
-    scores_TE = torch.randn(TOKENS, EXPERTS, generator=generator)
+    router = Router(HIDDEN, EXPERTS, TOP_K, "straight_through", kind=kind, backend=backend, dtype=dtype)
     bank = NeuronBank(HIDDEN, EXPERTS * EXPERT_SIZE, activation, add_bias=True, dtype=dtype)
     with torch.no_grad():
-        for tensor in bank.neuron_parameters().values():
+        for tensor in (router.weight, *bank.neuron_parameters().values()):
             tensor.copy_((torch.randn(tensor.shape, generator=generator) / HIDDEN**0.5).bfloat16())
-    bank = bank.to(device)
+    router, bank = router.to(device), bank.to(device)
     x = x_TH.to(device, dtype).requires_grad_()
-    gates = torch.ones(TOKENS, TOP_K, device=device, requires_grad=True)
-    ids = scores_TE.topk(TOP_K).indices.to(device)
-    y = sparse_ffn(x, ids, gates, bank.tensors(), ACTIVATIONS[activation], EXPERTS, backend)
+    ids, gates, scaled = router.route(x)
+    y = sparse_ffn(x, ids, gates, bank.tensors(), ACTIVATIONS[activation], EXPERTS, backend, scaled)
     torch.autograd.backward(y, dy_TH.to(device, dtype))
-    named = {"the output": y, "the gradient of the inputs": x.grad, "the gradient of the gates": gates.grad}
+    named = {"the output": y, "the gradient of the inputs": x.grad, "the gradient of the router": router.weight.grad}
     named |= {f"the gradient of {name}": tensor.grad for name, tensor in bank.neuron_parameters().items()}
     return {name: tensor.detach() for name, tensor in named.items() if tensor is not None}
 
