@@ -18,7 +18,7 @@ from rich.console import Console
 from ssd_megatron.data.documents import DocumentReader, find_inputs
 from ssd_megatron.data.library import find_sources, find_texts
 from ssd_megatron.data.preprocess import corpus_files, preprocess, read_corpus_info
-from ssd_megatron.data.tokenizers import MARKERS, train_sentencepiece
+from ssd_megatron.data.tokenizers import MARKERS, load_tokenizer, train_sentencepiece
 from ssd_megatron.errors import DataError
 from ssd_megatron.files import sha256_of, write_atomically
 from ssd_megatron.training.exit_status import exit_status
@@ -46,7 +46,7 @@ def _embed(arguments: argparse.Namespace) -> None:
     machine, library = arguments.machine, Path(sysconfig.get_path("stdlib"))
     out = arguments.out or Path("data/machine" if machine else "data/embedded")
     vocab_size = MACHINE_VOCAB_SIZE if machine else VOCAB_SIZE
-    if is_finished(out, vocab_size):
+    if is_finished(out, vocab_size, arguments.reserve):
         print(f"{out} is finished: nothing to do")
         return
     sources = find_texts() if machine else find_sources(library)
@@ -55,11 +55,11 @@ def _embed(arguments: argparse.Namespace) -> None:
     make_corpus(out, sources, library, arguments.reserve, vocab_size, workers=arguments.workers)
 
 
-def is_finished(out: Path, vocab_size: int) -> bool:
+def is_finished(out: Path, vocab_size: int, reserve: Sequence[str]) -> bool:
     """True if the folder holds a complete corpus made with the tokenizer beside it.
 
     Raises:
-        DataError: it is one of another vocabulary.
+        DataError: it is one of another vocabulary, or its tokenizer lacks a marker of the families in `reserve`.
     """
     tokenizer, prefix = out / "tokenizer.model", out / "corpus"
     if not tokenizer.exists() or not all(path.exists() for path in corpus_files(prefix)):
@@ -69,6 +69,11 @@ def is_finished(out: Path, vocab_size: int) -> bool:
         return False
     if info.vocab_size != vocab_size:
         raise DataError(f"{out} has a corpus of {info.vocab_size:,} tokens, not {vocab_size:,}: give another --out")
+    known = load_tokenizer(tokenizer)
+    for family in reserve:
+        lacking = [marker for marker in MARKERS[family] if known.find(marker) is None]
+        if lacking:
+            raise DataError(f"{tokenizer} has no {lacking[0]}, which --reserve {family} asks for: give another --out")
     return True
 
 

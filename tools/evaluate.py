@@ -23,9 +23,10 @@ from megatron.core.datasets.indexed_dataset import IndexedDataset
 from rich.console import Console
 from rich.table import Table
 
+from ssd_megatron.data.checks import check_ids, check_made_with
 from ssd_megatron.data.corpus import open_corpus
 from ssd_megatron.data.documents import DocumentReader, find_inputs
-from ssd_megatron.data.tokenizers import Tokenizer, load_tokenizer
+from ssd_megatron.data.tokenizers import Tokenizer
 from ssd_megatron.errors import ConfigError, DataError
 from ssd_megatron.files import write_atomically
 from ssd_megatron.inference.evaluate import (
@@ -42,7 +43,7 @@ from ssd_megatron.inference.load import DTYPES, from_saved, variants
 from ssd_megatron.inference.place import launched_group
 from ssd_megatron.parallel.device import local_device
 from ssd_megatron.training.exit_status import exit_status
-from ssd_megatron.training.saved_model import SavedModel, Settings, open_model, tokenizer_path
+from ssd_megatron.training.saved_model import SavedModel, Settings, open_model, open_tokenizer
 
 
 class Task(NamedTuple):
@@ -72,10 +73,10 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         if value is not None and value < 1:
             raise ConfigError(f"{name} ({value}) must be at least 1")
     saved = open_model(arguments.checkpoint)
-    path, is_gpt = tokenizer_path(saved, arguments.tokenizer), saved.settings.model.family == "gpt"
-    tokenizer = load_tokenizer(path)
+    tokenizer, path = open_tokenizer(saved, arguments.tokenizer)
     wanted = _variants(saved.settings, arguments)
-    task = _windows(saved, tokenizer, arguments) if is_gpt else _samples(saved, tokenizer, path, arguments)
+    make_task = _windows if saved.settings.model.family == "gpt" else _samples
+    task = make_task(saved, tokenizer, path, arguments)
     with launched_group() as group:
         model = from_saved(saved, local_device(), DTYPES[arguments.dtype], wanted[0].mode, group=group)
         scores = evaluate(model, task.parts, wanted)
@@ -88,13 +89,20 @@ def _evaluate(arguments: argparse.Namespace) -> None:
         write_atomically(arguments.json, content.encode())
 
 
-def _windows(saved: SavedModel, tokenizer: Tokenizer, arguments: argparse.Namespace) -> Task:
-    length = (arguments.window or saved.settings.model.seq_length) + 1
+def _windows(saved: SavedModel, tokenizer: Tokenizer, path: Path, arguments: argparse.Namespace) -> Task:
+    model = saved.settings.model
+    window = arguments.window or model.seq_length
+    if model.position_embedding == "learned" and window > model.seq_length:
+        raise ConfigError(
+            f"window ({window}) exceeds the model's learned positions: use at most model.seq_length "
+            f"({model.seq_length})"
+        )
+    length = window + 1
     stride = arguments.stride or max(1, (length - 1) // 2)
     if not 1 <= stride < length:
         raise ConfigError(f"stride ({stride}) must be at least 1 and at most the window's {length - 1} tokens")
     size, parts = 0, list[Window]()
-    for text in _texts(arguments, tokenizer):
+    for text in _texts(arguments, tokenizer, path):
         # A document begins after the end of another.
         parts += windows([tokenizer.eod, *text.ids], length, stride)
         size += text.bytes
@@ -109,7 +117,7 @@ def _samples(saved: SavedModel, tokenizer: Tokenizer, path: Path, arguments: arg
             family = saved.settings.model.family
             raise ConfigError(f"{name} ({getattr(arguments, name)}) has no effect with model.family ({family})")
     objective = objective_of(saved, tokenizer, path)
-    tokens = [token for text in _texts(arguments, tokenizer) for token in (*text.ids, tokenizer.eod)]
+    tokens = [token for text in _texts(arguments, tokenizer, path) for token in (*text.ids, tokenizer.eod)]
     parts = list(masked_samples(tokens, objective))
     if not parts:
         raise DataError(f"there are {len(tokens)} tokens to evaluate on, but a sample has {objective.text_length}")
@@ -121,14 +129,14 @@ def _variants(settings: Settings, arguments: argparse.Namespace) -> list[Variant
         means = [None] if arguments.top_k is None else [float(mean) for mean in arguments.top_k.split(",")]
     except ValueError as error:
         raise ConfigError(f"top_k ({arguments.top_k}) must be numbers with commas between them") from error
-    found = variants(settings, arguments.mode, means, {"top_k": arguments.top_k})
+    found = variants(settings, arguments.mode, means, {"top_k": arguments.top_k}, lacking=settings.only_in_training)
     return [Variant("sparse" if top_k else "dense", top_k or [], label) for label, top_k in found]
 
 
-def _texts(arguments: argparse.Namespace, tokenizer: Tokenizer) -> Iterator[Text]:
+def _texts(arguments: argparse.Namespace, tokenizer: Tokenizer, path: Path) -> Iterator[Text]:
     """Documents, until they have the tokens that were asked for."""
     left = arguments.max_tokens or sys.maxsize
-    documents = _corpus(arguments.data, tokenizer) if arguments.data else _documents(arguments.text, tokenizer)
+    documents = _corpus(arguments.data, tokenizer, path) if arguments.data else _documents(arguments.text, tokenizer)
     for ids in documents:
         kept = list(islice(ids, left))
         left -= len(kept)
@@ -143,10 +151,13 @@ def _documents(paths: list[Path], tokenizer: Tokenizer) -> Iterator[list[int]]:
         yield tokenizer.encode(document.text)
 
 
-def _corpus(prefix: str, tokenizer: Tokenizer) -> Iterator[list[int]]:
-    dataset = IndexedDataset(open_corpus(prefix).prefix)
+def _corpus(prefix: str, tokenizer: Tokenizer, path: Path) -> Iterator[list[int]]:
+    corpus = open_corpus(prefix)
+    check_made_with(corpus, path)
+    dataset = IndexedDataset(prefix)
     for number in range(len(dataset)):
         ids = dataset[number].tolist()
+        check_ids(corpus, ids, tokenizer)
         yield ids[:-1] if ids and ids[-1] == tokenizer.eod else ids
 
 

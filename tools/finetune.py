@@ -129,7 +129,7 @@ def _evaluate(arguments: argparse.Namespace, folder: Path, topology: "Topology")
 
     opened = open_classifier(folder, topology, arguments.tokenizer)
     only_sparse = {name: getattr(arguments, name) for name in ("top_k", "router")}
-    found = variants(opened.settings, arguments.mode, arguments.top_k or [None], only_sparse)
+    found = variants(opened.settings, arguments.mode, arguments.top_k or [None], only_sparse, lacking=None)
     data = opened.read(arguments.dev, _columns(arguments))
     if arguments.router == "recomputed":
         opened.classifier.recompute_routers()

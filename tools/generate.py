@@ -19,29 +19,35 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from ssd_megatron.data.tokenizers import Tokenizer, load_tokenizer
-from ssd_megatron.errors import ConfigError
+from ssd_megatron.data.documents import not_utf8
+from ssd_megatron.data.tokenizers import Tokenizer
+from ssd_megatron.errors import ConfigError, DataError
 from ssd_megatron.files import write_atomically
-from ssd_megatron.inference.bert import MaskedModel, fill
+from ssd_megatron.inference.bert import MaskedModel, check_guesses, fill, masked_prompts
 from ssd_megatron.inference.ffn import MODES
-from ssd_megatron.inference.load import DTYPES, from_saved
+from ssd_megatron.inference.generate import check_lengths, room_after
+from ssd_megatron.inference.load import DTYPES, from_saved, refuse_in_dense
 from ssd_megatron.inference.marks import MarkedTokenizer, bert_tokenizer, t5_tokenizer
 from ssd_megatron.inference.model import CausalModel, Model
 from ssd_megatron.inference.place import launched_group
 from ssd_megatron.inference.sampling import Sampling
 from ssd_megatron.inference.t5 import EncoderDecoder
-from ssd_megatron.inference.text import Piece, answer, complete
+from ssd_megatron.inference.text import Piece, answer, complete_tokens, prompt_ids
 from ssd_megatron.parallel.device import detect_hardware, local_device
 from ssd_megatron.training.exit_status import exit_status
-from ssd_megatron.training.saved_model import open_model, tokenizer_path
+from ssd_megatron.training.saved_model import open_model, open_tokenizer
+
+Work = Callable[[], dict[str, Any]]  # shows the results of a batch of prompts, and returns them for the JSON file
 
 GUESSES = 5
+NEW_TOKENS = 128  # at most, by default
 # What says how a text goes on, with its defaults; a BERT has no use for it.
 GENERATION: dict[str, Any] = {
-    "max_new_tokens": 128,
+    "max_new_tokens": None,
     "greedy": False,
     "temperature": 1.0,
     "sampling_top_k": None,
@@ -53,6 +59,14 @@ GENERATION: dict[str, Any] = {
 }
 
 
+class _Options(NamedTuple):
+    """How texts go on; max_new_tokens None: as many as by default, if there is room for them."""
+
+    sampling: Sampling
+    max_new_tokens: int | None
+    stop: list[str]
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the tool; returns the exit status: 0 done, 1 the checkpoint is damaged, 2 it cannot be used so."""
     arguments = _parse(argv)
@@ -60,11 +74,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def _generate(arguments: argparse.Namespace) -> None:
-    if arguments.batch_size < 1:
-        raise ConfigError(f"batch_size ({arguments.batch_size}) must be at least 1")
+    for name in ("batch_size", "max_new_tokens"):
+        value = getattr(arguments, name)
+        if value is not None and value < 1:
+            raise ConfigError(f"{name} ({value}) must be at least 1")
+    refuse_in_dense([arguments.mode], {"top_k": arguments.top_k})
     saved = open_model(arguments.checkpoint)
-    path = tokenizer_path(saved, arguments.tokenizer)
-    tokenizer = load_tokenizer(path)
+    tokenizer, path = open_tokenizer(saved, arguments.tokenizer)
     dtype = DTYPES[arguments.dtype or ("bf16" if detect_hardware().bf16 else "fp32")]
     common = {"checkpoint": str(saved.folder), "mode": arguments.mode}
     with launched_group() as group:
@@ -74,35 +90,57 @@ def _generate(arguments: argparse.Namespace) -> None:
         if arguments.no_graphs and model.device.type == "cpu":
             raise ConfigError("no_graphs (True) has no effect on a CPU")
         model.graphs = not arguments.no_graphs
-        run = _runner(model, tokenizer, path, arguments)
         records = []
-        for prompts in _prompts(arguments):
-            records.append(common | run(prompts))
+        for work in _works(_preparer(model, tokenizer, path, arguments), arguments):
+            records.append(common | work())
             if model.place.rank == 0:
                 _report_speed(records[-1])
     if arguments.json is not None and model.place.rank == 0:
         write_atomically(arguments.json, (json.dumps(records, indent=1, ensure_ascii=False) + "\n").encode())
 
 
-def _runner(
+def _preparer(
     model: Model, tokenizer: Tokenizer, path: Path, arguments: argparse.Namespace
-) -> Callable[[list[str]], dict[str, Any]]:
-    """What the model's family does with a batch of prompts: shows the result, and returns it for the JSON file."""
+) -> Callable[[list[str]], Work]:
+    """What refuses a batch with a prompt that the model's family cannot take, and else returns the work on it."""
     if isinstance(model, MaskedModel):
         given = [name for name, default in GENERATION.items() if getattr(arguments, name) != default]
         if given:
             raise ConfigError(f"{given[0]} ({getattr(arguments, given[0])}) has no effect with model.family (bert)")
         marked = bert_tokenizer(tokenizer, path)
         guesses = GUESSES if arguments.guesses is None else arguments.guesses
-        return lambda prompts: _fill(model, marked, prompts, guesses)
+        check_guesses(model.config, marked, guesses)
+        return partial(_filled, model, marked, guesses)
     if arguments.guesses is not None:
         raise ConfigError(f"guesses ({arguments.guesses}) has no effect with model.family ({model.config.family})")
-    options = (_sampling(arguments), arguments.max_new_tokens, arguments.stop)
+    options = _Options(_sampling(arguments), arguments.max_new_tokens, arguments.stop)
     if isinstance(model, EncoderDecoder):
-        sentinels = t5_tokenizer(tokenizer, path, model.config)
-        return lambda prompts: _show(prompts, answer(model, sentinels, prompts, *options), continues=False)
+        return partial(_answered, model, t5_tokenizer(tokenizer, path, model.config), options)
     assert isinstance(model, CausalModel)
-    return lambda prompts: _show(prompts, complete(model, tokenizer, prompts, *options), continues=True)
+    return partial(_continued, model, tokenizer, options)
+
+
+def _filled(model: MaskedModel, tokenizer: MarkedTokenizer, guesses: int, prompts: list[str]) -> Work:
+    masked_prompts(model.config, tokenizer, prompts)
+    return lambda: _fill(model, tokenizer, prompts, guesses)
+
+
+def _answered(model: EncoderDecoder, tokenizer: MarkedTokenizer, options: _Options, prompts: list[str]) -> Work:
+    most = options.max_new_tokens or NEW_TOKENS
+    return lambda: _show(
+        prompts, answer(model, tokenizer, prompts, options.sampling, most, options.stop), continues=False
+    )
+
+
+def _continued(model: CausalModel, tokenizer: Tokenizer, options: _Options, prompts: list[str]) -> Work:
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
+    lengths = [len(prompt) for prompt in ids]
+    room = room_after(model.config, max(lengths))
+    most = options.max_new_tokens or (NEW_TOKENS if room is None else max(1, min(NEW_TOKENS, room)))
+    check_lengths(model.config, lengths, most)
+    return lambda: _show(
+        prompts, complete_tokens(model, tokenizer, ids, options.sampling, most, options.stop), continues=True
+    )
 
 
 def _fill(model: MaskedModel, tokenizer: MarkedTokenizer, prompts: list[str], guesses: int) -> dict[str, Any]:
@@ -155,20 +193,32 @@ def _report_speed(record: dict[str, Any]) -> None:
         print(line, file=sys.stderr)
 
 
-def _prompts(arguments: argparse.Namespace) -> Iterator[list[str]]:
-    """Batches of prompts: the one of the command line, those of a file, or what the user types."""
+def _works(prepare: Callable[[list[str]], Work], arguments: argparse.Namespace) -> Iterator[Work]:
+    """On the prompt of the command line, on those of a file, which are all checked before the first work, or on what
+    the user types, who may type something else after a prompt that is refused."""
     if arguments.prompt is not None:
-        yield [arguments.prompt]
+        yield prepare([arguments.prompt])
     elif arguments.prompts is not None:
-        lines = arguments.prompts.read_text(encoding="utf-8").splitlines()
-        for start in range(0, len(lines), arguments.batch_size):
-            yield lines[start : start + arguments.batch_size]
+        lines, size = _lines(arguments.prompts), arguments.batch_size
+        yield from [prepare(lines[start : start + size]) for start in range(0, len(lines), size)]
     else:
         while True:
             try:
-                yield [input("prompt> ")]
+                work = prepare([input("prompt> ")])
             except EOFError:
                 return
+            except ConfigError as error:
+                print(f"error: {error}", file=sys.stderr)
+            else:
+                yield work
+
+
+def _lines(path: Path) -> list[str]:
+    try:
+        with path.open(encoding="utf-8-sig", newline="\n") as stream:
+            return [line.rstrip("\r\n") for line in stream]
+    except UnicodeDecodeError as error:
+        raise DataError(f"{path} is {not_utf8(error)}") from error
 
 
 def _sampling(arguments: argparse.Namespace) -> Sampling:
@@ -190,7 +240,12 @@ def _parse(argv: Sequence[str] | None) -> argparse.Namespace:
     prompts.add_argument("--prompts", type=Path, metavar="FILE", help="texts to continue, one a line")
     parser.add_argument("--guesses", type=int, help=f"tokens to show for each mask of a BERT (default {GUESSES})")
     parser.add_argument("--batch_size", type=int, default=8, help="prompts of a file continued together (default 8)")
-    parser.add_argument("--max_new_tokens", type=int, default=GENERATION["max_new_tokens"])
+    parser.add_argument(
+        "--max_new_tokens",
+        type=int,
+        metavar="N",
+        help=f"default: {NEW_TOKENS}, or what learned positions leave after the longest prompt of a batch",
+    )
     parser.add_argument("--mode", choices=MODES, default="auto", help="auto: sparse where it is faster (default)")
     parser.add_argument("--top_k", type=float, help="experts per token, mean over layers (default: as trained)")
     parser.add_argument("--greedy", action="store_true", help="always the likeliest token")

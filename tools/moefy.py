@@ -50,7 +50,7 @@ from ssd_megatron.training.checkpoint_files import checkpoints
 from ssd_megatron.training.exit_status import exit_status
 from ssd_megatron.training.model_alone import load_alone
 from ssd_megatron.training.plots import png
-from ssd_megatron.training.saved_model import SavedModel, Settings, open_model
+from ssd_megatron.training.saved_model import SavedModel, Settings, open_model, tokenizer_path
 
 WORK = ".moefy"  # below --to, while the tool works
 NEURONS = 32  # of an expert, by default, as in the paper
@@ -111,8 +111,9 @@ def _source(arguments: argparse.Namespace) -> tuple[SavedModel, Conversion]:
             shutil.rmtree(source, ignore_errors=True)  # what an interrupted import left
             import_model(arguments.source, source, arguments.tokenizer)
     saved = open_model(source)
-    if arguments.tokenizer is not None:
-        saved = replace(saved, settings=replace(saved.settings, tokenizer=arguments.tokenizer))
+    if arguments.tokenizer is not None or saved.settings.tokenizer is not None:
+        path = tokenizer_path(saved, arguments.tokenizer)
+        saved = replace(saved, settings=replace(saved.settings, tokenizer=path))
     neurons = saved.settings.model.ffn_hidden_size
     num_experts = max(1, neurons // NEURONS) if arguments.num_experts is None else arguments.num_experts
     wanted = Conversion(

@@ -18,7 +18,6 @@ from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.data.masking import CLS_TOKENS, SEP_TOKENS
 from ssd_megatron.data.spans import first_decoder_token
 from ssd_megatron.data.tokenizers import Tokenizer, require_token
-from ssd_megatron.errors import ConfigError
 from ssd_megatron.model.families import batch_fields
 from ssd_megatron.seeding import generator_for
 from ssd_megatron.training.data_loader import collate, to_device
@@ -56,16 +55,10 @@ class Encoder:
     Args:
         path: of the tokenizer.
     Raises:
-        ConfigError: the tokenizer has more tokens than the model.
-        DataError: it has no class or separator token, which BERT needs.
+        DataError: the tokenizer has no class or separator token, which BERT needs.
     """
 
     def __init__(self, model: ModelConfig, tokenizer: Tokenizer, path: Path) -> None:
-        if tokenizer.vocab_size > model.vocab_size:
-            raise ConfigError(
-                f"tokenizer {path} has {tokenizer.vocab_size:,} tokens, and model.vocab_size is {model.vocab_size:,}: "
-                "give the tokenizer that made the model's training data"
-            )
         self._model, self._tokenizer = model, tokenizer
         self._fields = batch_fields(model).inputs
         self._start: list[int] = []

@@ -7,7 +7,6 @@ from ssd_megatron.classification.classifier import Classifier
 from ssd_megatron.classification.labelled import Columns
 from ssd_megatron.classification.samples import Encoder, Samples
 from ssd_megatron.config.schema import DataConfig
-from ssd_megatron.data.tokenizers import load_tokenizer
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.files import LOCK, require_empty
 from ssd_megatron.parallel.topology import Topology
@@ -18,7 +17,7 @@ from ssd_megatron.training.saved_model import (
     Settings,
     is_router,
     open_model,
-    tokenizer_path,
+    open_tokenizer,
     write_model,
 )
 
@@ -132,9 +131,9 @@ def _opened(
     seed: int,
 ) -> Opened:
     """Its weights not loaded yet."""
-    path = tokenizer_path(saved, tokenizer)
+    known, path = open_tokenizer(saved, tokenizer)
     settings = replace(saved.settings, tokenizer=path, classification=classification)
-    encoder = Encoder(settings.model, load_tokenizer(path), path)
+    encoder = Encoder(settings.model, known, path)
     model = build_alone(settings, topology, "torch")
     classifier = Classifier(model, settings.model, len(classification.labels), dropout, seed).to(topology.device)
     classifier.use("dense", settings.top_k)

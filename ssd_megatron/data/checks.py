@@ -1,7 +1,7 @@
 """Everything that can be wrong with the data, found before anything expensive is made."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -49,35 +49,17 @@ def check_data(
 ) -> None:
     """Refuse data that cannot carry the run. Needs no process group; several ranks may call it at the same time.
 
-    Looks at every token id of a corpus once and keeps the answer in `cache_dir`. Training may repeat documents, which
-    is reported with the number of epochs; validation and test may not.
+    Training may repeat documents, which is reported with the number of epochs; validation and test may not.
 
     Args:
-        model_vocab_size: model.vocab_size, before padding.
         text_length: tokens of text in a sample.
         eval_steps: validation batches; the same ones in each evaluation.
-        report: receives lines that the user should see once.
-        at_work: is called again and again while a corpus is read.
+        the others: see check_tokens.
     Raises:
-        DataError: a missing, truncated, damaged or empty corpus; a tokenizer that is too large for the model or did
-            not make the corpus; token ids out of range; too few samples, with the arithmetic.
+        DataError: as check_tokens; too few samples, with the arithmetic.
     """
-    if tokenizer.vocab_size > model_vocab_size:
-        raise DataError(
-            f"data.tokenizer ({data.tokenizer}) has {tokenizer.vocab_size:,} tokens, more than model.vocab_size "
-            f"({model_vocab_size:,}): set model.vocab_size to {tokenizer.vocab_size} or more"
-        )
-    make_cache_dir(cache_dir)
+    corpora = check_tokens(data, tokenizer, model_vocab_size, cache_dir, report, at_work)
     sources = split_sources(data)
-    corpora = {
-        prefix: open_corpus(prefix)
-        for source in (sources.train, sources.valid, sources.test)
-        if source is not None
-        for prefix in source.prefixes
-    }
-    for corpus in corpora.values():
-        _check_tokenizer(corpus, data.tokenizer)
-        _check_ids(corpus, tokenizer, cache_dir, report, at_work)
     demands = (
         (sources.train, Demand("training", train_steps, "training.train_steps", global_batch_size, text_length)),
         (sources.valid, Demand("validation", eval_steps, "training.eval_steps", global_batch_size, text_length)),
@@ -88,26 +70,73 @@ def check_data(
             _check_samples(source, demand, corpora, data, report)
 
 
-def _check_tokenizer(corpus: Corpus, tokenizer_path: Path) -> None:
+def check_tokens(
+    data: DataConfig,
+    tokenizer: Tokenizer,
+    model_vocab_size: int,
+    cache_dir: Path,
+    report: Callable[[str], None],
+    at_work: Callable[[], None] = lambda: None,
+) -> dict[str, Corpus]:
+    """Refuse corpora and a tokenizer that do not belong to each other, or to the model; returns the corpora by prefix.
+
+    Looks at every token id of a corpus once and keeps the answer in `cache_dir`.
+
+    Args:
+        model_vocab_size: model.vocab_size, before padding.
+        report: receives lines that the user should see once.
+        at_work: is called again and again while a corpus is read.
+    Raises:
+        DataError: a missing, truncated, damaged or empty corpus; a tokenizer that is too large for the model or did
+            not make the corpus; token ids out of range.
+    """
+    check_vocabulary(tokenizer, data.tokenizer, model_vocab_size)
+    make_cache_dir(cache_dir)
+    sources = split_sources(data)
+    corpora = {
+        prefix: open_corpus(prefix)
+        for source in (sources.train, sources.valid, sources.test)
+        if source is not None
+        for prefix in source.prefixes
+    }
+    for corpus in corpora.values():
+        check_made_with(corpus, data.tokenizer)
+        check_ids(corpus, token_range(corpus, cache_dir, report, at_work), tokenizer)
+    return corpora
+
+
+def check_vocabulary(tokenizer: Tokenizer, path: Path, vocab_size: int) -> None:
+    """Refuse a tokenizer for a model of another vocabulary.
+
+    Args:
+        vocab_size: model.vocab_size, before padding.
+    Raises:
+        DataError: it has more tokens than the model.
+    """
+    if tokenizer.vocab_size > vocab_size:
+        raise DataError(
+            f"tokenizer {path} has {tokenizer.vocab_size:,} tokens, more than model.vocab_size ({vocab_size:,}): give "
+            "the one that made the model's training data, or, for a new model, set model.vocab_size to "
+            f"{tokenizer.vocab_size} or more"
+        )
+
+
+def check_made_with(corpus: Corpus, tokenizer_path: Path) -> None:
+    """Raises DataError if another tokenizer made a corpus, as far as that was recorded."""
     info = read_corpus_info(Path(corpus.prefix))
     if info is not None and info.tokenizer_sha256 != sha256_of(tokenizer_path):
         raise DataError(
             f"{corpus.prefix} was made with the tokenizer {info.tokenizer} ({info.vocab_size:,} tokens), not with "
-            f"data.tokenizer ({tokenizer_path}): preprocess it again, or set data.tokenizer to the one that made it"
+            f"tokenizer {tokenizer_path}: preprocess it again, or give the one that made it if it is the model's"
         )
 
 
-def _check_ids(
-    corpus: Corpus,
-    tokenizer: Tokenizer,
-    cache_dir: Path,
-    report: Callable[[str], None],
-    at_work: Callable[[], None],
-) -> None:
-    smallest, largest = token_range(corpus, cache_dir, report, at_work)
+def check_ids(corpus: Corpus, ids: Collection[int], tokenizer: Tokenizer) -> None:
+    """Raises DataError if ids of a corpus, all or the smallest and the largest, are none of a tokenizer."""
+    smallest, largest = min(ids, default=0), max(ids, default=0)
     if smallest < 0 or largest >= tokenizer.vocab_size:
         raise DataError(
-            f"{corpus.bin_path} has token ids from {smallest} to {largest}, but data.tokenizer has only the ids 0 to "
+            f"{corpus.bin_path} has token ids from {smallest} to {largest}, but the tokenizer has only the ids 0 to "
             f"{tokenizer.vocab_size - 1}: it was made with another tokenizer"
         )
 

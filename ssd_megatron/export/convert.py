@@ -22,7 +22,7 @@ from ssd_megatron.export.hf_tokenizer import find_tokenizer, write_tokenizer
 from ssd_megatron.export.model_card import model_card
 from ssd_megatron.export.settings import unmet
 from ssd_megatron.files import new_folder, require_empty, write_atomically
-from ssd_megatron.training.saved_model import SavedModel, Settings, is_router, write_model
+from ssd_megatron.training.saved_model import SavedModel, Settings, is_router, open_tokenizer, write_model
 
 ExportMode = Literal["dense", "sparse"]
 STOCK = {"gpt": {"OPT": opt, "Llama": llama}, "bert": {"BERT": bert}, "t5": {"T5": t5}}
@@ -70,7 +70,7 @@ def export_model(
     dtype_name = str(dtype).removeprefix("torch.")
     config = exported.config | {"dtype": dtype_name}
     with new_folder(folder) as made:
-        generation = _write_tokenizer(saved, tokenizer or saved.settings.tokenizer, made, config)
+        generation = _write_tokenizer(saved, tokenizer, made, config)
         write_json(made / "config.json", config)
         if saved.settings.model.family != "bert":
             write_json(made / "generation_config.json", generation)
@@ -140,13 +140,15 @@ def _shown(name: str, section: Section, conflicts: list[str]) -> list[str]:
 
 
 def _write_tokenizer(saved: SavedModel, tokenizer: Path | None, folder: Path, config: dict[str, Any]) -> dict[str, Any]:
-    """Write the tokenizer, if there is one, and its ids into `config`; returns what generation_config.json has."""
+    """Write the tokenizer, the one that is given or the model's, if there is one, and its ids into `config`; returns
+    what generation_config.json has."""
     model = saved.settings.model
     config |= dict.fromkeys(("bos_token_id", "pad_token_id", "eos_token_id"))
     generation: dict[str, Any] = {}
     tokens = model.vocab_size
-    if tokenizer is not None:
-        eod, size = write_tokenizer(tokenizer, folder, model, was_trained_here=saved.data is not None)
+    if tokenizer is not None or saved.settings.tokenizer is not None:
+        known, path = open_tokenizer(saved, tokenizer)
+        eod, size = write_tokenizer(known, path, folder, model, was_trained_here=saved.data is not None)
         config["eos_token_id"] = generation["eos_token_id"] = generation["pad_token_id"] = eod
         if model.family == "t5":
             config["pad_token_id"], config["decoder_start_token_id"] = eod, first_decoder_token(model, eod)

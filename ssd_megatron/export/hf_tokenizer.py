@@ -12,7 +12,7 @@ from tokenizers import AddedToken, decoders, models, normalizers, processors
 from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.data.masking import MASK_TOKENS, marker_ids
 from ssd_megatron.data.spans import SENTINEL, free_sentinels, named_sentinels
-from ssd_megatron.data.tokenizers import MARKERS, Tokenizer, load_tokenizer
+from ssd_megatron.data.tokenizers import MARKERS, Tokenizer
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.export.hf_folder import write_json
 
@@ -22,9 +22,11 @@ SPACE = "\u2581"  # SentencePiece's sign for it
 STAND_FOR_WORDS = frozenset((*MASK_TOKENS, *MARKERS["t5"]))
 
 
-def write_tokenizer(path: Path, folder: Path, model: ModelConfig, *, was_trained_here: bool) -> tuple[int, int]:
-    """Write the tokenizer of `path` into an exported model's folder; returns the id that ends a document, and the
-    first id from which on none is used.
+def write_tokenizer(
+    tokenizer: Tokenizer, path: Path, folder: Path, model: ModelConfig, *, was_trained_here: bool
+) -> tuple[int, int]:
+    """Write a tokenizer, which lies at `path`, into an exported model's folder; returns the id that ends a document,
+    and the first id from which on none is used.
 
     Args:
         was_trained_here: a GPT's texts had no markers; one that comes from elsewhere may have seen those that its
@@ -32,7 +34,6 @@ def write_tokenizer(path: Path, folder: Path, model: ModelConfig, *, was_trained
     Raises:
         DataError: the tokenizer lacks what the model's family needs.
     """
-    tokenizer = load_tokenizer(path)
     size = tokenizer.vocab_size
     if path.suffix == ".json":
         theirs = tokenizers.Tokenizer.from_file(str(path))

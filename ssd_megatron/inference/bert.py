@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.inference.cache import pad_in_front, whole_view
 from ssd_megatron.inference.marks import MarkedTokenizer
@@ -63,19 +64,34 @@ def fill(model: MaskedModel, tokenizer: MarkedTokenizer, texts: Sequence[str], n
     Raises:
         ConfigError: a text has no mask, or more tokens than the model has positions; there are not so many tokens.
     """
-    vocab_size = min(tokenizer.vocab_size, model.config.vocab_size)
-    if not 1 <= number <= vocab_size:
-        raise ConfigError(f"the number of guesses ({number}) must be between 1 and the vocabulary's {vocab_size}")
-    prompts = [tokenizer.encode(text) for text in texts]
-    longest = max(map(len, prompts))
-    for text, ids in zip(texts, prompts, strict=True):
-        if tokenizer.ids[0] not in ids:
-            raise ConfigError(f"there is nothing to fill in, no {tokenizer.names[0]}, in {text!r}")
-    if longest > model.config.seq_length:
-        raise ConfigError(f"a text has {longest} tokens, but the model's have at most {model.config.seq_length}")
+    vocab_size = check_guesses(model.config, tokenizer, number)
+    prompts = masked_prompts(model.config, tokenizer, texts)
     tokens_bs, padding_b = pad_in_front(prompts, model.device)
     logits_bsv = model(tokens_bs, padding_b=padding_b)[..., :vocab_size]
     return [_filled(tokenizer, ids, logits_sv, number) for ids, logits_sv in zip(prompts, logits_bsv, strict=True)]
+
+
+def check_guesses(config: ModelConfig, tokenizer: MarkedTokenizer, number: int) -> int:
+    """Returns how many tokens there are to guess; raises ConfigError if there are not so many."""
+    vocab_size = min(tokenizer.vocab_size, config.vocab_size)
+    if not 1 <= number <= vocab_size:
+        raise ConfigError(f"the number of guesses ({number}) must be between 1 and the vocabulary's {vocab_size}")
+    return vocab_size
+
+
+def masked_prompts(config: ModelConfig, tokenizer: MarkedTokenizer, texts: Sequence[str]) -> list[list[int]]:
+    """Token ids of texts to fill in.
+
+    Raises:
+        ConfigError: a text has no mask, or more tokens than the model has positions.
+    """
+    prompts = [tokenizer.encode(text) for text in texts]
+    for text, ids in zip(texts, prompts, strict=True):
+        if tokenizer.ids[0] not in ids:
+            raise ConfigError(f"there is nothing to fill in, no {tokenizer.names[0]}, in {text!r}")
+        if len(ids) > config.seq_length:
+            raise ConfigError(f"a text has {len(ids)} tokens, but the model's have at most {config.seq_length}")
+    return prompts
 
 
 def _filled(tokenizer: MarkedTokenizer, ids: list[int], logits_sv: Tensor, number: int) -> Filled:

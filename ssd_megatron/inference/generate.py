@@ -5,6 +5,7 @@ from collections.abc import Iterator, Sequence
 import torch
 from torch import Tensor
 
+from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.inference.cache import pad_in_front
 from ssd_megatron.inference.sampling import Sampling, choose
@@ -32,7 +33,7 @@ def generate(
     Raises:
         ConfigError: the texts would be longer than the model's learned positions, or there is nothing to do.
     """
-    check_lengths(model, [len(prompt) for prompt in prompts], max_new_tokens)
+    check_lengths(model.config, [len(prompt) for prompt in prompts], max_new_tokens)
     ended = set() if ended is None else ended
     tokens_bs, padding_b = pad_in_front(prompts, model.device)
     seen_bv = _seen(prompts, model) if sampling.repetition_penalty != 1 else None
@@ -52,15 +53,20 @@ def generate(
             tokens_bs = chosen_b[:, None]
 
 
-def check_lengths(model: Continues, prompt_lengths: Sequence[int], max_new_tokens: int) -> None:
-    """Raises ConfigError if the model cannot continue such prompts by so many tokens."""
+def room_after(config: ModelConfig, prompt_length: int) -> int | None:
+    """New tokens for which a model's learned positions have room; None: it has none of these."""
+    return config.seq_length - prompt_length if config.position_embedding == "learned" else None
+
+
+def check_lengths(config: ModelConfig, prompt_lengths: Sequence[int], max_new_tokens: int) -> None:
+    """Raises ConfigError if a model cannot continue such prompts by so many tokens."""
     if not prompt_lengths or min(prompt_lengths) == 0:
         raise ConfigError("there must be a prompt, of at least one token")
     if max_new_tokens < 1:
         raise ConfigError(f"max_new_tokens ({max_new_tokens}) must be at least 1")
-    config, longest = model.config, max(prompt_lengths)
-    if config.position_embedding == "learned" and longest + max_new_tokens > config.seq_length:
-        room = config.seq_length - longest
+    longest = max(prompt_lengths)
+    room = room_after(config, longest)
+    if room is not None and max_new_tokens > room:
         remedy = f"at most {room}" if room > 0 else "a shorter prompt"
         raise ConfigError(
             f"max_new_tokens ({max_new_tokens}) after a prompt of {longest} tokens exceeds the model's "

@@ -22,16 +22,15 @@ from lm_eval.models.utils import Collator, handle_stop_sequences, normalize_gen_
 from lm_eval.utils import get_rolling_token_windows, make_disjoint_window, setup_logging
 from torch.nn.utils.rnn import pad_sequence
 
-from ssd_megatron.data.tokenizers import load_tokenizer
 from ssd_megatron.errors import ConfigError, DataError
 from ssd_megatron.inference.ffn import Mode
-from ssd_megatron.inference.load import DTYPES, from_saved
+from ssd_megatron.inference.load import DTYPES, from_saved, refuse_in_dense
 from ssd_megatron.inference.model import CausalModel
 from ssd_megatron.inference.sampling import Sampling
 from ssd_megatron.inference.text import complete_tokens
 from ssd_megatron.parallel.device import local_device
 from ssd_megatron.training.exit_status import exit_status
-from ssd_megatron.training.saved_model import open_model, tokenizer_path
+from ssd_megatron.training.saved_model import open_model, open_tokenizer
 
 NAME = "ssd_megatron"
 MODES = ("dense", "sparse")  # `auto` would go by the tokens of a batch, and results by the batch size
@@ -71,6 +70,7 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the package has no type
         for name, value, choices in (("mode", mode, MODES), ("dtype", dtype, tuple(DTYPES))):
             if value not in choices:
                 raise ConfigError(f"{name} ({value}) of --model_args must be one of {', '.join(choices)}")
+        refuse_in_dense([mode], {"top_k": top_k})
         if not str(batch_size).isdecimal() or int(batch_size) < 1:
             raise ConfigError(f"batch_size ({batch_size}) must be a number: the model does not look for one")
         if max_batch_size is not None:
@@ -78,11 +78,11 @@ class HarnessModel(TemplateLM):  # type: ignore[misc]  # the package has no type
         saved = open_model(Path(path))
         if saved.settings.model.family != "gpt":
             raise ConfigError(f"model.family ({saved.settings.model.family}) cannot be evaluated so: use a gpt")
+        self._tokenizer, _ = open_tokenizer(saved, None if tokenizer is None else Path(tokenizer))
         run_as: Mode = "sparse" if mode == "sparse" else "dense"
         model = from_saved(saved, _device(device), DTYPES[dtype], run_as, top_k)
         assert isinstance(model, CausalModel)
         self._model = model
-        self._tokenizer = load_tokenizer(tokenizer_path(saved, None if tokenizer is None else Path(tokenizer)))
         self._batch_size = int(batch_size)
         self._device = self._model.device
         self._length = saved.settings.model.seq_length

@@ -85,7 +85,12 @@ def from_saved(
 
 
 def variants(
-    settings: Settings, modes: str | None, means: Iterable[float | None], only_sparse: Mapping[str, object]
+    settings: Settings,
+    modes: str | None,
+    means: Iterable[float | None],
+    only_sparse: Mapping[str, object],
+    *,
+    lacking: str | None,
 ) -> list[tuple[str, list[int] | None]]:
     """The ways to run a model that are asked for: what people call each, and experts per token of each layer, None of
     dense mode.
@@ -93,24 +98,38 @@ def variants(
     Args:
         modes: dense, sparse, or both with a comma; None: what the model can.
         means: of the sparse ways, each as `layer_top_k` takes it.
-        only_sparse: what else was asked for and has no effect in dense mode, by name.
+        only_sparse: see `refuse_in_dense`.
+        lacking: a setting of the model that its user cannot run sparse, by `Settings.only_in_training`; None: it can.
     Raises:
         ConfigError: the model cannot run so.
     """
-    names = (modes or ("dense,sparse" if settings.has_experts else "dense")).split(",")
+    names = (modes or ("dense,sparse" if settings.has_experts and lacking is None else "dense")).split(",")
     unknown = [name for name in names if name not in ("dense", "sparse")]
     if unknown:
         raise ConfigError(f"mode ({unknown[0]}) must be dense or sparse")
-    for name, value in only_sparse.items():
-        if "sparse" not in names and value:
-            raise ConfigError(f"{name} ({value}) has no effect without mode sparse")
+    refuse_in_dense(names, only_sparse)
     if "sparse" in names and not settings.has_experts:
         raise ConfigError("mode (sparse) needs experts, which this model never formed: use dense")
+    if "sparse" in names and lacking is not None:
+        raise _cannot_run("sparse", lacking)
     found: list[tuple[str, list[int] | None]] = [("dense", None)] if "dense" in names else []
     for mean in means if "sparse" in names else ():
         top_k = layer_top_k(settings, mean)
         found.append((f"sparse, top_k {sum(top_k) / len(top_k):g}", top_k))
     return found
+
+
+def refuse_in_dense(modes: Iterable[str], only_sparse: Mapping[str, object]) -> None:
+    """Refuse what has no effect in dense mode, where there is no other.
+
+    Args:
+        only_sparse: what was asked for, by name; None: it was not.
+    Raises:
+        ConfigError: there is such a thing.
+    """
+    for name, value in only_sparse.items():
+        if value is not None and set(modes) == {"dense"}:
+            raise ConfigError(f"{name} ({value}) has no effect without mode sparse")
 
 
 def layer_top_k(settings: Settings, top_k: float | Sequence[int] | None) -> list[int]:
@@ -163,7 +182,7 @@ def _check_can_run(saved: SavedModel, mode: str, top_k: object) -> None:
         raise ConfigError(f"mode ({mode}) is unknown: use one of {', '.join(MODES)}")
     lacking = saved.settings.only_in_training
     if lacking is not None and saved.settings.has_experts and mode != "dense":
-        raise ConfigError(f"mode ({mode}) cannot run this model's {lacking}: use dense")
+        raise _cannot_run(mode, lacking)
     router = saved.settings.ssd.router
     if saved.settings.has_experts and mode == "auto" and KINDS[router].scales:
         raise ConfigError(
@@ -179,3 +198,7 @@ def _check_can_run(saved: SavedModel, mode: str, top_k: object) -> None:
         )
     if top_k is not None:
         raise ConfigError(f"top_k ({top_k}) has no effect: {saved.folder} is of a model that never formed experts")
+
+
+def _cannot_run(mode: str, lacking: str) -> ConfigError:
+    return ConfigError(f"mode ({mode}) cannot run this model's {lacking}: use dense")

@@ -32,13 +32,13 @@ class Sampling:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        if self.temperature <= 0:
+        if not self.temperature > 0:
             raise ConfigError(f"temperature ({self.temperature:g}) must be above 0: for the likeliest token use greedy")
         if self.top_k is not None and self.top_k < 1:
             raise ConfigError(f"top_k of sampling ({self.top_k}) must be at least 1")
         if not 0 < self.top_p <= 1:
             raise ConfigError(f"top_p ({self.top_p:g}) must be above 0 and at most 1")
-        if self.repetition_penalty <= 0:
+        if not self.repetition_penalty > 0:
             raise ConfigError(f"repetition_penalty ({self.repetition_penalty:g}) must be above 0: 1 changes nothing")
         if self.greedy:
             for name, value, without in (

@@ -106,8 +106,13 @@ def complete(
     Raises:
         ConfigError: see `generate`.
     """
-    ids = [tokenizer.encode(prompt) or [tokenizer.eod] for prompt in prompts]
+    ids = [prompt_ids(tokenizer, prompt) for prompt in prompts]
     return complete_tokens(model, tokenizer, ids, sampling, max_new_tokens, stop)
+
+
+def prompt_ids(tokenizer: Tokenizer, prompt: str) -> list[int]:
+    """Tokens that a text to be continued begins with, at least one."""
+    return tokenizer.encode(prompt) or [tokenizer.eod]
 
 
 def answer(

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.config.schema import DataConfig
+from ssd_megatron.data.checks import check_tokens
 from ssd_megatron.data.datasets import SampleDataset, build_datasets
 from ssd_megatron.data.objectives import make_objective
 from ssd_megatron.data.tokenizers import load_tokenizer
@@ -115,6 +116,7 @@ class LanguageTask:
         train_samples = max(math.ceil(tokens / config.predicted_tokens), steps * batch_size)
         self.name = f"{data.model_dump_json()} {seed} {batch_size} {train_samples}"
         tokenizer = load_tokenizer(data.tokenizer)
+        check_tokens(data, tokenizer, config.vocab_size, cache_dir, report=print)
         datasets = build_datasets(
             data,
             tokenizer=tokenizer,

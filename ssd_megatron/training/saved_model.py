@@ -14,6 +14,8 @@ from torch import Tensor, nn
 from ssd_megatron.config.fields import Section
 from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.config.schema import DataConfig, SSDConfig
+from ssd_megatron.data.checks import check_vocabulary
+from ssd_megatron.data.tokenizers import Tokenizer, load_tokenizer
 from ssd_megatron.errors import ConfigError
 from ssd_megatron.ffn.switchable import SwitchableFFN
 from ssd_megatron.model.language_model import ffn_names
@@ -171,12 +173,32 @@ def tokenizer_path(saved: SavedModel, given: Path | None) -> Path:
     """The tokenizer that a user gave, or the one that made the model's training data.
 
     Raises:
-        ConfigError: neither is known.
+        ConfigError: neither is known, or the latter is not where it was.
     """
-    path = given or saved.settings.tokenizer
+    if given is not None:
+        return given
+    path = saved.settings.tokenizer
     if path is None:
         raise ConfigError(f"{saved.folder} names no tokenizer: give one with --tokenizer")
+    if not path.is_file():
+        raise ConfigError(
+            f"{saved.folder} is of a model of tokenizer {path}, which is not found from the folder {Path.cwd()}: give "
+            "its path with --tokenizer"
+        )
     return path
+
+
+def open_tokenizer(saved: SavedModel, given: Path | None) -> tuple[Tokenizer, Path]:
+    """The same tokenizer, loaded, and its path.
+
+    Raises:
+        ConfigError: see tokenizer_path.
+        DataError: it cannot be loaded, or has more tokens than the model.
+    """
+    path = tokenizer_path(saved, given)
+    tokenizer = load_tokenizer(path)
+    check_vocabulary(tokenizer, path, saved.settings.model.vocab_size)
+    return tokenizer, path
 
 
 def write_model(

@@ -11,7 +11,6 @@ from ssd_megatron.classification.labelled import Columns
 from ssd_megatron.classification.samples import Encoder, Sample, fit, training_batches, unpadded_batches
 from ssd_megatron.config.model import ModelConfig
 from ssd_megatron.data.tokenizers import load_tokenizer
-from ssd_megatron.errors import ConfigError
 
 CPU = torch.device("cpu")
 
@@ -72,11 +71,6 @@ def test_what_is_too_long_is_cut_and_counted(tokenizer: Path, tmp_path: Path) ->
     assert len(read.samples[0]["tokens"]) == 10
     assert [int(sample["label"]) for sample in read.samples] == [0, 1, 0]
     assert read.cut == 1 and read.majority == pytest.approx(2 / 3)
-
-
-def test_another_tokenizer_than_the_model_s_is_refused(tokenizer: Path) -> None:
-    with pytest.raises(ConfigError, match=r"has 300 tokens, and model.vocab_size is 200: give the tokenizer that made"):
-        encoder(tokenizer, vocab_size=200)
 
 
 def numbered(count: int) -> list[Sample]:

@@ -49,8 +49,8 @@ def test_a_tokenizer_larger_than_the_model(make_corpus: MakeCorpus, tmp_path: Pa
     with pytest.raises(DataError) as error:
         check(tmp_path, sentencepiece_model, prefix, model_vocab_size=339)
     assert str(error.value) == (
-        f"data.tokenizer ({sentencepiece_model}) has 340 tokens, more than model.vocab_size (339): "
-        "set model.vocab_size to 340 or more"
+        f"tokenizer {sentencepiece_model} has 340 tokens, more than model.vocab_size (339): give the one that made the "
+        "model's training data, or, for a new model, set model.vocab_size to 340 or more"
     )
 
 
@@ -65,7 +65,7 @@ def test_a_corpus_of_another_tokenizer(tmp_path: Path, sentencepiece_model: Path
     )
     assert check(tmp_path, hugging_face_json, tmp_path / "c") == []
     with pytest.raises(
-        DataError, match=r"c was made with the tokenizer .*\.json \(320 tokens\), not with data\.tokenizer"
+        DataError, match=r"c was made with the tokenizer .*\.json \(320 tokens\), not with tokenizer .*\.model"
     ):
         check(tmp_path, sentencepiece_model, tmp_path / "c")
 
@@ -75,7 +75,7 @@ def test_token_ids_out_of_range(
     make_corpus: MakeCorpus, tmp_path: Path, sentencepiece_model: Path, token: int, ids: str
 ) -> None:
     prefix = make_corpus("c", [[5, 5, 2], [5, token, 2]], dtype=np.int32)
-    with pytest.raises(DataError, match=rf"c\.bin has token ids from {ids}, but data\.tokenizer has only .* 0 to 339"):
+    with pytest.raises(DataError, match=rf"c\.bin has token ids from {ids}, but the tokenizer has only .* 0 to 339"):
         check(tmp_path, sentencepiece_model, prefix)
 
 

@@ -154,7 +154,21 @@ def test_embedded_corpus_is_made_once(tmp_path: Path, library: Path, capsys: pyt
     assert capsys.readouterr().out == f"{out} is finished: nothing to do\n"
     assert embedded_corpus.main(["--out", str(out), "--machine"]) == 2
     assert f"{out} has a corpus of 300 tokens, not 32,768: give another --out" in capsys.readouterr().err
+    assert embedded_corpus.main(["--out", str(out), "--reserve", "bert"]) == 2
+    message = f"{out}/tokenizer.model has no [MASK], which --reserve bert asks for: give another --out"
+    assert message in capsys.readouterr().err
     assert {path: path.stat().st_mtime_ns for path in out.iterdir()} == times
+
+
+def test_an_embedded_corpus_with_markers_is_finished_for_those_who_want_none(
+    tmp_path: Path, library: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--out", str(tmp_path / "out"), "--workers", "1"]
+    assert embedded_corpus.main([*command, "--reserve", "bert"]) == 0
+    for reserve in (["--reserve", "bert"], []):
+        capsys.readouterr()
+        assert embedded_corpus.main([*command, *reserve]) == 0
+        assert "is finished: nothing to do" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("damage", ["no index", "other tokenizer", "partial"])
@@ -170,7 +184,7 @@ def test_an_interrupted_embedded_corpus_starts_over(
         (out / "corpus.idx").unlink()
     if damage == "partial":
         (out / "corpus.bin").rename(out / "corpus.partial.bin")
-    assert not embedded_corpus.is_finished(out, 300)
+    assert not embedded_corpus.is_finished(out, 300, ())
     assert embedded_corpus.main(["--out", str(out), "--workers", "1"]) == 0
     assert {path.name: path.read_bytes() for path in out.iterdir()} == whole
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from transformers import AutoModelForCausalLM, AutoTokenizer, dynamic_module_utils
 
 from ssd_megatron.data.tokenizers import load_tokenizer
-from ssd_megatron.errors import ConfigError
+from ssd_megatron.errors import ConfigError, DataError
 from ssd_megatron.export import llama, opt, ssd
 from ssd_megatron.export.convert import export_model, import_model
 from ssd_megatron.export.hf_tokenizer import from_sentencepiece, write_tokenizer
@@ -310,3 +310,9 @@ def test_a_model_made_by_transformers_is_imported(tmp_path: Path, others: dict[s
     tokens = torch.randint(0, 99, (2, 20))
     with torch.no_grad():
         torch.testing.assert_close(model(tokens), theirs(tokens).logits, rtol=1e-4, atol=1e-4)
+
+
+def test_a_tokenizer_that_is_larger_than_the_model_is_not_exported(tmp_path: Path, corpus: Corpus) -> None:
+    saved = open_model(trained(vocab_size=200).write(tmp_path / "saved"))
+    with pytest.raises(DataError, match=r"has 512 tokens, more than model.vocab_size \(200\)"):
+        export_model(saved, tmp_path / "hf", "dense", tokenizer=corpus.tokenizer)

@@ -5,9 +5,11 @@ import math
 from dataclasses import replace
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from megatron.core.datasets.indexed_dataset import IndexedDatasetBuilder
 
 from ssd_megatron.data.tokenizers import load_tokenizer
 from ssd_megatron.inference.evaluate import Variant, evaluate, half_interval, windows
@@ -82,9 +84,46 @@ def test_the_tool_compares_modes_and_top_k(
     result = json.loads(out.read_text())
     assert result["tokens"] == 100 and [r["top_k"] for r in result["results"]] == [TOP_K]
     for wrong, message in (
+        (["--window", "17"], "window (17) exceeds the model's learned positions: use at most model.seq_length (16)"),
         (["--mode", "dense", "--top_k", "2"], "top_k (2) has no effect without mode sparse"),
         (["--top_k", "2,"], "top_k (2,) must be numbers with commas between them"),
         (["--window", "0"], "window (0) must be at least 1"),
     ):
         assert tool.main([*command, "--text", str(text), *wrong]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_the_tool_wants_the_tokenizer_of_the_model_and_of_the_corpus(
+    tmp_path: Path, corpus: Corpus, marked_corpus: Corpus, capsys: pytest.CaptureFixture[str]
+) -> None:
+    s = replace(trained().settings, tokenizer=corpus.tokenizer)
+    command = ["--checkpoint", str(write_model(tmp_path / "saved", s, trained().tensors.items()))]
+    few = ["--max_tokens", "64"]
+    assert tool.main([*command, *few, "--data", str(marked_corpus.prefix)]) == 2
+    assert f"{marked_corpus.prefix} was made with the tokenizer {marked_corpus.tokenizer}" in capsys.readouterr().err
+    prefix = tmp_path / "c"
+    builder = IndexedDatasetBuilder(f"{prefix}.bin", dtype=np.uint16)  # by others, without a record
+    builder.add_document(np.array([5, 512], dtype=np.uint16), [2])
+    builder.finalize(f"{prefix}.idx")
+    assert tool.main([*command, "--data", str(prefix)]) == 2
+    assert (
+        f"{prefix}.bin has token ids from 5 to 512, but the tokenizer has only the ids 0 to" in capsys.readouterr().err
+    )
+    small = trained(vocab_size=200)
+    folder = write_model(tmp_path / "small", small.settings, small.tensors.items())
+    tokenizer = ["--tokenizer", str(corpus.tokenizer)]
+    assert tool.main(["--checkpoint", str(folder), *tokenizer, *few, "--data", str(corpus.prefix)]) == 2
+    assert "has 512 tokens, more than model.vocab_size (200)" in capsys.readouterr().err
+
+
+def test_the_tool_runs_tiles_dense(tmp_path: Path, corpus: Corpus, capsys: pytest.CaptureFixture[str]) -> None:
+    tiles = trained(ssd={"routing_granularity": 4})
+    folder = write_model(tmp_path, replace(tiles.settings, tokenizer=corpus.tokenizer), tiles.tensors.items())
+    out = tmp_path / "out.json"
+    command = ["--checkpoint", str(folder), "--data", str(corpus.prefix), "--max_tokens", "64", "--json", str(out)]
+    assert tool.main(command) == 0
+    assert [line["mode"] for line in json.loads(out.read_text())["results"]] == ["dense"]
+    for mode in ("sparse", "dense,sparse"):
+        assert tool.main([*command, "--mode", mode]) == 2
+        message = "mode (sparse) cannot run this model's ssd.routing_granularity (4): use dense"
         assert message in capsys.readouterr().err

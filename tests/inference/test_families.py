@@ -223,6 +223,16 @@ def test_the_generate_tool_fills_masks(bert: Path, tmp_path: Path, capsys: pytes
         assert f"error: {message}" in capsys.readouterr().err
 
 
+def test_all_masked_prompts_are_checked_before_the_first_is_filled_in(
+    bert: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines = tmp_path / "prompts.txt"
+    lines.write_text("import [MASK]\nno mask\n")
+    assert generate_tool.main(["--checkpoint", str(bert), "--prompts", str(lines), "--batch_size", "1"]) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and "there is nothing to fill in, no [MASK], in 'no mask'" in printed.err
+
+
 def test_the_generate_tool_answers(t5: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out, lines = tmp_path / "out.json", tmp_path / "prompts.txt"
     lines.write_text("import <extra_id_0>\nx\n")

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 from transformers import dynamic_module_utils
 
+from ssd_megatron.errors import DataError
 from ssd_megatron.export.convert import export_model
 from ssd_megatron.training.saved_model import open_model, write_model
 from tests.saved_models import trained
@@ -117,11 +118,18 @@ def test_the_command_runs_the_harness(
     for wrong, message in (
         ("mode=auto", "mode (auto) of --model_args must be one of dense, sparse"),
         ("dtype=int8", "dtype (int8) of --model_args must be one of fp32, bf16, fp16"),
+        ("top_k=4", "top_k (4) has no effect without mode sparse"),
         ("top_k=9,mode=sparse", "top_k (9) must be between 1 and the model's 8 experts"),
     ):
         monkeypatch.setattr(sys, "argv", [*command, "--model_args", f"path={checkpoint},{wrong}"])
         assert harness.main() == 2
         assert f"error: {message}" in capsys.readouterr().err
+
+
+def test_a_tokenizer_that_is_larger_than_the_model_is_refused(tmp_path: Path, corpus: Corpus) -> None:
+    folder = trained(vocab_size=200).write(tmp_path)
+    with pytest.raises(DataError, match=r"has 512 tokens, more than model.vocab_size \(200\)"):
+        harness.HarnessModel(str(folder), tokenizer=str(corpus.tokenizer))
 
 
 @pytest.mark.parametrize("device", ["cuda:31", "gpu"])

@@ -1,5 +1,6 @@
 """The choice of tokens, on distributions that one can work out by hand."""
 
+import math
 from typing import Any
 
 import pytest
@@ -52,6 +53,8 @@ def test_the_seed_decides() -> None:
     ("settings", "message"),
     [
         ({"temperature": 0.0}, r"temperature \(0\) must be above 0: for the likeliest token use greedy"),
+        ({"temperature": math.nan}, r"temperature \(nan\) must be above 0"),
+        ({"repetition_penalty": math.nan}, r"repetition_penalty \(nan\) must be above 0"),
         ({"top_p": 0.0}, r"top_p \(0\) must be above 0"),
         ({"top_k": 0}, r"top_k of sampling \(0\) must be at least 1"),
         ({"greedy": True, "top_p": 0.9}, r"top_p \(0.9\) has no effect with greedy"),

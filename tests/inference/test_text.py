@@ -135,11 +135,54 @@ def test_the_tool_streams_and_writes_json(
     assert capsys.readouterr().out == printed.out
     for wrong, message in (
         (["--prompt", "x", "--top_p", "0.5"], "top_p (0.5) has no effect with greedy"),
+        (["--prompt", "x", "--mode", "dense", "--top_k", "2"], "top_k (2.0) has no effect without mode sparse"),
         (["--prompt", "x", "--no_graphs"], "no_graphs (True) has no effect on a CPU"),
         (["--prompts", str(lines), "--batch_size", "0"], "batch_size (0) must be at least 1"),
     ):
         assert tool.main([*common, *wrong]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_the_tool_checks_all_prompts_of_a_file_before_the_first(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lines, out = tmp_path / "prompts.txt", tmp_path / "out.json"
+    command = ["--checkpoint", str(folder), "--greedy", "--prompts", str(lines), "--batch_size", "1"]
+    lines.write_text("def\n" + "漢字" * 9 + "\n")
+    assert tool.main(command) == 2
+    printed = capsys.readouterr()
+    assert printed.out == "" and "learned positions: use a shorter prompt" in printed.err
+    lines.write_bytes(b"def\n\xff\n")
+    assert tool.main(command) == 2
+    assert f"error: {lines} is not UTF-8: invalid start byte" in capsys.readouterr().err
+    lines.write_text("a\x0cb\u2028c\r\n\nx", newline="")
+    assert tool.main([*command, "--max_new_tokens", "1", "--json", str(out)]) == 0
+    assert [record["prompts"] for record in json.loads(out.read_text())] == [["a\x0cb\u2028c"], [""], ["x"]]
+
+
+def test_a_typed_prompt_that_is_refused_does_not_end_the_session(
+    folder: Path,
+    tokenizer: Tokenizer,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    typed, out = iter(["漢字" * 9, "def"]), tmp_path / "out.json"
+    monkeypatch.setattr("builtins.input", lambda _: next(typed, None) or (_ for _ in ()).throw(EOFError))
+    assert tool.main(["--checkpoint", str(folder), "--seed", "1", "--json", str(out)]) == 0
+    printed = capsys.readouterr()
+    assert printed.err.startswith("error: max_new_tokens (1) after a prompt of") and printed.out.startswith("def")
+    (record,) = json.loads(out.read_text())
+    ended = record["tokens"][0] + len(tokenizer.encode("def"))
+    assert ended == 16  # all positions; with this seed no document ends before
+
+
+def test_the_tool_refuses_a_tokenizer_that_is_larger_than_the_model(
+    tmp_path: Path, corpus: Corpus, capsys: pytest.CaptureFixture[str]
+) -> None:
+    command = ["--checkpoint", str(trained(vocab_size=200).write(tmp_path)), "--tokenizer", str(corpus.tokenizer)]
+    assert tool.main([*command, "--prompt", "def"]) == 2
+    assert "has 512 tokens, more than model.vocab_size (200)" in capsys.readouterr().err
 
 
 def test_the_tool_says_what_is_wrong_with_a_launch_in_one_line(

@@ -3,6 +3,7 @@
 import json
 import runpy
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -216,6 +217,21 @@ def test_a_finished_folder_is_not_written_again(dense: Path, moefied: Path) -> N
     assert moefy(dense, moefied) == 2
     assert "is not empty" in said(moefied)
     moefied.with_suffix(".log").write_text(log)
+
+
+def test_a_corpus_of_another_tokenizer_is_refused(corpus: Corpus, marked_corpus: Corpus, tmp_path: Path) -> None:
+    model = trained()
+    source = write_model(tmp_path / "saved", replace(model.settings, has_experts=False), model.tensors.items())
+    data, tokenizer = ("--data", str(marked_corpus.prefix)), ("--tokenizer", str(corpus.tokenizer))
+    assert moefy(source, tmp_path / "no", *data, *tokenizer) == 2
+    assert f"was made with the tokenizer {marked_corpus.tokenizer} (480 tokens), not with" in said(tmp_path / "no")
+
+
+def test_a_tokenizer_that_is_not_where_it_was_can_be_given(tmp_path: Path) -> None:
+    model = trained()
+    settings = replace(model.settings, has_experts=False, tokenizer=Path("data/own.model"))
+    assert moefy(write_model(tmp_path / "saved", settings, model.tensors.items()), tmp_path / "no") == 2
+    assert "tokenizer data/own.model, which is not found" in said(tmp_path / "no")
 
 
 def test_losses_and_data_are_those_of_the_run(marked_corpus: Corpus, tmp_path: Path) -> None:

@@ -268,14 +268,14 @@ IN_THE_DATA: list[tuple[str, Spoil, tuple[str, ...]]] = [
     (
         "vocabulary too small",
         setting(f"{MODEL}.vocab_size", 500),
-        ("has 512 tokens, more than model.vocab_size (500): set model.vocab_size to 512 or more",),
+        ("has 512 tokens, more than model.vocab_size (500): give", "set model.vocab_size to 512 or more"),
     ),
     (
         "another tokenizer's data",
         small_tokenizer,
         (
             "{folder}/corpus.bin has token ids from ",
-            "but data.tokenizer has only the ids 0 to 299: it was made with another tokenizer",
+            "but the tokenizer has only the ids 0 to 299: it was made with another tokenizer",
         ),
     ),
     (
