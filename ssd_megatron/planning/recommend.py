@@ -76,8 +76,15 @@ class Plan:
 
 def plan(job: Job, layout: Layout) -> Plan:
     """Predict one layout."""
+    return _predict(job, layout, _memory(job, layout))
+
+
+def _memory(job: Job, layout: Layout) -> Memory:
+    return memory_per_rank(job.model, job.ssd, layout, dtype=job.dtype, reduce_bucket_size=job.reduce_bucket_size)
+
+
+def _predict(job: Job, layout: Layout, memory: Memory) -> Plan:
     model, ssd, cluster = job.model, job.ssd, job.cluster
-    memory = memory_per_rank(model, ssd, layout, dtype=job.dtype, reduce_bucket_size=job.reduce_bucket_size)
     modes = modes_of(ssd)
     seconds = {
         mode: step_time(model, ssd, layout, mode, cluster, job.dtype, multi_rank=job.multi_rank) for mode in modes
@@ -107,11 +114,12 @@ def recommend(job: Job) -> list[Plan]:
     Raises:
         ConfigError: no layout fits; the message has the smallest.
     """
-    plans = [plan(job, layout) for layout in layouts(job)]
-    if not any(p.fits for p in plans):
-        raise ConfigError(_nothing_fits(job, plans))
+    needed = [(layout, _memory(job, layout)) for layout in layouts(job)]
+    plans = [_predict(job, *one) for one in needed if one[1].total <= job.cluster.usable_bytes]
+    if not plans:
+        raise ConfigError(_nothing_fits(job, needed))
     best: dict[tuple[int, int, int], Plan] = {}
-    for p in sorted((p for p in plans if p.fits), key=_order):
+    for p in sorted(plans, key=_order):
         best.setdefault((p.layout.tensor, p.layout.pipeline, p.layout.expert), p)
     return list(best.values())
 
@@ -120,17 +128,17 @@ def _order(p: Plan) -> tuple[float, int, int]:
     return float(f"{p.mean_seconds:.3g}"), -p.layout.micro_batch_size, p.memory.total
 
 
-def _nothing_fits(job: Job, plans: list[Plan]) -> str:
-    if not plans:
+def _nothing_fits(job: Job, needed: list[tuple[Layout, Memory]]) -> str:
+    if not needed:
         return (
             f"no layout of {job.cluster.gpus} GPUs divides train_batch_size ({job.batch}) and the model: try "
             f"train_batch_size {math.lcm(job.batch, job.cluster.gpus)}"
         )
-    least = min(plans, key=lambda p: p.memory.total)
-    sizes = f"tensor {least.layout.tensor}, pipeline {least.layout.pipeline}, expert {least.layout.expert}"
+    layout, memory = min(needed, key=lambda one: one[1].total)
+    sizes = f"tensor {layout.tensor}, pipeline {layout.pipeline}, expert {layout.expert}"
     return (
         f"no layout fits into the {job.cluster.usable_bytes / GIB:.1f} GiB that can be used of each GPU: the smallest "
-        f"({sizes}) needs {least.memory.total / GIB:.1f} GiB: use more GPUs"
+        f"({sizes}) needs {memory.total / GIB:.1f} GiB: use more GPUs"
     )
 
 

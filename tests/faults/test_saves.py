@@ -89,7 +89,7 @@ def test_a_disk_too_full_for_the_index_of_the_samples_is_named(
     (small_disk / "other").write_bytes(bytes((700 // 4 - free_pages) * 4096))
     ranks = job.start(f"ssd_megatron.data.cache_dir={small_disk}")
     assert ranks.wait()[0] == 2
-    assert_one_error(ranks, "error: data.cache_dir: ", "No space left on device")
+    assert_one_error(ranks, "data.cache_dir: ", "No space left on device")
 
 
 def flip_bit(path: Path) -> None:

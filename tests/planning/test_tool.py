@@ -123,7 +123,7 @@ def test_recommendations_are_as_many_as_asked_for(tmp_path: Path, capsys: pytest
         (["--set", f"{MICRO}=4"], f"--set {MICRO}=4 has no effect on what is compared here: leave it out, or name one"),
         (["--expert", "2", "--set", "ssd_megatron.parallel.tensor_parallel_size=2"], "tensor_parallel_size=2 has no"),
         (["--fraction", "50"], "--fraction (50.0) must be a share of the peak"),
-        (["--set", "ssd_megatron.model.num_layers=4000"], "no layout fits into the 71.6 GiB"),
+        (["--set", "ssd_megatron.model.num_layers=1600"], "no layout fits into the 71.6 GiB"),
     ],
 )
 def test_impossible_sizes_end_with_status_2_and_one_message(

@@ -383,7 +383,7 @@ def test_what_the_first_rank_finds_in_them_ends_all(start: Start) -> None:
     ranks = start.ranks(world_size=2, prepare=no_others_read)
     assert ranks.wait() == [2, 2]
     assert ranks.output().startswith("error: rank 0: ")
-    assert "but data.tokenizer has only the ids 0 to 299" in ranks.output()
+    assert "but the tokenizer has only the ids 0 to 299" in ranks.output()
     assert ranks.output(rank=1) == ""
 
 
