@@ -73,6 +73,7 @@ TRIALS = {
     "d_ff 8h": Trial(widening=8),
     "squared relu": Trial(model=(("activation", "squared_relu"),)),
     "reglu": Trial(model=(("activation", "reglu"),)),
+    "reglu, 85 % of the steps sparse": Trial(first=0.05, sparse=0.85, model=(("activation", "reglu"),)),
 }
 
 
