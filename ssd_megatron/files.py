@@ -11,7 +11,7 @@ from typing import IO
 
 from ssd_megatron.errors import ConfigError
 
-LOCK = ".lock"
+LOCK, PARTIAL = ".lock", ".partial"
 
 
 @contextmanager
@@ -48,20 +48,23 @@ def require_empty(folder: Path, but: Collection[str] = ()) -> None:
 
 @contextmanager
 def new_folder(folder: Path) -> Iterator[Path]:
-    """A folder to fill that appears under its name at the end of the context; after a failure within there is none.
+    """A folder inside the one that is wanted, whose files come up into it at the end of the context; after a failure
+    within all is as before.
 
     Raises:
-        ConfigError: there is one, and it is not empty.
+        ConfigError: there is one, and it is not empty but for what a killed process left of this.
     """
-    folder = folder.resolve()
-    require_empty(folder)
-    partial = folder.with_name(f"{folder.name}.partial-{os.getpid()}")
+    require_empty(folder, but=(PARTIAL,))
+    is_new, partial = not folder.exists(), folder / PARTIAL
+    shutil.rmtree(partial, ignore_errors=True)
     partial.mkdir(parents=True)
     try:
         yield partial
-        partial.replace(folder)
+        for path in sorted(partial.iterdir()):
+            path.rename(folder / path.name)
+        is_new = False
     finally:
-        shutil.rmtree(partial, ignore_errors=True)
+        shutil.rmtree(folder if is_new else partial, ignore_errors=True)
 
 
 @contextmanager

@@ -24,7 +24,7 @@ def deal_out(
     they save more of the loss on training batches, as `ssd.top_k_allocation` does. Networks have their experts and
     routers, and are dense afterwards."""
     set_mode(task.ffns, "dense")
-    if allocation == "equal":
+    if allocation == "equal" or set(numbers) <= {1, num_experts}:
         return [[number] * len(task.ffns) for number in numbers]
     batches = list(islice(task.batches(), PROBE_BATCHES))
 
@@ -33,5 +33,5 @@ def deal_out(
         return sum(task.forward_backward(batch) for batch in batches) / len(batches)
 
     costs = sparsity_costs(list(task.ffns), task.ffns, probe_loss, num_experts, least=1)
-    lengths = [layer.length for layer in layers_of(model)]
-    return [allocate_alike(costs, lengths, number, least=1) for number in numbers]
+    parts = [layer.context for layer in layers_of(model)]  # an encoder's layers have none; a decoder has fewer tokens
+    return [allocate_alike(costs, parts, number, least=1) for number in numbers]

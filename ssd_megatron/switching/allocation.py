@@ -58,16 +58,16 @@ def measured_together(names: Sequence[str]) -> list[Sequence[str]]:
     return [first, *(rest[start:end] for start, end in pairwise(ends))]
 
 
-def allocate_alike(costs: Sequence[Curve], tokens: Sequence[int], top_k: int, least: int) -> list[int]:
-    """allocate_experts among layers of as many tokens each, as an encoder's and a decoder's: an expert of one costs
-    more than one of the other.
+def allocate_alike(costs: Sequence[Curve], parts: Sequence[int], top_k: int, least: int) -> list[int]:
+    """allocate_experts among the layers of each part, an encoder's and a decoder's: an expert of one costs more than
+    one of the other, as other numbers of tokens go through it.
 
     Args:
-        tokens: by layer, of a sample.
+        parts: which one each layer is of.
     """
     allocated = [0] * len(costs)
-    for length in set(tokens):
-        layers = [index for index, other in enumerate(tokens) if other == length]
+    for part in set(parts):
+        layers = [index for index, other in enumerate(parts) if other == part]
         experts = allocate_experts([costs[index] for index in layers], top_k, least)
         for index, number in zip(layers, experts, strict=True):
             allocated[index] = number

@@ -1,7 +1,7 @@
 """Which samples each rank reads at each step: a function of the step alone, so that a resumed run goes on exactly."""
 
 import signal
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 
 import torch
 from torch import Tensor
@@ -36,8 +36,8 @@ class StepSampler(Sampler[list[int]]):
 
 def microbatches(
     dataset: Dataset[dict[str, Tensor]], sampler: StepSampler, device: torch.device, num_workers: int
-) -> Iterator[dict[str, Tensor]]:
-    """Batches of the samples' fields on `device`, each [micro_batch_size, ...]."""
+) -> Generator[dict[str, Tensor], None, None]:
+    """Batches of the samples' fields on `device`, each [micro_batch_size, ...]. To be closed: workers end with it."""
     loader = DataLoader(
         dataset,
         batch_sampler=sampler,

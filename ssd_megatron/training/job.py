@@ -2,7 +2,7 @@
 
 import importlib.util
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -147,6 +147,7 @@ def _train(
     )
     if restored is not None:
         log.resumed(done, section.training.train_steps, folder.checkpoints)
+    batches = _train_batches(config, datasets, topology, first_step=done + 1)
     trainer = Trainer(
         config,
         topology,
@@ -155,7 +156,7 @@ def _train(
         coordinator=coordinator,
         masks=parts.masks,
         checkpointer=checkpointer,
-        batches=_train_batches(config, datasets, topology, first_step=done + 1),
+        batches=batches,
         eval_batches=_eval_batches(config, datasets, topology),
         partitions=folder.path / "partitions",
         routing=step_routing(config, model, topology),
@@ -171,6 +172,7 @@ def _train(
             log.plots(trainer.done_steps, partial(run_figures, folder.path))
         stop.clear_stop_file()
     finally:
+        batches.close()  # its loader's workers ignore the signal with which Python ends them
         log.flush()
         engine.close()
     return trainer.done_steps, status
@@ -238,7 +240,9 @@ def _datasets(config: RunConfig, tokenizer: Tokenizer, train_samples: int) -> Da
     )
 
 
-def _train_batches(config: RunConfig, datasets: Datasets, topology: Topology, first_step: int) -> Iterator[Batch]:
+def _train_batches(
+    config: RunConfig, datasets: Datasets, topology: Topology, first_step: int
+) -> Generator[Batch, None, None]:
     assert datasets.train is not None
     sampler = _sampler(config, topology, first_step, config.ssd_megatron.training.train_steps)
     return microbatches(datasets.train, sampler, topology.device, config.ssd_megatron.data.num_workers)

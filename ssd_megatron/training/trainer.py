@@ -21,6 +21,7 @@ from ssd_megatron.switching.coordinator import Coordinator
 from ssd_megatron.switching.partition import save_partition
 from ssd_megatron.switching.switch import SwitchError
 from ssd_megatron.training.checkpoint import Checkpointer
+from ssd_megatron.training.checkpoint_files import CheckpointError
 from ssd_megatron.training.console import StepLine
 from ssd_megatron.training.engine import Batch, Engine, StepResult
 from ssd_megatron.training.routing_record import StepRouting
@@ -114,7 +115,10 @@ class Trainer:
         except (TrainingError, SwitchError) as error:
             # All ranks are here, but for those of other pipeline stages than the one whose neurons are not verified.
             if isinstance(error, TrainingError) or self._topology.pipeline.size == 1:
-                self._checkpointer.finish()
+                try:
+                    self._checkpointer.finish()
+                except CheckpointError as lost:
+                    self._log.event(f"step {self._done}: {lost}")
             raise
 
     def _run(self) -> Status:
@@ -134,13 +138,13 @@ class Trainer:
             if last or reason is not None or due:
                 with named(f"checkpoint after step {step}"):
                     self._save(step)
-            elif self._checkpointer.poll() is not None:
+            elif self._completed(step, self._checkpointer.poll):
                 self._log.event(f"step {step}: the checkpoint in the background is complete")
             if reason is not None and not last:
-                self._checkpointer.finish()
+                self._completed(step, self._checkpointer.finish)
                 self._log.event(f"step {step}: saved and stopped by {reason}")
                 return "stopped"
-        self._checkpointer.finish()
+        self._completed(self._done, self._checkpointer.finish)
         return "finished"
 
     def _train_step(self, step: int) -> None:
@@ -263,6 +267,14 @@ class Trainer:
         self._log.record("save", step, seconds=seconds)
         if folder is not None:
             self._log.event(f"step {step}: checkpoint {folder} in {seconds:.2f} s")
+
+    def _completed(self, step: int, work: Callable[[], Path | None]) -> bool:
+        """Whether a save in the background has become a checkpoint by this, for which training waits."""
+        started = time.perf_counter()
+        if work() is None:
+            return False
+        self._log.record("save", step, seconds=time.perf_counter() - started)
+        return True
 
     def _look_at_loads(self, step: int) -> None:
         """Log tokens per expert in the last microbatch, over all data-parallel ranks; place experts anew if due."""

@@ -209,8 +209,12 @@ def test_a_failed_export_leaves_nothing_behind(tmp_path: Path, corpus: Corpus) -
     with pytest.raises(ConfigError, match="is not a BPE model"):
         export_model(saved, tmp_path / "hf", "dense", tokenizer=tmp_path / "unigram.model")
     assert sorted(path.name for path in tmp_path.iterdir()) == ["saved", "unigram.model", "unigram.vocab"]
+    (tmp_path / "hf" / ".partial" / "of_a_killed_start").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="is not a BPE model"):
+        export_model(saved, tmp_path / "hf", "dense", tokenizer=tmp_path / "unigram.model")
+    assert not any((tmp_path / "hf").iterdir())
     export_model(saved, tmp_path / "hf", "dense", tokenizer=corpus.tokenizer)
-    assert (tmp_path / "hf" / "tokenizer.json").exists()
+    assert (tmp_path / "hf" / "tokenizer.json").exists() and not (tmp_path / "hf" / ".partial").exists()
 
 
 def test_a_classifier_is_refused(tmp_path: Path) -> None:

@@ -64,6 +64,32 @@ def test_a_signal_to_all_processes_of_a_rank_saves_and_ends(long_run: Path) -> N
     assert not alive(worker)
 
 
+FAILS = """
+import sys
+import pretrain_ssd
+from ssd_megatron.training.trainer import Trainer
+
+def fail(trainer, step):
+    raise RuntimeError("no memory is left")
+
+Trainer._save = fail
+sys.exit(pretrain_ssd.main(sys.argv[1:]))
+"""
+
+
+def test_a_rank_that_fails_ends_with_its_loader(long_run: Path) -> None:
+    """By an exception that nobody expects, while a worker runs that ignores signals."""
+    arguments = ["--ds_config", str(long_run), "--set", "ssd_megatron.data.num_workers=1"]
+    rank = subprocess.run(
+        [sys.executable, "-c", FAILS, *arguments, "ssd_megatron.checkpoint.interval=2"],
+        capture_output=True,
+        text=True,
+        env=os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+        timeout=120,
+    )
+    assert rank.returncode == 1 and "RuntimeError: no memory is left" in rank.stderr
+
+
 def test_the_file_stop_saves_and_ends_and_is_removed(long_run: Path) -> None:
     ranks = Ranks(long_run)
     ranks.wait_for("step 4/3000")
