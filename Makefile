@@ -15,8 +15,8 @@ CONFIG ?= examples/quickstart/ds.json
 # Of a config below examples/bert or examples/t5, whose tokenizers reserve tokens.
 FAMILY := $(filter bert t5,$(subst /, ,$(CONFIG)))
 CONSTRAINTS := constraints.txt
-# Two files of tests at a time: many wait for one rank, or for each other's.
-IN_PARALLEL := -n 2 --dist loadfile
+# Three files of tests at a time, also on two cores: many wait for one rank, or for each other's.
+IN_PARALLEL := -n 3 --dist loadfile
 
 .PHONY: quickstart test test-layouts test-docs test-faults test-triton-compile test-mpi test-multinode test-slurm lint docs clean
 
