@@ -21,7 +21,7 @@ from ssd_megatron.export.hf_folder import SHARD_BYTES, read_json, read_tensors, 
 from ssd_megatron.export.hf_tokenizer import find_tokenizer, write_tokenizer
 from ssd_megatron.export.model_card import model_card
 from ssd_megatron.export.settings import unmet
-from ssd_megatron.files import PARTIAL, new_folder, require_empty, write_atomically
+from ssd_megatron.files import new_folder, require_empty, write_atomically
 from ssd_megatron.training.saved_model import SavedModel, Settings, is_router, open_tokenizer, write_model
 
 ExportMode = Literal["dense", "sparse"]
@@ -65,11 +65,10 @@ def export_model(
             f"{saved.folder} is of a classifier, which no class of transformers computes as it does: export the model "
             "that it was fine-tuned from"
         )
-    require_empty(folder, but=(PARTIAL,))
-    exported = _sparse(saved) if mode == "sparse" else _dense(saved)
     dtype_name = str(dtype).removeprefix("torch.")
-    config = exported.config | {"dtype": dtype_name}
     with new_folder(folder) as made:
+        exported = _sparse(saved) if mode == "sparse" else _dense(saved)
+        config = exported.config | {"dtype": dtype_name}
         generation = _write_tokenizer(saved, tokenizer, made, config)
         write_json(made / "config.json", config)
         if saved.settings.model.family != "bert":
