@@ -26,6 +26,7 @@ from ssd_megatron.parallel.sharding import expert_group_of
 from ssd_megatron.parallel.topology import ModelParallelUnit, Topology
 from ssd_megatron.parallel.zero import ZeroAdapter
 from ssd_megatron.switching.switch import ROUTER_GROUP
+from ssd_megatron.training.saved_model import is_router
 
 Batch = Mapping[str, Tensor]
 
@@ -184,7 +185,7 @@ def parameter_groups(parameters: Mapping[str, nn.Parameter], weight_decay: float
     """
     groups: dict[tuple[str, str | None], list[nn.Parameter]] = {("decay", None): []}  # the first group's rate is shown
     for name, parameter in parameters.items():
-        role = ROUTER_GROUP if ".router." in name else "decay" if parameter.dim() > 1 else "no_decay"
+        role = ROUTER_GROUP if is_router(name) else "decay" if parameter.dim() > 1 else "no_decay"
         groups.setdefault((role, expert_group_of(parameter)), []).append(parameter)
     return [
         {"role": role, "params": members, "weight_decay": weight_decay if role == "decay" else 0.0}
