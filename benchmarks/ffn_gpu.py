@@ -85,7 +85,7 @@ class Network:
     def sparse(self, backend: str) -> Callable[[Tensor], Tensor]:
         def run(x: Tensor) -> Tensor:
             routing, bank = self.router.route(x), self.bank
-            return sparse_ffn(x, *routing[:2], bank.tensors(), bank.activation, self.case.experts, backend)
+            return sparse_ffn(routing.x_TH, *routing[:2], bank.tensors(), bank.activation, self.case.experts, backend)
 
         return run
 

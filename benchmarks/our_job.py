@@ -64,7 +64,7 @@ def network_variants(ours: Ours) -> dict[str, Callable[[int], object]]:
     def routing(_: int) -> None:
         for network, x in seen:
             x_TH = x.flatten(0, 1)
-            ids_TK, gates_TK, _ = network.router.route(x_TH)
+            ids_TK, gates_TK, *_ = network.router.route(x_TH)
             sort(ids_TK, network.settings.num_experts, x_TH.shape[1] * x_TH.element_size())
             assert gates_TK is not None
             torch.autograd.grad(gates_TK, [x, network.router.weight], torch.ones_like(gates_TK))

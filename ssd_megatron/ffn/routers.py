@@ -42,11 +42,13 @@ class Routing(NamedTuple):
     Attributes:
         expert_ids_TK: int64, best first, no expert twice in a row; equal scores are settled alike in every run.
         gates_TK: with the router's gradient behind them; None when the router learns nothing.
+        x_TH: the inputs, for the experts: a router that learns adds its own to the gradient that comes back here.
         scaled: outputs are multiplied by the gates; else they are 1 in value.
     """
 
     expert_ids_TK: Tensor
     gates_TK: Tensor | None
+    x_TH: Tensor
     scaled: bool = False
 
 
@@ -74,9 +76,10 @@ NOTHING_ELSE = Seen()
 
 
 class _StraightThrough(torch.autograd.Function):
-    """Chosen experts [T, K], and gates [T, K] that are 1 with the gradient of a softmax over the chosen scores.
+    """Chosen experts [T, K], gates [T, K] that are 1 with the gradient of a softmax over the chosen scores, and x.
 
-    The same as gate = 1 + p - stop_gradient(p), in fewer steps and without an fp32 copy of x for the backward.
+    The same as gate = 1 + p - stop_gradient(p), in fewer steps and without an fp32 copy of x for the backward, which
+    adds its gradient of x to the one of the x that it has returned.
     """
 
     @staticmethod
@@ -88,36 +91,40 @@ class _StraightThrough(torch.autograd.Function):
         top_k: int,
         chosen: Choice | None,
         backend: str,
-    ) -> tuple[Tensor, Tensor]:
-        if backend == "cpp":
-            scores_TE = cpp_router.expert_scores(x_TH, weight_EH)
-            scores_TK, expert_ids_TK = cpp_router.top_k(scores_TE, top_k)
-        else:
-            scores_TE = expert_scores(x_TH, weight_EH)
-            scores_TK, expert_ids_TK = scores_TE.topk(top_k, dim=1)
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        scores_of = cpp_router.expert_scores if backend == "cpp" else expert_scores
+        scores_TE = scores_of(x_TH, weight_EH)
         if bias_E is not None or chosen is not None:
             expert_ids_TK = _best(scores_TE, bias_E, top_k, chosen)
-            scores_TK = scores_TE.gather(1, expert_ids_TK)
-        p_TK = scores_TK.softmax(dim=1)
+            p_TK = scores_TE.gather(1, expert_ids_TK).softmax(dim=1)
+        elif backend == "cpp":
+            p_TK, expert_ids_TK = cpp_router.top_k(scores_TE, top_k)
+        else:
+            scores_TK, expert_ids_TK = scores_TE.topk(top_k, dim=1)
+            p_TK = scores_TK.softmax(dim=1)
         ctx.save_for_backward(x_TH, weight_EH, expert_ids_TK, p_TK)
         ctx.backend = backend
         ctx.mark_non_differentiable(expert_ids_TK)
-        return expert_ids_TK, torch.ones_like(p_TK)
+        ctx.set_materialize_grads(False)
+        return expert_ids_TK, torch.ones_like(p_TK), x_TH
 
     @staticmethod
     @once_differentiable
-    def backward(ctx: Any, _: None, dgates_TK: Tensor) -> tuple[Tensor | None, ...]:
+    def backward(ctx: Any, _: None, dgates_TK: Tensor | None, dx_TH: Tensor | None) -> tuple[Tensor | None, ...]:
         x_TH, weight_EH, expert_ids_TK, p_TK = ctx.saved_tensors
+        if dgates_TK is None:
+            return dx_TH, None, None, None, None, None
         if ctx.backend == "cpp":
-            dx_TH, dweight_EH = cpp_router.score_gradients(dgates_TK, p_TK, expert_ids_TK, x_TH, weight_EH)
+            dx_TH, dweight_EH = cpp_router.score_gradients(dgates_TK, p_TK, expert_ids_TK, x_TH, weight_EH, dx_TH)
             return dx_TH, dweight_EH, None, None, None, None
         dp_TK = p_TK * dgates_TK
         dscores_TK = dp_TK - p_TK * dp_TK.sum(dim=1, keepdim=True)
         dscores_TE = x_TH.new_zeros(len(x_TH), len(weight_EH)).scatter_(1, expert_ids_TK, dscores_TK.to(x_TH.dtype))
-        return dscores_TE @ weight_EH, dscores_TE.T @ x_TH, None, None, None, None
+        own_TH = dscores_TE @ weight_EH
+        return own_TH if dx_TH is None else own_TH.add_(dx_TH), dscores_TE.T @ x_TH, None, None, None, None
 
 
-_straight_through: Callable[..., tuple[Tensor, Tensor]] = _StraightThrough.apply
+_straight_through: Callable[..., tuple[Tensor, Tensor, Tensor]] = _StraightThrough.apply
 
 
 @torch.no_grad()
@@ -215,12 +222,12 @@ class Router(nn.Module):
             seen: what a kind looks at beside them.
             chosen: gets the experts with the best scores and returns those to take instead.
         Returns:
-            ids [T, K] and gates [T, K] of the chosen experts.
+            ids [T, K] and gates [T, K] of the chosen experts, and the inputs for them.
         """
         if self.straight_through and self.name == "centroid":
             backend = self.backend if len(x_TH) > MOST_TOKENS else "torch"  # which starts sooner
-            expert_ids_TK, gates_TK = _straight_through(x_TH, self.weight, self.bias, self.top_k, chosen, backend)
-            return Routing(expert_ids_TK, self._follow_load(gates_TK, expert_ids_TK))
+            expert_ids_TK, gates_TK, x_TH = _straight_through(x_TH, self.weight, self.bias, self.top_k, chosen, backend)
+            return Routing(expert_ids_TK, self._follow_load(gates_TK, expert_ids_TK), x_TH)
         if self.kind.scales:
             return self._scaled(x_TH, seen, chosen)
         if self.straight_through:
@@ -229,10 +236,10 @@ class Router(nn.Module):
             numbers_TK = _best(scores_TE, None, self.top_k, None)
             p_TK = scores_TE.gather(1, numbers_TK).softmax(dim=1)
             gates_TK = 1 + (p_TK - p_TK.detach())
-            return Routing(self._positions(numbers_TK, seen), gates_TK)
+            return Routing(self._positions(numbers_TK, seen), gates_TK, x_TH)
         with torch.no_grad():
             expert_ids_TK = self._positions(self._chosen_without_gradient(x_TH, seen), seen)
-            return Routing(expert_ids_TK if chosen is None else chosen(expert_ids_TK), None)
+            return Routing(expert_ids_TK if chosen is None else chosen(expert_ids_TK), None, x_TH)
 
     def initial_values(self, directions_EH: Tensor, norms_F: Tensor) -> dict[str, Tensor]:
         """Parameters by name as a switch sets them, fp32.
@@ -258,7 +265,7 @@ class Router(nn.Module):
                 gates_TK = with_loss(gates_TK, loss, self._balance * self.loss_weight)
             if self._z:
                 gates_TK = with_loss(gates_TK, z_loss(scores_TE), self._z * self.loss_weight)
-        return Routing(expert_ids_TK, self._follow_load(gates_TK, expert_ids_TK), scaled=True)
+        return Routing(expert_ids_TK, self._follow_load(gates_TK, expert_ids_TK), x_TH, scaled=True)
 
     def _follow_load(self, gates_TK: Tensor, expert_ids_TK: Tensor) -> Tensor:
         """The same gates; the biases, where there are any, get a gradient by the load."""

@@ -128,7 +128,8 @@ class SwitchableFFN(nn.Module):
         length, batch, width = x_sbH.shape
         x_TH, chosen = x_sbH.reshape(-1, width), self.chosen if torch.is_grad_enabled() else None
         routed = x_TH if tile == 1 else tile_inputs(x_sbH, tile)
-        expert_ids, gates, scaled = self.router.route(routed, self._seen(length, batch, x_sbH.device), chosen)
+        seen = self._seen(length, batch, x_sbH.device)
+        expert_ids, gates, routed, scaled = self.router.route(routed, seen, chosen)
         expert_ids_TK = expert_ids if tile == 1 else of_tokens(expert_ids, length, batch, tile)
         ids = expert_ids_TK.flatten()
         self.expert_load = ids.new_zeros(num_experts).scatter_add_(0, ids, torch.ones_like(ids))
@@ -139,7 +140,7 @@ class SwitchableFFN(nn.Module):
             args = (expert_ids, gates, self.bank.tensors(), self.bank.activation, num_experts, scaled)
             return join(tiled_ffn(cut(x_sbH, tile), *args), length, batch)
         gates_TK = gates if gates is None or tile == 1 else of_tokens(gates, length, batch, tile)
-        x_TH = homes.enter(x_TH)
+        x_TH = homes.enter(routed if tile == 1 else x_TH)
         if not homes.tokens_travel:
             y_TH = self._compute(x_TH, homes.local_ids(expert_ids_TK, num_experts), gates_TK, scaled)
         else:

@@ -140,7 +140,7 @@ class FeedForward(nn.Module):
             else:
                 ids_TK = triton_decode.best_experts(x_TH, rows_EH, router.bias, router.top_k)
             return triton_decode.few_tokens_ffn(x_TH, self.place.own(ids_TK, count), tensors, activation, count)
-        ids_TK, gates_TK, scaled = router.route(x_TH, seen)
+        ids_TK, gates_TK, _, scaled = router.route(x_TH, seen)
         ids_TK = self.place.own(ids_TK, count)
         if few and on_cpu:
             return few_tokens_ffn(x_TH, ids_TK, tensors, activation, count)

@@ -67,24 +67,28 @@ def test_copies_are_sorted_by_expert_and_those_for_elsewhere_left_out() -> None:
     assert rows.first_E.tolist() == [0, 2, 3, 6, 6]
     assert rows.token_C.tolist() == [0, 2, 3, 0, 1, 3]
     assert rows.copy_C.tolist() == [1, 4, 7, 0, 3, 6]
+    ids = torch.randint(-1, 9, (3000, 2))
+    rows, kept = sort_copies(ids, 9), (ids.flatten() >= 0).nonzero().flatten()
+    assert torch.equal(rows.copy_C.long(), kept[ids.flatten()[kept].argsort(stable=True)])
+    assert torch.equal(rows.token_C, rows.copy_C // 2)
+    assert rows.first_E.diff().tolist() == ids[ids >= 0].bincount(minlength=9).tolist()
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize(("tokens", "hidden", "experts", "top_k"), [(300, 64, 16, 4), (70, 33, 40, 11), (0, 32, 8, 2)])
 def test_router_is_that_of_torch(tokens: int, hidden: int, experts: int, top_k: int, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    weight, (x, _), dgates = (
-        torch.randn(experts, hidden),
-        make_inputs(tokens, hidden, dtype),
-        torch.randn(tokens, top_k),
-    )
+    weight, dgates = torch.randn(experts, hidden), torch.randn(tokens, top_k)
+    x, dx = make_inputs(tokens, hidden, dtype)
     results = []
     for backend in ("torch", "cpp"):
         router = Router(hidden, experts, top_k, "straight_through", backend=backend, dtype=dtype)
         with torch.no_grad():
             router.weight.copy_(weight)
-        ids, gates, _ = router.route(x)
-        results.append((ids, *torch.autograd.grad(gates, [x, router.weight], dgates)))
+        ids, gates, inputs, _ = router.route(x)
+        own = torch.autograd.grad(gates, [x, router.weight], dgates, retain_graph=True)
+        with_others = torch.autograd.grad([gates, inputs], [x, router.weight], [dgates, dx])
+        results.append((ids, *own, *with_others))
     (ids, *wanted), (same_ids, *got) = results
     assert torch.equal(ids, same_ids)
     assert all(relative_error(a, b) < TOLERANCE[dtype] for a, b in zip(got, wanted, strict=True))

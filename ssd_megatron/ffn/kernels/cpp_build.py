@@ -24,14 +24,14 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # as the functions' na
 COMPILE_SECONDS = 600  # that a compiler may take on a busy machine; 4 are usual
 
 # Arguments of the functions: p a pointer, i a whole number. Those of a dtype are in the second table.
-_COMMON = {"sort_copies_of": "piiippp", "top_k_of": "piiiiipp"}
+_COMMON = {"sort_copies_of": "piiippp", "top_k_of": "piiiipp"}
 _BY_DTYPE = {
     "up": "ppppipppp",
     "down": "pppppp",
     "weight_grad": "ppppp",
     "bias_grad": "ppp",
-    "scores": "pppp",
-    "scores_grad": "pppiiiip",
+    "scores": "ppiiiip",
+    "scores_grad": "pppppiiiiipp",
 }
 
 

@@ -104,12 +104,6 @@ class Products:
         self._call("up", source_TH, w_FH, b_F, relu, outputs_CN, self._rows.copy_C, dgates_TK, out_CN)
         return out_CN
 
-    def scores(self, source_TH: Tensor, w_FH: Tensor) -> Tensor:
-        """source w^T for the rows' tokens in fp32."""
-        out_CN = source_TH.new_empty(self.shape, dtype=torch.float32)
-        self._call("scores", source_TH, w_FH, out_CN)
-        return out_CN
-
     def down(
         self, a_CN: Tensor, w_FH: Tensor, out_TH: Tensor, a2_CN: Tensor | None = None, w2_FH: Tensor | None = None
     ) -> Tensor:

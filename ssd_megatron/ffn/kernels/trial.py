@@ -77,8 +77,8 @@ def _run(backend: str, device: torch.device, dtype: torch.dtype, activation: str
             tensor.copy_((torch.randn(tensor.shape, generator=generator) / HIDDEN**0.5).bfloat16())
     router, bank = router.to(device), bank.to(device)
     x = x_TH.to(device, dtype).requires_grad_()
-    ids, gates, scaled = router.route(x)
-    y = sparse_ffn(x, ids, gates, bank.tensors(), ACTIVATIONS[activation], EXPERTS, backend, scaled)
+    ids, gates, inputs, scaled = router.route(x)
+    y = sparse_ffn(inputs, ids, gates, bank.tensors(), ACTIVATIONS[activation], EXPERTS, backend, scaled)
     torch.autograd.backward(y, dy_TH.to(device, dtype))
     named = {"the output": y, "the gradient of the inputs": x.grad, "the gradient of the router": router.weight.grad}
     named |= {f"the gradient of {name}": tensor.grad for name, tensor in bank.neuron_parameters().items()}

@@ -30,6 +30,18 @@ inline Pair load(const bf16* p) {
   return {widened(p), widened(p + 16)};
 }
 
+inline Pair load(const float* p, __mmask32 columns) {
+  return {_mm512_maskz_loadu_ps((__mmask16)columns, p), _mm512_maskz_loadu_ps((__mmask16)(columns >> 16), p + 16)};
+}
+
+inline Pair load(const bf16* p, __mmask32 columns) {
+  alignas(64) bf16 read[BLOCK];
+  _mm512_store_si512(read, _mm512_maskz_loadu_epi16(columns, p));
+  return load(read);
+}
+
+inline Pair sum_of(Pair a, Pair b) { return {_mm512_add_ps(a.low, b.low), _mm512_add_ps(a.high, b.high)}; }
+
 inline __mmask32 first_columns(int64_t count) { return count >= BLOCK ? ~0u : (1u << count) - 1; }
 
 inline void store(float* p, Pair v, __mmask32 columns = ~0u) {

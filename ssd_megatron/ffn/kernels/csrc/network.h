@@ -41,9 +41,9 @@ inline int64_t full_experts(const Rows& rows) {
 
 // out[row] = source[its token] w^T + bias, then ReLU if `relu`. With `outputs` of ReLU instead, out is a gradient: it
 // is 0 where they are, and dgates[copy of the row] = sum over the neurons of gradient * output.
-template <class T, class Out>
+template <class T>
 void up(const Rows& rows, const T* source, const T* w, const T* bias, bool relu, const T* outputs,
-        const int32_t* copy, float* dgates, Out* out) {
+        const int32_t* copy, float* dgates, T* out) {
   int64_t hidden = rows.hidden, depth = padded(hidden), width = rows.width;
   int64_t tile = std::max<int64_t>(256, 2 * CACHED_BYTES / (hidden * sizeof(T)));
   while (tile > 256 && rows.tokens * full_experts(rows) < 4 * rows.threads * tile) tile /= 2;
@@ -73,10 +73,7 @@ void up(const Rows& rows, const T* source, const T* w, const T* bias, bool relu,
       __m512 parts[BLOCK];
       std::fill_n(parts, BLOCK, zero);
       auto use = [&](int64_t i, int64_t n, Pair v) {
-        if (bias) {
-          Pair b = load(biases + n);
-          v = {_mm512_add_ps(v.low, b.low), _mm512_add_ps(v.high, b.high)};
-        }
+        if (bias) v = sum_of(v, load(biases + n));
         if (relu) v = {_mm512_max_ps(zero, v.low), _mm512_max_ps(zero, v.high)};
         if (outputs) {
           Pair o = load(outputs + (row + i) * width + n);
@@ -121,8 +118,7 @@ void down(const Rows& rows, const T* a, const T* w, const T* a2, const T* w2, T*
     memset(sums, 0, tokens * columns * sizeof(float));
     auto use = [&](int64_t row, int64_t n, Pair v) {
       float* sum = sums + (rows.token[row] - token) * columns + n;
-      Pair s = load(sum);
-      store(sum, {_mm512_add_ps(s.low, v.low), _mm512_add_ps(s.high, v.high)});
+      store(sum, sum_of(load(sum), v));
     };
     for (int64_t expert = 0; expert < rows.experts; expert++) {
       Range range = rows_of(rows, expert, token, tokens);
@@ -186,10 +182,7 @@ void bias_grad(const Rows& rows, const T* a, T* db) {
   in_parallel<float>(rows.experts, rows.threads, [&](int64_t e) {
     for (int64_t n = 0; n < rows.size; n += BLOCK) {
       Pair sum{_mm512_setzero_ps(), _mm512_setzero_ps()};
-      for (int64_t row = rows.first[e]; row < rows.first[e + 1]; row++) {
-        Pair v = load(a + row * rows.width + n);
-        sum = {_mm512_add_ps(sum.low, v.low), _mm512_add_ps(sum.high, v.high)};
-      }
+      for (int64_t row = rows.first[e]; row < rows.first[e + 1]; row++) sum = sum_of(sum, load(a + row * rows.width + n));
       store(db + e * rows.size + n, sum, first_columns(rows.size - n));
     }
   });

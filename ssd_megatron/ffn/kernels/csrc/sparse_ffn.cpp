@@ -1,7 +1,8 @@
-// What cpp_build.py loads: the kernels of network.h and routing.h for fp32 and bf16, as C functions.
+// What cpp_build.py loads: the kernels of network.h and router.h for fp32 and bf16, as C functions.
 
+#include "copies.h"
 #include "network.h"
-#include "routing.h"
+#include "router.h"
 
 extern "C" {
 
@@ -10,9 +11,9 @@ int64_t sort_copies_of(const int64_t* ids, int64_t tokens, int64_t top_k, int64_
   return sort_copies(ids, tokens, top_k, experts, first, token, copy);
 }
 
-void top_k_of(const float* scores, int64_t stride, int64_t tokens, int64_t experts, int64_t k, int64_t threads,
-              float* best, int64_t* ids) {
-  top_k(scores, stride, tokens, experts, k, threads, best, ids);
+void top_k_of(const float* scores, int64_t tokens, int64_t experts, int64_t k, int64_t threads, float* p,
+              int64_t* ids) {
+  top_k(scores, tokens, experts, k, threads, p, ids);
 }
 
 #define EXPORT(T, suffix)                                                                                              \
@@ -20,12 +21,14 @@ void top_k_of(const float* scores, int64_t stride, int64_t tokens, int64_t exper
                    const int32_t* copy, float* dgates, T* out) {                                                       \
     up(*rows, source, w, bias, relu, outputs, copy, dgates, out);                                                      \
   }                                                                                                                    \
-  void scores_##suffix(const Rows* rows, const T* source, const T* w, float* out) {                                    \
-    up<T, float>(*rows, source, w, nullptr, false, nullptr, nullptr, nullptr, out);                                    \
+  void scores_##suffix(const T* x, const T* w, int64_t tokens, int64_t hidden, int64_t experts, int64_t threads,       \
+                       float* out) {                                                                                   \
+    scores(x, w, tokens, hidden, experts, threads, out);                                                               \
   }                                                                                                                    \
-  void scores_grad_##suffix(const int64_t* ids, const float* p, const float* dgates, int64_t tokens, int64_t k,       \
-                            int64_t stride, int64_t threads, T* dscores) {                                             \
-    scores_grad(ids, p, dgates, tokens, k, stride, threads, dscores);                                                  \
+  void scores_grad_##suffix(const int64_t* ids, const float* p, const float* dgates, const T* w, const T* add,         \
+                            int64_t tokens, int64_t hidden, int64_t experts, int64_t k, int64_t threads, T* dscores,   \
+                            T* dx) {                                                                                   \
+    scores_grad(ids, p, dgates, w, add, tokens, hidden, experts, k, threads, dscores, dx);                             \
   }                                                                                                                    \
   void down_##suffix(const Rows* rows, const T* a, const T* w, const T* a2, const T* w2, T* out) {                     \
     down(*rows, a, w, a2, w2, out);                                                                                    \
