@@ -42,7 +42,7 @@ class Routing(NamedTuple):
     Attributes:
         expert_ids_TK: int64, best first, no expert twice in a row; equal scores are settled alike in every run.
         gates_TK: with the router's gradient behind them; None when the router learns nothing.
-        x_TH: the inputs, for the experts: a router that learns adds its own to the gradient that comes back here.
+        x_TH: what was routed; a straight-through centroid adds its gradient to the one that comes back here.
         scaled: outputs are multiplied by the gates; else they are 1 in value.
     """
 
@@ -92,16 +92,14 @@ class _StraightThrough(torch.autograd.Function):
         chosen: Choice | None,
         backend: str,
     ) -> tuple[Tensor, Tensor, Tensor]:
-        scores_of = cpp_router.expert_scores if backend == "cpp" else expert_scores
-        scores_TE = scores_of(x_TH, weight_EH)
-        if bias_E is not None or chosen is not None:
+        if backend == "cpp":
+            scores_TE = cpp_router.expert_scores(x_TH, weight_EH)
+            expert_ids_TK = _best(scores_TE, bias_E, top_k, chosen, cpp_router.top_k)
+            p_TK = cpp_router.softmax(scores_TE, expert_ids_TK)
+        else:
+            scores_TE = expert_scores(x_TH, weight_EH)
             expert_ids_TK = _best(scores_TE, bias_E, top_k, chosen)
             p_TK = scores_TE.gather(1, expert_ids_TK).softmax(dim=1)
-        elif backend == "cpp":
-            p_TK, expert_ids_TK = cpp_router.top_k(scores_TE, top_k)
-        else:
-            scores_TK, expert_ids_TK = scores_TE.topk(top_k, dim=1)
-            p_TK = scores_TK.softmax(dim=1)
         ctx.save_for_backward(x_TH, weight_EH, expert_ids_TK, p_TK)
         ctx.backend = backend
         ctx.mark_non_differentiable(expert_ids_TK)
@@ -127,10 +125,24 @@ class _StraightThrough(torch.autograd.Function):
 _straight_through: Callable[..., tuple[Tensor, Tensor, Tensor]] = _StraightThrough.apply
 
 
+def _top_k(scores_TE: Tensor, top_k: int) -> Tensor:
+    return scores_TE.topk(top_k, dim=1).indices
+
+
 @torch.no_grad()
-def _best(scores_TE: Tensor, bias_E: Tensor | None, top_k: int, chosen: Choice | None) -> Tensor:
-    """The experts with the best scores, biases added."""
-    expert_ids_TK = (scores_TE if bias_E is None else scores_TE + bias_E).topk(top_k, dim=1).indices
+def _best(
+    scores_TE: Tensor,
+    bias_E: Tensor | None,
+    top_k: int,
+    chosen: Choice | None,
+    best: Callable[[Tensor, int], Tensor] = _top_k,
+) -> Tensor:
+    """The experts with the best scores, biases added.
+
+    Args:
+        best: picks them where there are no biases.
+    """
+    expert_ids_TK = best(scores_TE, top_k) if bias_E is None else _top_k(scores_TE + bias_E, top_k)
     return expert_ids_TK if chosen is None else chosen(expert_ids_TK)
 
 
@@ -222,7 +234,7 @@ class Router(nn.Module):
             seen: what a kind looks at beside them.
             chosen: gets the experts with the best scores and returns those to take instead.
         Returns:
-            ids [T, K] and gates [T, K] of the chosen experts, and the inputs for them.
+            ids [T, K] and gates [T, K] of the chosen experts, and the inputs again.
         """
         if self.straight_through and self.name == "centroid":
             backend = self.backend if len(x_TH) > MOST_TOKENS else "torch"  # which starts sooner
@@ -277,7 +289,7 @@ class Router(nn.Module):
         if self.kind.reads in ("token_ids", "positions"):
             assert seen.keys_T is not None, self.name
             return hashed_experts(seen.keys_T, self.num_experts, self.top_k, self.salt)
-        return self._scores(x_TH, seen).topk(self.top_k, dim=1).indices
+        return _top_k(self._scores(x_TH, seen), self.top_k)
 
     def _scores(self, x_TH: Tensor, seen: Seen) -> Tensor:
         if self.name == "avg_k":

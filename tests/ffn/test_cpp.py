@@ -75,16 +75,21 @@ def test_copies_are_sorted_by_expert_and_those_for_elsewhere_left_out() -> None:
 
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
-@pytest.mark.parametrize(("tokens", "hidden", "experts", "top_k"), [(300, 64, 16, 4), (70, 33, 40, 11), (0, 32, 8, 2)])
-def test_router_is_that_of_torch(tokens: int, hidden: int, experts: int, top_k: int, dtype: torch.dtype) -> None:
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize(("tokens", "hidden", "experts", "top_k"), [(300, 64, 16, 4), (70, 33, 40, 11), (5, 8, 9, 2)])
+def test_router_is_that_of_torch(
+    tokens: int, hidden: int, experts: int, top_k: int, bias: bool, dtype: torch.dtype
+) -> None:
     torch.manual_seed(0)
     weight, dgates = torch.randn(experts, hidden), torch.randn(tokens, top_k)
     x, dx = make_inputs(tokens, hidden, dtype)
     results = []
     for backend in ("torch", "cpp"):
-        router = Router(hidden, experts, top_k, "straight_through", backend=backend, dtype=dtype)
+        router = Router(hidden, experts, top_k, "straight_through", balance_bias=bias, backend=backend, dtype=dtype)
         with torch.no_grad():
             router.weight.copy_(weight)
+            if router.bias is not None:
+                router.bias.copy_(weight[:, 0])
         ids, gates, inputs, _ = router.route(x)
         own = torch.autograd.grad(gates, [x, router.weight], dgates, retain_graph=True)
         with_others = torch.autograd.grad([gates, inputs], [x, router.weight], [dgates, dx])
@@ -96,9 +101,31 @@ def test_router_is_that_of_torch(tokens: int, hidden: int, experts: int, top_k: 
 
 def test_of_equal_scores_the_first_experts_are_taken_and_of_broken_ones_still_experts() -> None:
     ones = torch.ones(3, 64)
-    assert cpp_router.top_k(cpp_router.expert_scores(ones, torch.ones(9, 64)), 3)[1].tolist() == [[0, 1, 2]] * 3
+    assert cpp_router.top_k(cpp_router.expert_scores(ones, torch.ones(9, 64)), 3).tolist() == [[0, 1, 2]] * 3
     broken = cpp_router.expert_scores(ones * torch.nan, torch.ones(9, 64))
-    assert cpp_router.top_k(broken, 3)[1].tolist() == [[0, 1, 2]] * 3
+    assert cpp_router.top_k(broken, 3).tolist() == [[0, 1, 2]] * 3
+
+
+@pytest.mark.parametrize("sign", [1, -1])
+def test_a_broken_score_is_above_all_as_in_torch(sign: int) -> None:
+    weight = torch.randn(9, 64)
+    weight[7] = torch.tensor(torch.nan).copysign(torch.tensor(float(sign)))
+    scores = cpp_router.expert_scores(torch.randn(40, 64), weight)
+    ids = cpp_router.top_k(scores, 2)
+    assert (ids[:, 0] == 7).all()
+    assert cpp_router.softmax(scores, ids).isnan().all()
+
+
+@pytest.mark.parametrize("backend", ["torch", "cpp"])
+def test_recording_what_is_chosen_changes_no_bit(backend: str) -> None:
+    torch.manual_seed(0)
+    router = Router(33, 40, 5, "straight_through", backend=backend)
+    torch.nn.init.normal_(router.weight)
+    x, dgates = torch.randn(70, 33).requires_grad_(), torch.randn(70, 5)
+    plain, recorded = router.route(x), router.route(x, chosen=torch.clone)
+    assert torch.equal(plain.expert_ids_TK, recorded.expert_ids_TK)
+    gradients = [torch.autograd.grad(routing.gates_TK, [x, router.weight], dgates) for routing in (plain, recorded)]
+    assert all(torch.equal(a, b) for a, b in zip(*gradients, strict=True))
 
 
 def network_on_ranks(topology: Topology) -> list[float]:

@@ -24,7 +24,7 @@ DTYPES = {torch.float32: "fp32", torch.bfloat16: "bf16"}  # as the functions' na
 COMPILE_SECONDS = 600  # that a compiler may take on a busy machine; 4 are usual
 
 # Arguments of the functions: p a pointer, i a whole number. Those of a dtype are in the second table.
-_COMMON = {"sort_copies_of": "piiippp", "top_k_of": "piiiipp"}
+_COMMON = {"sort_copies_of": "piiippp", "top_k_of": "piiiip", "softmax_of": "ppiiiip"}
 _BY_DTYPE = {
     "up": "ppppipppp",
     "down": "pppppp",

@@ -19,19 +19,31 @@ def expert_scores(x_TH: Tensor, weight_EH: Tensor) -> Tensor:
     return scores[:, :num_experts]
 
 
-def top_k(scores_TE: Tensor, k: int) -> tuple[Tensor, Tensor]:
-    """The softmax over the k best scores of each token, best first, and their experts, of equal ones the first.
+def top_k(scores_TE: Tensor, k: int) -> Tensor:
+    """The experts with the k best scores of each token, best first, of equal ones the first.
 
     Args:
         scores_TE: from `expert_scores`.
     """
+    (tokens, num_experts), threads = scores_TE.shape, torch.get_num_threads()
+    ids_TK = torch.empty(tokens, k, dtype=torch.int64)
+    call("top_k_of", _whole(scores_TE), tokens, num_experts, k, threads, ids_TK)
+    return ids_TK
+
+
+def softmax(scores_TE: Tensor, ids_TK: Tensor) -> Tensor:
+    """The softmax over the scores, from `expert_scores`, of these experts of each token."""
+    (tokens, num_experts), threads = scores_TE.shape, torch.get_num_threads()
+    p_TK = scores_TE.new_empty(ids_TK.shape)
+    call("softmax_of", _whole(scores_TE), ids_TK, tokens, num_experts, ids_TK.shape[1], threads, p_TK)
+    return p_TK
+
+
+def _whole(scores_TE: Tensor) -> Tensor:
+    """The tensor that is longer."""
     (tokens, num_experts), stride = scores_TE.shape, scores_TE.stride(0)
     assert stride == padded(num_experts) and scores_TE.dtype == torch.float32
-    p_TK = scores_TE.new_empty(tokens, k)
-    ids_TK = torch.empty(tokens, k, dtype=torch.int64)
-    whole = scores_TE.as_strided((tokens, stride), (stride, 1))
-    call("top_k_of", whole, tokens, num_experts, k, torch.get_num_threads(), p_TK, ids_TK)
-    return p_TK, ids_TK
+    return scores_TE.as_strided((tokens, stride), (stride, 1))
 
 
 def score_gradients(

@@ -23,11 +23,13 @@ struct Pair {  // 32 numbers of a row
 
 inline Pair load(const float* p) { return {_mm512_loadu_ps(p), _mm512_loadu_ps(p + 16)}; }
 
+inline __m512 widened(__m256i numbers) {  // 16 of bf16
+  return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(numbers), 16));
+}
+
 inline Pair load(const bf16* p) {
-  auto widened = [](const bf16* from) {
-    return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(_mm256_loadu_si256((const __m256i*)from)), 16));
-  };
-  return {widened(p), widened(p + 16)};
+  const __m256i* halves = (const __m256i*)p;
+  return {widened(_mm256_loadu_si256(halves)), widened(_mm256_loadu_si256(halves + 1))};
 }
 
 inline Pair load(const float* p, __mmask32 columns) {
@@ -35,9 +37,8 @@ inline Pair load(const float* p, __mmask32 columns) {
 }
 
 inline Pair load(const bf16* p, __mmask32 columns) {
-  alignas(64) bf16 read[BLOCK];
-  _mm512_store_si512(read, _mm512_maskz_loadu_epi16(columns, p));
-  return load(read);
+  __m512i numbers = _mm512_maskz_loadu_epi16(columns, p);
+  return {widened(_mm512_castsi512_si256(numbers)), widened(_mm512_extracti64x4_epi64(numbers, 1))};
 }
 
 inline Pair sum_of(Pair a, Pair b) { return {_mm512_add_ps(a.low, b.low), _mm512_add_ps(a.high, b.high)}; }

@@ -58,11 +58,8 @@ void up(const Rows& rows, const T* source, const T* w, const T* bias, bool relu,
     T* gathered = scratch<T>(1, BLOCK * depth);
     float* c = scratch<float>(2, 2 * BLOCK * BLOCK);
     float* biases = scratch<float>(3, width);
-    for (int64_t n = 0; bias && n < width; n += BLOCK) {
-      alignas(64) T padding[BLOCK] = {};
-      memcpy(padding, bias + expert * rows.size + n, std::min(BLOCK, rows.size - n) * sizeof(T));
-      store(biases + n, load(padding));
-    }
+    for (int64_t n = 0; bias && n < width; n += BLOCK)
+      store(biases + n, load(bias + expert * rows.size + n, first_columns(rows.size - n)));
     const __m512 zero = _mm512_setzero_ps();
     for (int64_t row = range.begin; row < range.end; row += BLOCK) {
       int64_t count = std::min(BLOCK, range.end - row);

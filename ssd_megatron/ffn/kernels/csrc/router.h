@@ -1,6 +1,6 @@
 // A router over all tokens: scores, the best experts of each, and gradients.
 //
-// Tensors of scores are [tokens][padded(experts)].
+// Tensors of scores have padded(experts) columns.
 
 #pragma once
 
@@ -9,14 +9,12 @@
 
 #include "parallel.h"
 
-constexpr int64_t TOKENS_AT_ONCE = 256;  // of a task
-
-// task(begin, end) for all tokens.
+// task(begin, end) for all tokens; begin is a multiple of 32.
 template <class T, class Task>
 void for_tokens(int64_t tokens, int64_t threads, const Task& task) {
-  in_parallel<T>((tokens + TOKENS_AT_ONCE - 1) / TOKENS_AT_ONCE, threads, [&](int64_t i) {
-    task(i * TOKENS_AT_ONCE, std::min(tokens, (i + 1) * TOKENS_AT_ONCE));
-  });
+  int64_t step = std::clamp<int64_t>(padded(tokens / (4 * threads)), BLOCK, 256);
+  in_parallel<T>((tokens + step - 1) / step, threads,
+                 [&](int64_t i) { task(i * step, std::min(tokens, (i + 1) * step)); });
 }
 
 // out = x w^T.
@@ -48,10 +46,8 @@ void scores(const T* x, const T* w, int64_t tokens, int64_t hidden, int64_t expe
   });
 }
 
-// The experts with the k best scores of each token, [tokens][k], best first, of equal ones the first, and the softmax
-// over these scores.
-inline void top_k(const float* scores, int64_t tokens, int64_t experts, int64_t k, int64_t threads, float* p,
-                  int64_t* ids) {
+// The experts with the k best scores of each token, [tokens][k], best first, of equal ones the first.
+inline void top_k(const float* scores, int64_t tokens, int64_t experts, int64_t k, int64_t threads, int64_t* ids) {
   int64_t width = padded(experts);
   for_tokens<float>(tokens, threads, [&](int64_t begin, int64_t end) {
     int32_t* keys = scratch<int32_t>(0, width);
@@ -61,11 +57,13 @@ inline void top_k(const float* scores, int64_t tokens, int64_t experts, int64_t 
       for (int64_t e = 0; e < width; e += 16) {  // whole numbers in the order of the scores, NaN above all
         __m512i bits = _mm512_loadu_si512(row + e);
         __m512i low = _mm512_and_si512(_mm512_srai_epi32(bits, 31), _mm512_set1_epi32(INT32_MAX));
+        __m512 score = _mm512_castsi512_ps(bits);
         int64_t left = experts - e;
         __mmask16 real = left >= 16 ? 0xffff : left <= 0 ? 0 : (1u << left) - 1;
-        _mm512_storeu_si512(keys + e, _mm512_mask_xor_epi32(taken, real, bits, low));
+        __m512i key = _mm512_mask_xor_epi32(taken, real, bits, low);
+        __mmask16 broken = _mm512_mask_cmp_ps_mask(real, score, score, _CMP_UNORD_Q);
+        _mm512_storeu_si512(keys + e, _mm512_mask_mov_epi32(key, broken, _mm512_set1_epi32(INT32_MAX)));
       }
-      float sum = 0;
       for (int64_t c = t * k; c < (t + 1) * k; c++) {
         __m512i most = taken;
         for (int64_t e = 0; e < width; e += 16) most = _mm512_max_epi32(most, _mm512_loadu_si512(keys + e));
@@ -76,15 +74,27 @@ inline void top_k(const float* scores, int64_t tokens, int64_t experts, int64_t 
         first += __builtin_ctz(equal);
         keys[first] = INT32_MIN;
         ids[c] = first;
-        sum += p[c] = std::exp(row[first] - row[ids[t * k]]);
       }
+    }
+  });
+}
+
+// p [tokens][k] = softmax over the scores of the experts `ids`.
+inline void softmax(const float* scores, const int64_t* ids, int64_t tokens, int64_t experts, int64_t k,
+                    int64_t threads, float* p) {
+  int64_t width = padded(experts);
+  for_tokens<float>(tokens, threads, [&](int64_t begin, int64_t end) {
+    for (int64_t t = begin; t < end; t++) {
+      float most = -INFINITY, sum = 0;
+      for (int64_t c = t * k; c < (t + 1) * k; c++) most = std::max(most, p[c] = scores[t * width + ids[c]]);
+      for (int64_t c = t * k; c < (t + 1) * k; c++) sum += p[c] = std::exp(p[c] - most);
       for (int64_t c = t * k; c < (t + 1) * k; c++) p[c] /= sum;
     }
   });
 }
 
 // Gradients of the scores and of x from those of gates, whose gradients are those of p; to that of x `add` is added
-// where there is one.
+// where there is one. `dscores` has 32 rows more, which are read and not used.
 template <class T>
 void scores_grad(const int64_t* ids, const float* p, const float* dgates, const T* w, const T* add, int64_t tokens,
                  int64_t hidden, int64_t experts, int64_t k, int64_t threads, T* dscores, T* dx) {

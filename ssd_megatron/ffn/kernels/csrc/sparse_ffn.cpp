@@ -1,4 +1,4 @@
-// What cpp_build.py loads: the kernels of network.h and router.h for fp32 and bf16, as C functions.
+// What cpp_build.py loads: the kernels of the other files for fp32 and bf16, as C functions.
 
 #include "copies.h"
 #include "network.h"
@@ -11,9 +11,13 @@ int64_t sort_copies_of(const int64_t* ids, int64_t tokens, int64_t top_k, int64_
   return sort_copies(ids, tokens, top_k, experts, first, token, copy);
 }
 
-void top_k_of(const float* scores, int64_t tokens, int64_t experts, int64_t k, int64_t threads, float* p,
-              int64_t* ids) {
-  top_k(scores, tokens, experts, k, threads, p, ids);
+void top_k_of(const float* scores, int64_t tokens, int64_t experts, int64_t k, int64_t threads, int64_t* ids) {
+  top_k(scores, tokens, experts, k, threads, ids);
+}
+
+void softmax_of(const float* scores, const int64_t* ids, int64_t tokens, int64_t experts, int64_t k, int64_t threads,
+                float* p) {
+  softmax(scores, ids, tokens, experts, k, threads, p);
 }
 
 #define EXPORT(T, suffix)                                                                                              \
