@@ -3,7 +3,7 @@
 # make test         set up everything and run the tests
 # make test-layouts   train on the whole matrix of layouts; takes many minutes
 # make test-docs    run the commands of the documents; a few minutes
-# make test-faults  kill ranks of small jobs 50 times and start the jobs again (about 15 minutes)
+# make test-faults  kill ranks of small jobs 50 times and start the jobs again (about 7 minutes)
 # make test-triton-compile   compile the GPU kernels for a Hopper GPU, without one; several minutes
 # make test-mpi, make test-multinode, make test-slurm    real launchers; each says which Debian packages it needs
 # make lint         ruff and mypy;   make docs: generate docs/config.md

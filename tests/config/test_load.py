@@ -279,6 +279,7 @@ def test_gpt_examples_have_the_usual_shapes_and_wide_experts() -> None:
         shapes[path.stem] = (section.model.num_layers, section.model.hidden_size, neurons)
     assert shapes == {
         "124m": (12, 768, 256),
+        "238m_reglu": (12, 768, 256),
         "350m": (24, 1024, 256),
         "1.3b": (24, 2048, 256),
         "6.7b": (32, 4096, 512),
