@@ -395,7 +395,7 @@ def test_a_loss_that_rises_after_a_switch_is_recorded_and_may_end_the_sparse_pha
 
 
 def test_there_is_an_example_of_each_size() -> None:
-    assert [path.stem for path in EXAMPLES] == ["1.3b", "124m", "13b", "350m", "6.7b", "70b"]
+    assert [path.stem for path in EXAMPLES] == ["1.3b", "124m", "13b", "238m_reglu", "350m", "6.7b", "70b"]
 
 
 @pytest.mark.parametrize("path", EXAMPLES, ids=lambda path: path.stem)
