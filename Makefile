@@ -16,7 +16,7 @@ CONFIG ?= examples/quickstart/ds.json
 FAMILY := $(filter bert t5,$(subst /, ,$(CONFIG)))
 CONSTRAINTS := constraints.txt
 # Three files of tests at a time, also on two cores: many wait for one rank, or for each other's.
-IN_PARALLEL := -n 3 --dist loadfile --no-loadscope-reorder
+IN_PARALLEL := -n 3 --dist loadfile
 
 .PHONY: quickstart test test-layouts test-docs test-faults test-triton-compile test-mpi test-multinode test-slurm lint docs clean
 

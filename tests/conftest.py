@@ -8,31 +8,6 @@ import pytest
 from ssd_megatron.data.tokenizers import train_sentencepiece
 from tests.small_run import Corpus, make_corpus
 
-# The files that take longest, in that order: first, so that what runs at the end, a few files at a time, is short.
-LONGEST = (
-    "training/test_layouts.py",
-    "moefication/test_tool.py",
-    "ffn/test_triton.py",
-    "docs/test_commands.py",
-    "inference/test_place.py",
-    "training/test_stop.py",
-    "model/test_compiled.py",
-    "training/test_resume.py",
-    "examples/test_selfcheck.py",
-    "training/test_resume_layouts.py",
-    "moefication/test_classification.py",
-    "classification/test_finetune.py",
-    "switching/test_switch.py",
-    "planning/test_tool.py",
-    "training/test_replicas.py",
-)
-
-
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    places = {Path(__file__).parent / name: place for place, name in enumerate(LONGEST)}
-    assert all(path.exists() for path in places)
-    items.sort(key=lambda item: places.get(item.path, len(LONGEST)))
-
 
 @pytest.fixture(scope="session")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Corpus:
