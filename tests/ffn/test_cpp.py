@@ -76,7 +76,9 @@ def test_copies_are_sorted_by_expert_and_those_for_elsewhere_left_out() -> None:
 
 @pytest.mark.parametrize("dtype", TOLERANCE)
 @pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize(("tokens", "hidden", "experts", "top_k"), [(300, 64, 16, 4), (70, 33, 40, 11), (5, 8, 9, 2)])
+@pytest.mark.parametrize(
+    ("tokens", "hidden", "experts", "top_k"), [(300, 64, 16, 4), (70, 33, 40, 11), (5, 8, 9, 2), (0, 32, 8, 2)]
+)
 def test_router_is_that_of_torch(
     tokens: int, hidden: int, experts: int, top_k: int, bias: bool, dtype: torch.dtype
 ) -> None:

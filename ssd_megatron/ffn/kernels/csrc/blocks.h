@@ -9,6 +9,7 @@
 
 #include <algorithm>
 #include <cstdint>
+#include <cstring>
 #include <type_traits>
 
 using bf16 = uint16_t;  // its bits
@@ -60,6 +61,13 @@ inline __m512i load_bytes(const T* row, int64_t left) {
   int64_t halves = left * (int64_t)sizeof(T) / 2;
   if (halves >= 32) return _mm512_loadu_si512(row);
   return _mm512_maskz_loadu_epi16(halves <= 0 ? 0 : (1u << halves) - 1, row);
+}
+
+// A row of `count` numbers, and zeros up to a multiple of 32.
+template <class T>
+inline void copy_padded(const T* row, int64_t count, T* to) {
+  memcpy(to, row, count * sizeof(T));
+  memset(to + count, 0, (padded(count) - count) * sizeof(T));
 }
 
 template <class T>

@@ -63,10 +63,8 @@ void up(const Rows& rows, const T* source, const T* w, const T* bias, bool relu,
     const __m512 zero = _mm512_setzero_ps();
     for (int64_t row = range.begin; row < range.end; row += BLOCK) {
       int64_t count = std::min(BLOCK, range.end - row);
-      for (int64_t i = 0; i < count; i++) {
-        memcpy(gathered + i * depth, source + rows.token[row + i] * hidden, hidden * sizeof(T));
-        memset(gathered + i * depth + hidden, 0, (depth - hidden) * sizeof(T));
-      }
+      for (int64_t i = 0; i < count; i++)
+        copy_padded(source + rows.token[row + i] * hidden, hidden, gathered + i * depth);
       __m512 parts[BLOCK];
       std::fill_n(parts, BLOCK, zero);
       auto use = [&](int64_t i, int64_t n, Pair v) {

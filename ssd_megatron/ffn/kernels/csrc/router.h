@@ -34,10 +34,7 @@ void scores(const T* x, const T* w, int64_t tokens, int64_t hidden, int64_t expe
       int64_t count = std::min(BLOCK, end - row);
       const T* rows = x + row * hidden;
       if (depth > hidden || count < BLOCK) {  // a product would read beyond them
-        for (int64_t i = 0; i < count; i++) {
-          memcpy(copied + i * depth, rows + i * hidden, hidden * sizeof(T));
-          memset(copied + i * depth + hidden, 0, (depth - hidden) * sizeof(T));
-        }
+        for (int64_t i = 0; i < count; i++) copy_padded(rows + i * hidden, hidden, copied + i * depth);
         rows = copied;
       }
       for (int64_t e = 0; e < width; e += BLOCK) products.add(rows, depth, panels + e * depth, depth, row, count, e);
